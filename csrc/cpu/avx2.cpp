@@ -1,0 +1,14 @@
+// The CPU engine with AVX2 and FMA: 16 registers of 32 bytes, a tile of 4 x 2 accumulators.
+#include <cstdlib>
+#include <new>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma")
+#define ISQRT_LEVEL avx2
+#define ISQRT_VECTOR_BYTES 32
+#define ISQRT_TILE_ROWS 4
+#define ISQRT_TILE_VECTORS 2
+#include "level.h"
+#endif

@@ -1,0 +1,14 @@
+// The CPU engine with AVX-512: 32 registers of 64 bytes, a tile of 16 x 1 accumulators.
+#include <cstdlib>
+#include <new>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define ISQRT_LEVEL avx512
+#define ISQRT_VECTOR_BYTES 64
+#define ISQRT_TILE_ROWS 16
+#define ISQRT_TILE_VECTORS 1
+#include "level.h"
+#endif

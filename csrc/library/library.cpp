@@ -1,0 +1,178 @@
+#include "library.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <utility>
+
+// Weak: absent in a CPU-only torch, where the library must still load.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cuda_baddbmm_out(AtenTensorHandle out, AtenTensorHandle self,
+                                                                           AtenTensorHandle batch1,
+                                                                           AtenTensorHandle batch2, double beta,
+                                                                           double alpha);
+
+namespace isqrt::library {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+template <class... Args>
+Tensor call(const char* op, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{from(args)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
+}
+
+/// A number as a 0-dim CPU tensor: it mixes with tensors of any device and does not change their dtype.
+Tensor number(double value) { return torch::stable::full({}, value, ScalarType::Double); }
+
+Tensor multiply(const Tensor& a, const Tensor& b) { return call("aten::mul", "Tensor", a, b); }
+Tensor divide(const Tensor& a, const Tensor& b) { return call("aten::div", "Tensor", a, b); }
+Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
+Tensor transpose(const Tensor& a) { return torch::stable::transpose(a, -2, -1); }
+Tensor symmetric_part(const Tensor& a) {
+  const Tensor half = multiply(a, number(0.5));
+  return add(half, transpose(half));
+}
+
+/// One number per sample.
+struct Batch {
+  Tensor value;   // [B, 1, 1]
+};
+Batch operator*(const Batch& a, const Batch& b) { return {multiply(a.value, b.value)}; }
+Batch operator*(double a, const Batch& b) { return {multiply(b.value, number(a))}; }
+Batch operator/(const Batch& a, const Batch& b) { return {divide(a.value, b.value)}; }
+Batch operator/(double a, const Batch& b) { return {divide(number(a), b.value)}; }
+Batch operator-(const Batch& a, const Batch& b) { return {torch::stable::subtract(a.value, b.value)}; }
+Batch sqrt(const Batch& a) { return {call("aten::sqrt", "", a.value)}; }
+Batch nonzero(const Batch& a) {
+  const Tensor is_zero = call("aten::logical_not", "", a.value);
+  return {call("aten::where", "self", is_zero, number(1.0), a.value)};
+}
+
+/// The Engine of newton_schulz.h and normalization.h on a whole batch. Nothing is symmetric to the last bit between
+/// the products, as in every implementation by plain GEMM; what comes out is symmetrised once.
+class LibraryEngine {
+ public:
+  struct Matrix {
+    Tensor value;   // [B, C, C]
+  };
+  struct Source {
+    Tensor value;   // [B, C, C], symmetric
+  };
+
+  explicit LibraryEngine(const Tensor& like)
+      : spare_(torch::stable::empty_like(like)),
+        identity_(call("aten::eye", "", like.size(-1), std::optional(like.scalar_type()),
+                       std::optional<torch::headeronly::Layout>(), std::optional(like.device()), std::optional<bool>())) {}
+
+  void load(Matrix& A, const Source& source) const { A.value = torch::stable::clone(source.value); }
+
+  Batch trace(const Matrix& A) const {
+    return per_sample(torch::stable::sum(call("aten::diagonal", "", A.value, int64_t(0), int64_t(1), int64_t(2)), one_));
+  }
+  Batch inner(const Source& source, const Matrix& A) const {
+    return per_sample(torch::stable::sum(multiply(source.value, A.value), both_));
+  }
+
+  void divide(Matrix& A, const Batch& s) const { A.value = library::divide(A.value, s.value); }
+  void scale(Matrix& D, double alpha, const Matrix& A) const { D.value = multiply(A.value, number(alpha)); }
+  void scale(Matrix& D, const Batch& alpha, const Matrix& A) const { D.value = multiply(A.value, alpha.value); }
+  void identity_plus(Matrix& D, double alpha, double beta, const Matrix& A) const {
+    D.value = add(multiply(A.value, number(beta)), multiply(identity_, number(alpha)));
+  }
+  void identity_plus(Matrix& D, const Batch& alpha, const Batch& beta, const Matrix& A) const {
+    D.value = add(multiply(A.value, beta.value), multiply(identity_, alpha.value));
+  }
+
+  void product(Matrix& D, const Matrix& A, const Matrix& B) { product(D, 0.0, 1.0, A, B); }
+  void product(Matrix& D, double alpha, double beta, const Matrix& A, const Matrix& B) {
+    gemm(spare_, alpha == 0 ? A.value : D.value, A, B, alpha, beta);
+    replace(D);
+  }
+  void products(Matrix& D, const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2) {
+    products(D, 0.0, 1.0, A1, B1, A2, B2);
+  }
+  void products(Matrix& D, double alpha, double beta, const Matrix& A1, const Matrix& B1, const Matrix& A2,
+                const Matrix& B2) {
+    gemm(spare_, alpha == 0 ? A1.value : D.value, A1, B1, alpha, beta);
+    gemm(spare_, spare_, A2, B2, 1.0, beta);
+    replace(D);
+  }
+
+ private:
+  /// out = alpha added + beta A B; `added` is not read where alpha = 0.
+  static void gemm(const Tensor& out, const Tensor& added, const Matrix& A, const Matrix& B, double alpha, double beta) {
+    const auto baddbmm = out.is_cpu() ? &aoti_torch_cpu_baddbmm_out : &aoti_torch_cuda_baddbmm_out;
+    TORCH_ERROR_CODE_CHECK(baddbmm(out.get(), added.get(), A.value.get(), B.value.get(), alpha, beta));
+  }
+
+  void replace(Matrix& D) {
+    // A matrix not yet computed has nothing to leave behind.
+    Tensor previous = D.value.defined() ? D.value : torch::stable::empty_like(spare_);
+    D.value = std::exchange(spare_, previous);
+  }
+
+  static Batch per_sample(const Tensor& sums) { return {torch::stable::view(sums, {sums.size(0), 1, 1})}; }
+
+  static constexpr std::array<int64_t, 1> one_{1};
+  static constexpr std::array<int64_t, 2> both_{1, 2};
+  Tensor spare_, identity_;
+};
+
+/// Row-major positions of the upper triangle in a flattened C x C matrix: [C (C + 1) / 2], on the device of `like`.
+Tensor triangle(const Tensor& like, int64_t channels) {
+  const Tensor rows_and_columns =
+      call("aten::triu_indices", "", channels, channels, int64_t(0), std::optional(ScalarType::Long),
+           std::optional<torch::headeronly::Layout>(), std::optional(like.device()), std::optional<bool>());
+  const Tensor strides = torch::stable::full({2, 1}, double(channels), ScalarType::Long, std::nullopt, like.device());
+  torch::stable::fill_(torch::stable::select(strides, 0, 1), 1.0);
+  const std::array<int64_t, 1> dim{0};
+  return torch::stable::sum(multiply(rows_and_columns, strides), dim);
+}
+
+Tensor to_output(const Tensor& A, Output output) {
+  const int64_t B = A.size(0), C = A.size(1);
+  if (output == Output::kMatrix) return A;
+  if (output == Output::kMean) {
+    const std::array<int64_t, 1> dim{1};
+    return divide(torch::stable::sum(A, dim), number(double(C)));
+  }
+  return call("aten::index_select", "", torch::stable::view(A, {B, C * C}), int64_t(1), triangle(A, C));
+}
+
+/// sym(G) of normalization.h, as RootView::symmetric has it.
+Tensor from_output(const Tensor& grad, int64_t channels, Output output) {
+  const int64_t B = grad.size(0);
+  if (output == Output::kMatrix) return symmetric_part(grad);
+  if (output == Output::kMean) {
+    const Tensor share = multiply(grad, number(0.5 / double(channels)));
+    return add(torch::stable::unsqueeze(share, 1), torch::stable::unsqueeze(share, 2));
+  }
+  const Tensor zeros = torch::stable::new_zeros(grad, {B, channels * channels});
+  const Tensor upper = call("aten::index_copy", "", zeros, int64_t(1), triangle(grad, channels), grad);
+  return symmetric_part(torch::stable::view(upper, {B, channels, channels}));
+}
+
+}  // namespace
+
+Tensor root(const Tensor& sigma, const Steps& steps, Root root, Output output) {
+  LibraryEngine engine(sigma);
+  LibraryEngine::Matrix Y, Z, T;
+  const auto& result = matrix_root(engine, LibraryEngine::Source{symmetric_part(sigma)}, Y, Z, T, steps, root);
+  return to_output(symmetric_part(result.value), output);
+}
+
+Tensor root_backward(const Tensor& grad, const Tensor& sigma, const Steps& steps, Root root, Output output) {
+  LibraryEngine engine(sigma);
+  LibraryEngine::Matrix Y, Z, T, dY, dZ, dT;
+  const LibraryEngine::Source sigma_source{symmetric_part(sigma)}, grad_source{from_output(grad, sigma.size(1), output)};
+  return symmetric_part(
+      matrix_root_backward(engine, sigma_source, grad_source, Y, Z, T, dY, dZ, dT, steps, root).value);
+}
+
+}  // namespace isqrt::library

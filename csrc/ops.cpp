@@ -1,0 +1,373 @@
+// The operators of torch.ops.isqrt_cov: their schemas, the checks of their arguments, and the hand-over to an engine.
+// `output`, `root` and `engine` are the enumerations of views.h, newton_schulz.h and plan.h; isqrt_cov/ops.py names them.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <tuple>
+
+#include "cpu/cpu.h"
+#include "library/library.h"
+#include "plan.h"
+
+#ifdef ISQRT_WITH_CUDA
+#include "cuda/cuda.h"
+
+// Weak: absent in a CPU-only torch, where the library must still load.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
+namespace isqrt {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ---- checks -------------------------------------------------------------------------------------------------------
+
+template <class... Args>
+void check(bool condition, const Args&... message) {
+  if (condition) return;
+  std::ostringstream text;
+  (text << ... << message);
+  throw std::runtime_error(text.str());
+}
+
+std::string shape(const Tensor& t) {
+  std::ostringstream text;
+  text << '(';
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  text << ')';
+  return text.str();
+}
+
+std::string device(const Tensor& t) {
+  return t.is_cpu() ? "cpu" : "device " + std::to_string(t.get_device_index());
+}
+
+void check_dtype(const Tensor& t, const char* name) {
+  check(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, name,
+        ": expected a float32 or float64 tensor, got ", torch::headeronly::toString(t.scalar_type()));
+}
+
+void check_feature_maps(const Tensor& x) {
+  check(x.dim() == 3 || x.dim() == 4, "x: expected shape (B, C, H, W) or (B, C, M), got ", shape(x));
+  check_dtype(x, "x");
+  check(x.size(1) > 0, "x: expected at least one channel, got shape ", shape(x));
+  for (int64_t d = 2; d < x.dim(); ++d) check(x.size(d) > 0, "x: expected at least one position, got shape ", shape(x));
+}
+
+void check_matrices(const Tensor& sigma) {
+  check(sigma.dim() == 3 && sigma.size(1) == sigma.size(2), "sigma: expected a batch of square matrices (B, C, C), got ",
+        shape(sigma));
+  check_dtype(sigma, "sigma");
+  check(sigma.size(1) > 0, "sigma: expected at least one channel, got shape ", shape(sigma));
+}
+
+void check_like(const Tensor& t, const char* name, std::vector<int64_t> sizes, const Tensor& like, const char* like_name) {
+  bool same = t.dim() == int64_t(sizes.size());
+  for (size_t d = 0; same && d < sizes.size(); ++d) same = t.size(d) == sizes[d];
+  std::ostringstream expected;
+  for (size_t d = 0; d < sizes.size(); ++d) expected << (d ? ", " : "") << sizes[d];
+  check(same, name, ": expected shape (", expected.str(), "), got ", shape(t));
+  check(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of ", like_name, ", ",
+        torch::headeronly::toString(like.scalar_type()), ", got ", torch::headeronly::toString(t.scalar_type()));
+  check(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), name,
+        ": expected the device of ", like_name, ", ", device(like), ", got ", device(t));
+}
+
+Steps check_iterations(int64_t iterations) {
+  check(iterations >= 1 && iterations <= 1000, "iterations: expected 1 to 1000, got ", iterations);
+  return {int(iterations)};
+}
+
+template <class Enum>
+Enum check_enum(int64_t value, Enum last, const char* name) {
+  check(value >= 0 && value <= int64_t(last), name, ": expected 0 to ", int64_t(last), ", got ", value);
+  return static_cast<Enum>(value);
+}
+Output check_output(int64_t value) { return check_enum(value, Output::kMean, "output"); }
+Root check_root(int64_t value) { return check_enum(value, Root::kInverse, "root"); }
+EngineKind check_engine(int64_t value) { return check_enum(value, EngineKind::kBlock, "engine"); }
+
+// ---- views --------------------------------------------------------------------------------------------------------
+
+template <class T>
+FeatureMaps<T> feature_maps(const Tensor& x, T* data) {
+  const bool image = x.dim() == 4;
+  FeatureMaps<T> maps{data,        x.size(0),   x.size(1),   image ? x.size(2) : 1,     x.size(image ? 3 : 2),
+                      x.stride(0), x.stride(1), image ? x.stride(2) : 0, x.stride(image ? 3 : 2)};
+  if (maps.width == 1) {   // one column: its rows are the positions
+    maps.stride_w = maps.stride_h;
+    std::swap(maps.width, maps.height);
+  } else if (maps.stride_h == maps.width * maps.stride_w) {   // rows follow on: one long row
+    maps.width *= maps.height;
+    maps.height = 1;
+  }
+  return maps;
+}
+
+std::vector<int64_t> output_shape(int64_t batch, int64_t channels, Output output) {
+  const int64_t size = RootView<float>{nullptr, output, channels}.size();
+  if (output == Output::kMatrix) return {batch, channels, channels};
+  return {batch, size};
+}
+
+template <class T>
+RootView<const T> source(const Tensor& t, Output output, int64_t channels) {
+  return {t.const_data_ptr<T>(), output, channels};
+}
+template <class T>
+RootView<T> target(const Tensor& t, Output output, int64_t channels) {
+  return {t.mutable_data_ptr<T>(), output, channels};
+}
+
+template <class F>
+void dispatch(const Tensor& t, const F& f) {   // f(T()) for the element type T of t
+  if (t.scalar_type() == ScalarType::Double) f(double());
+  else f(float());
+}
+
+// ---- devices ------------------------------------------------------------------------------------------------------
+
+struct Cpu {
+  static constexpr bool kCuda = false;
+  explicit Cpu(const Tensor&) {}
+  template <class T> void pool(const PoolTask<T>& task, EngineKind kind) const { cpu::pool(task, kind); }
+  template <class T> void pool_backward(const PoolBackwardTask<T>& task, EngineKind kind) const {
+    cpu::pool_backward(task, kind);
+  }
+  template <class T> void root(const RootTask<T>& task, EngineKind kind) const { cpu::root(task, kind); }
+  template <class T> void root_backward(const RootBackwardTask<T>& task, EngineKind kind) const {
+    cpu::root_backward(task, kind);
+  }
+};
+
+#ifdef ISQRT_WITH_CUDA
+/// Makes the tensor's device current, and its current stream the one to work on.
+struct Cuda {
+  static constexpr bool kCuda = true;
+  explicit Cuda(const Tensor& t) : guard(t.get_device_index()) {
+    check(aoti_torch_get_current_cuda_stream != nullptr, "isqrt_cov: this torch has no CUDA");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  }
+  template <class T> void pool(const PoolTask<T>& task, EngineKind) const { cuda::pool(task, stream); }
+  template <class T> void pool_backward(const PoolBackwardTask<T>& task, EngineKind) const {
+    cuda::pool_backward(task, stream);
+  }
+  template <class T> void root(const RootTask<T>& task, EngineKind) const { cuda::root(task, stream); }
+  template <class T> void root_backward(const RootBackwardTask<T>& task, EngineKind) const {
+    cuda::root_backward(task, stream);
+  }
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream = nullptr;
+};
+#endif
+
+// ---- the operators, after their arguments are checked ---------------------------------------------------------------
+
+template <class Device>
+struct Engine {
+  Device device;
+  Plan choice;
+
+  Engine(const Tensor& t, int64_t positions, EngineKind requested)
+      : device(t), choice(plan({Device::kCuda, Device::kCuda ? t.get_device_index() : 0, t.size(0), t.size(1), positions,
+                                int64_t(t.element_size())},
+                               requested)) {}
+
+  std::tuple<Tensor, Tensor> pool(const Tensor& x) const {
+    const int64_t B = x.size(0), C = x.size(1), count = choice.pool.count;
+    Tensor sigma = torch::stable::new_empty(x, {B, C, C}), mean = torch::stable::new_empty(x, {B, C});
+    if (B == 0) return {sigma, mean};
+    const bool whole = count == 1;
+    Tensor partial_mean = whole ? mean : torch::stable::new_empty(x, {B, count, C});
+    Tensor partial_moment = whole ? sigma : torch::stable::new_empty(x, {B, count, C, C});
+    dispatch(x, [&](auto zero) {
+      using T = decltype(zero);
+      device.pool(PoolTask<T>{feature_maps(x, x.const_data_ptr<T>()), choice.pool, partial_mean.mutable_data_ptr<T>(),
+                              partial_moment.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>(),
+                              sigma.mutable_data_ptr<T>()},
+                  choice.pooling);
+    });
+    return {sigma, mean};
+  }
+
+  Tensor pool_backward(const Tensor& grad, const Tensor& x, const Tensor& mean) const {
+    Tensor dx = torch::stable::empty_like(x);
+    if (x.size(0) == 0) return dx;
+    dispatch(x, [&](auto zero) {
+      using T = decltype(zero);
+      device.pool_backward(
+          PoolBackwardTask<T>{feature_maps(x, x.const_data_ptr<T>()), choice.pool_backward, mean.const_data_ptr<T>(),
+                              grad.const_data_ptr<T>(), feature_maps(dx, dx.mutable_data_ptr<T>())},
+          choice.pooling);
+    });
+    return dx;
+  }
+
+  Tensor root(const Tensor& sigma, const Steps& steps, Root root, Output output) const {
+    const int64_t B = sigma.size(0), C = sigma.size(1);
+    if (choice.forward == EngineKind::kLibrary && B > 0) return library::root(sigma, steps, root, output);
+    Tensor result = torch::stable::new_empty(sigma, output_shape(B, C, output));
+    if (B == 0) return result;
+    dispatch(sigma, [&](auto zero) {
+      using T = decltype(zero);
+      device.root(RootTask<T>{B, source<T>(sigma, Output::kMatrix, C), steps, root, target<T>(result, output, C)},
+                  choice.forward);
+    });
+    return result;
+  }
+
+  Tensor root_backward(const Tensor& grad, const Tensor& sigma, const Steps& steps, Root root, Output output) const {
+    const int64_t B = sigma.size(0), C = sigma.size(1);
+    if (choice.backward == EngineKind::kLibrary && B > 0)
+      return library::root_backward(grad, sigma, steps, root, output);
+    Tensor result = torch::stable::new_empty(sigma, {B, C, C});
+    if (B == 0) return result;
+    dispatch(sigma, [&](auto zero) {
+      using T = decltype(zero);
+      device.root_backward(RootBackwardTask<T>{B, source<T>(grad, output, C), source<T>(sigma, Output::kMatrix, C), steps,
+                                               root, target<T>(result, Output::kMatrix, C)},
+                           choice.backward);
+    });
+    return result;
+  }
+};
+
+int64_t positions_of(const Tensor& x) { return x.dim() == 4 ? x.size(2) * x.size(3) : x.size(2); }
+
+template <class Device>
+std::tuple<Tensor, Tensor> covariance_pool(const Tensor& x, int64_t engine) {
+  check_feature_maps(x);
+  return Engine<Device>(x, positions_of(x), check_engine(engine)).pool(x);
+}
+
+template <class Device>
+Tensor covariance_pool_backward(const Tensor& grad, const Tensor& x, const Tensor& mean, int64_t engine) {
+  check_feature_maps(x);
+  const int64_t B = x.size(0), C = x.size(1);
+  check_like(grad, "grad", {B, C, C}, x, "x");
+  check_like(mean, "mean", {B, C}, x, "x");
+  return Engine<Device>(x, positions_of(x), check_engine(engine))
+      .pool_backward(torch::stable::contiguous(grad), x, torch::stable::contiguous(mean));
+}
+
+template <class Device>
+Tensor matrix_root(const Tensor& sigma, int64_t iterations, int64_t root, int64_t engine) {
+  check_matrices(sigma);
+  const Steps steps = check_iterations(iterations);
+  return Engine<Device>(sigma, 1, check_engine(engine))
+      .root(torch::stable::contiguous(sigma), steps, check_root(root), Output::kMatrix);
+}
+
+template <class Device>
+Tensor matrix_root_backward(const Tensor& grad, const Tensor& sigma, int64_t iterations, int64_t root, int64_t engine) {
+  check_matrices(sigma);
+  check_like(grad, "grad", {sigma.size(0), sigma.size(1), sigma.size(1)}, sigma, "sigma");
+  const Steps steps = check_iterations(iterations);
+  return Engine<Device>(sigma, 1, check_engine(engine))
+      .root_backward(torch::stable::contiguous(grad), torch::stable::contiguous(sigma), steps, check_root(root),
+                     Output::kMatrix);
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> cov_sqrt(const Tensor& x, int64_t iterations, int64_t output, int64_t engine) {
+  check_feature_maps(x);
+  const Steps steps = check_iterations(iterations);
+  const Output layout = check_output(output);
+  const Engine<Device> chosen(x, positions_of(x), check_engine(engine));
+  const auto [sigma, mean] = chosen.pool(x);
+  return {chosen.root(sigma, steps, Root::kSquare, layout), sigma, mean};
+}
+
+template <class Device>
+Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigma, const Tensor& mean, int64_t iterations,
+                         int64_t output, int64_t engine) {
+  check_feature_maps(x);
+  const int64_t B = x.size(0), C = x.size(1);
+  const Steps steps = check_iterations(iterations);
+  const Output layout = check_output(output);
+  check_like(grad, "grad", output_shape(B, C, layout), x, "x");
+  check_like(sigma, "sigma", {B, C, C}, x, "x");
+  check_like(mean, "mean", {B, C}, x, "x");
+  const Engine<Device> chosen(x, positions_of(x), check_engine(engine));
+  const Tensor grad_sigma = chosen.root_backward(torch::stable::contiguous(grad), torch::stable::contiguous(sigma), steps,
+                                                 Root::kSquare, layout);
+  return chosen.pool_backward(grad_sigma, x, torch::stable::contiguous(mean));
+}
+
+// ---- information ----------------------------------------------------------------------------------------------------
+
+/// What plan.h decides, as JSON.
+std::string describe_plan(bool cuda, int64_t device, int64_t batch, int64_t channels, int64_t positions,
+                          int64_t element_size, int64_t engine) {
+  check(batch >= 0, "batch: expected 0 or more, got ", batch);
+  check(channels > 0, "channels: expected 1 or more, got ", channels);
+  check(positions > 0, "positions: expected 1 or more, got ", positions);
+#ifndef ISQRT_WITH_CUDA
+  check(!cuda, "device: this build of isqrt_cov has no CUDA kernels");
+#endif
+  const Plan p = plan({cuda, int(device), batch, channels, positions, element_size}, check_engine(engine));
+  std::ostringstream text;
+  text << "{\"pooling\": \"" << engine_name(p.pooling) << "\", \"forward\": \"" << engine_name(p.forward)
+       << "\", \"backward\": \"" << engine_name(p.backward) << "\", \"pool_chunks\": " << p.pool.count
+       << ", \"pool_backward_chunks\": " << p.pool_backward.count << '}';
+  return text.str();
+}
+
+/// What was compiled, and the SIMD levels that this processor has, as JSON.
+std::string build_info() {
+  std::ostringstream text;
+  text << "{\"compiler\": \"" << __VERSION__ << "\", \"torch_target\": \"2.10\", \"cuda_architectures\": \"";
+#ifdef ISQRT_WITH_CUDA
+  text << cuda::architectures();
+#endif
+  text << "\", \"simd_compiled\": [";
+#if defined(__x86_64__)
+  text << "\"avx512\", \"avx2\", ";
+#endif
+  text << "\"portable\"], \"simd_usable\": [";
+  for (const EngineKind level : {EngineKind::kAvx512, EngineKind::kAvx2})
+    if (cpu_supports(level)) text << '"' << engine_name(level) << "\", ";
+  text << "\"portable\"]}";
+  return text.str();
+}
+
+template <class Device, class Library>
+void register_ops(Library& m) {
+  m.impl("covariance_pool", TORCH_BOX(&covariance_pool<Device>));
+  m.impl("covariance_pool_backward", TORCH_BOX(&covariance_pool_backward<Device>));
+  m.impl("matrix_root", TORCH_BOX(&matrix_root<Device>));
+  m.impl("matrix_root_backward", TORCH_BOX(&matrix_root_backward<Device>));
+  m.impl("cov_sqrt", TORCH_BOX(&cov_sqrt<Device>));
+  m.impl("cov_sqrt_backward", TORCH_BOX(&cov_sqrt_backward<Device>));
+}
+
+}  // namespace
+}  // namespace isqrt
+
+STABLE_TORCH_LIBRARY(isqrt_cov, m) {
+  m.def("covariance_pool(Tensor x, int engine=0) -> (Tensor sigma, Tensor mean)");
+  m.def("covariance_pool_backward(Tensor grad, Tensor x, Tensor mean, int engine=0) -> Tensor");
+  m.def("matrix_root(Tensor sigma, int iterations, int root, int engine=0) -> Tensor");
+  m.def("matrix_root_backward(Tensor grad, Tensor sigma, int iterations, int root, int engine=0) -> Tensor");
+  m.def("cov_sqrt(Tensor x, int iterations, int output, int engine=0) -> (Tensor y, Tensor sigma, Tensor mean)");
+  m.def(
+      "cov_sqrt_backward(Tensor grad, Tensor x, Tensor sigma, Tensor mean, int iterations, int output, int engine=0)"
+      " -> Tensor");
+  m.def("plan(bool cuda, int device, int batch, int channels, int positions, int element_size, int engine=0) -> str");
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(isqrt_cov, CompositeExplicitAutograd, m) {
+  m.impl("plan", TORCH_BOX(&isqrt::describe_plan));
+  m.impl("build_info", TORCH_BOX(&isqrt::build_info));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(isqrt_cov, CPU, m) { isqrt::register_ops<isqrt::Cpu>(m); }
+#ifdef ISQRT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(isqrt_cov, CUDA, m) { isqrt::register_ops<isqrt::Cuda>(m); }
+#endif

@@ -1,0 +1,92 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#ifdef ISQRT_WITH_CUDA
+#include "cuda/cuda.h"
+#endif
+
+namespace isqrt {
+namespace {
+
+/// Enough pieces to occupy the workers when the batch does not, none shorter than `shortest`. The numbers are fixed:
+/// a count of threads here would make results depend on it.
+Chunks split(const Problem& p, int64_t pieces, int64_t shortest) {
+  const int64_t wanted = std::max<int64_t>(1, pieces / std::max<int64_t>(1, p.batch));
+  const int64_t possible = std::max<int64_t>(1, p.positions / shortest);
+  const int64_t count = std::min(wanted, possible);
+  const int64_t length = (p.positions + count - 1) / count;
+  return {p.positions, length, (p.positions + length - 1) / length};
+}
+
+EngineKind best_cpu_level() {
+  for (const EngineKind level : {EngineKind::kAvx512, EngineKind::kAvx2})
+    if (cpu_supports(level)) return level;
+  return EngineKind::kPortable;
+}
+
+Plan plan_cpu(const Problem& p, EngineKind requested) {
+  // From here on the matrices of one sample outgrow a core's share of the cache and all cores together on one product
+  // are faster than one product a core.
+  constexpr int64_t kLargestInCache = 1024;
+  const bool is_level = requested != EngineKind::kAuto && requested != EngineKind::kLibrary;
+  if (is_level && !cpu_supports(requested))
+    throw std::runtime_error(std::string("engine: '") + engine_name(requested) + "' is not available on this CPU");
+  const EngineKind level = is_level ? requested : best_cpu_level();
+  const bool library = requested == EngineKind::kLibrary || (!is_level && p.channels > kLargestInCache);
+  const EngineKind root = library ? EngineKind::kLibrary : level;
+  // A chunk costs a C x C partial result: at 4 C positions or more these stay below a quarter of x.
+  return {root, root, level, split(p, 64, std::max<int64_t>(1024, 4 * p.channels)), split(p, 64, 256)};
+}
+
+#ifdef ISQRT_WITH_CUDA
+Plan plan_cuda(const Problem& p, EngineKind requested) {
+  const auto choose = [&](bool backward) {
+    const int64_t bytes = cuda::root_shared_bytes(p.channels, p.element_size, backward);
+    const bool fits = bytes > 0 && bytes <= cuda::shared_bytes_limit(p.device);
+    if (requested == EngineKind::kBlock && !fits)
+      throw std::runtime_error("engine: 'block' needs more shared memory than this device has for " +
+                               std::to_string(p.channels) + " channels");
+    return fits && requested != EngineKind::kLibrary ? EngineKind::kBlock : EngineKind::kLibrary;
+  };
+  if (requested != EngineKind::kAuto && requested != EngineKind::kLibrary && requested != EngineKind::kBlock)
+    throw std::runtime_error(std::string("engine: '") + engine_name(requested) + "' does not run on a CUDA device");
+  const int64_t blocks = 1024;   // several for each of the at most 160 multiprocessors of today's devices
+  return {choose(false), choose(true), EngineKind::kBlock, split(p, blocks, std::max<int64_t>(512, 4 * p.channels)),
+          split(p, 1 << 20, 64)};
+}
+#endif
+
+}  // namespace
+
+const char* engine_name(EngineKind kind) {
+  constexpr const char* names[] = {"auto", "library", "portable", "avx2", "avx512", "block"};
+  return names[static_cast<int>(kind)];
+}
+
+bool cpu_supports(EngineKind level) {
+  switch (level) {
+    case EngineKind::kPortable:
+      return true;
+#if defined(__x86_64__)
+    case EngineKind::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case EngineKind::kAvx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+    default:
+      return false;
+  }
+}
+
+Plan plan(const Problem& problem, EngineKind requested) {
+#ifdef ISQRT_WITH_CUDA
+  if (problem.cuda) return plan_cuda(problem, requested);
+#endif
+  if (requested == EngineKind::kBlock) throw std::runtime_error("engine: 'block' runs on CUDA devices only");
+  return plan_cpu(problem, requested);
+}
+
+}  // namespace isqrt

@@ -1,0 +1,139 @@
+"""Covariance pooling and matrix square roots by Newton-Schulz iteration, as functions."""
+
+import importlib.metadata
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops import ENGINES, OUTPUTS, ROOTS, code
+
+_ops = torch.ops.isqrt_cov
+
+
+def covariance_pool(x: Tensor) -> Tensor:
+    r"""Channel covariance of feature maps, :math:`\Sigma = \frac1M (X - \mu 1^T)(X - \mu 1^T)^T`.
+
+    Args:
+        x: feature maps of shape (B, C, H, W) or (B, C, M), float32 or float64, any strides, read in place.
+
+    Returns:
+        The biased covariances over the M = H W positions, (B, C, C), in the dtype of ``x``.
+
+    Raises:
+        RuntimeError: ``x`` has another rank or dtype, no channel or no position.
+    """
+    return _ops.covariance_pool(x)[0]
+
+
+def matrix_sqrt(sigma: Tensor, iterations: int = 5) -> Tensor:
+    r"""Approximate square root of symmetric positive semi-definite matrices by the coupled Newton-Schulz iteration.
+
+    With :math:`t = \operatorname{tr}\Sigma`, :math:`Y_0 = \Sigma / t` and :math:`Z_0 = I`, each step is
+    :math:`T = Z Y,\ Y \leftarrow \tfrac32 Y - \tfrac12 Y T,\ Z \leftarrow \tfrac32 Z - \tfrac12 T Z`, and the result is
+    :math:`\sqrt t\, Y_N` (Li et al., CVPR 2018; Eqs. 1-3 of Dai et al., CVPR 2019). It is the exact derivative of this
+    truncated function that comes back as the gradient, symmetric like the input.
+
+    Args:
+        sigma: (B, C, C), float32 or float64. Its symmetric part is used.
+        iterations: number of steps N, at least 1. More are nearer to the exact root; in float32 and for a
+            rank-deficient ``sigma`` the iteration diverges from about 20 on.
+
+    Returns:
+        (B, C, C). Zero, with zero gradient, where ``sigma`` is zero; NaN where its trace is negative.
+
+    Raises:
+        RuntimeError: ``sigma`` is not a batch of square matrices, has another dtype, or ``iterations`` < 1.
+    """
+    return _ops.matrix_root(sigma, iterations, ROOTS.index("square"))
+
+
+def matrix_inv_sqrt(sigma: Tensor, iterations: int = 5) -> Tensor:
+    r"""Approximate inverse square root :math:`Z_N / \sqrt t` of the same iteration; see :func:`matrix_sqrt`.
+
+    Zero, with zero gradient, where ``sigma`` is zero.
+    """
+    return _ops.matrix_root(sigma, iterations, ROOTS.index("inverse"))
+
+
+def cov_sqrt(x: Tensor, iterations: int = 5, output: str = "matrix") -> Tensor:
+    """Square-root normalised covariance pooling: :func:`covariance_pool`, then :func:`matrix_sqrt`, fused.
+
+    Keeps ``x`` and, per sample, one C x C matrix and the mean for the backward pass.
+
+    Args:
+        x: feature maps of shape (B, C, H, W) or (B, C, M), float32 or float64, any strides, read in place.
+        iterations: number of Newton-Schulz steps, at least 1.
+        output: ``"matrix"`` (B, C, C); ``"triu"`` (B, C (C + 1) / 2), the upper triangle row by row; or ``"mean"``
+            (B, C), the mean over dim 1, which is what second-order channel attention uses.
+
+    Raises:
+        RuntimeError: ``x`` has another rank or dtype, no channel or no position, or ``iterations`` < 1.
+        ValueError: another ``output``.
+    """
+    return _ops.cov_sqrt(x, iterations, code("output", output, OUTPUTS))[0]
+
+
+def triu_vector(y: Tensor) -> Tensor:
+    """Upper triangle of (B, C, C) matrices, row by row: (B, C (C + 1) / 2).
+
+    Raises:
+        ValueError: ``y`` is not a batch of square matrices.
+    """
+    if y.dim() != 3 or y.shape[1] != y.shape[2]:
+        raise ValueError(f"y: expected a batch of square matrices (B, C, C), got {tuple(y.shape)}")
+    channels = y.shape[1]
+    rows, columns = torch.triu_indices(channels, channels, device=y.device)
+    return y.flatten(1).index_select(1, rows * channels + columns)
+
+
+def plan(
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    engine: str = "auto",
+) -> dict[str, Any]:
+    """Which engine :func:`cov_sqrt` uses for feature maps of this kind, and how it splits their positions.
+
+    Args:
+        shape: (B, C, H, W) or (B, C, M).
+        dtype: float32 or float64.
+        device: where the feature maps lie.
+        engine: ask for one of "library", "portable", "avx2", "avx512" and "block" instead of "auto".
+
+    Returns:
+        ``pooling``, ``forward`` and ``backward``: the engine of the covariance, of the root and of its gradient;
+        ``pool_chunks`` and ``pool_backward_chunks``: independent pieces of one sample's positions.
+    """
+    if len(shape) not in (3, 4):
+        raise ValueError(f"shape: expected (B, C, H, W) or (B, C, M), got {tuple(shape)}")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected a cpu or cuda device, got {str(device)!r}")
+    on_cuda = device.type == "cuda"
+    index = device.index if device.index is not None else (torch.cuda.current_device() if on_cuda else 0)
+    batch, channels, *positions = shape
+    return json.loads(
+        _ops.plan(on_cuda, index, batch, channels, math.prod(positions), dtype.itemsize, code("engine", engine, ENGINES))
+    )
+
+
+def build_info() -> dict[str, Any]:
+    """What was compiled and what is usable here.
+
+    ``version``, ``torch`` (running) and ``torch_target`` (the oldest that this build loads in), ``compiler``,
+    ``cuda_architectures`` ("" for a build without CUDA kernels), ``cuda_usable``, ``simd_compiled`` and
+    ``simd_usable``, the best one first.
+    """
+    info = json.loads(_ops.build_info())
+    return {
+        "version": importlib.metadata.version("isqrt_cov"),
+        "torch": torch.__version__,
+        **info,
+        "cuda_usable": bool(info["cuda_architectures"]) and torch.cuda.is_available(),
+    }

@@ -1,0 +1,102 @@
+"""Builds isqrt_cov/_C.so against the torch that is installed; everything else is in pyproject.toml."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+TORCH_TARGET = "0x020a000000000000ULL"  # the stable ABI of torch 2.10: loads there and in every later torch
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+
+
+def import_torch():
+    """Returns torch.utils.cpp_extension; lets pip's isolated build see the environment it installs into."""
+    if importlib.util.find_spec("torch") is None:
+        probe = "import importlib.util as u, json, sys; print(json.dumps(sys.path if u.find_spec('torch') else []))"
+        env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+        answer = subprocess.run(
+            [sys.executable, "-c", probe], env=env, cwd=os.sep, capture_output=True, text=True, check=True
+        )
+        sys.path += [p for p in json.loads(answer.stdout) if p and p not in sys.path]
+    try:
+        import torch.utils.cpp_extension as cpp_extension
+    except ImportError:
+        raise SystemExit(
+            "isqrt_cov builds against an installed torch: run `pip install torch` first"
+            " (with uv: install torch, then `uv pip install --no-build-isolation .`)"
+        ) from None
+    return cpp_extension
+
+
+def find_cuda_home():
+    """The folder of the CUDA toolkit, or None."""
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
+    return next((home for home in candidates if home and (Path(home) / "bin" / "nvcc").exists()), None)
+
+
+def default_architectures(cuda_home):
+    """Those of ARCHITECTURES that this nvcc knows, the last one also as PTX for devices to come."""
+    nvcc = str(Path(cuda_home) / "bin" / "nvcc")
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    listed = listing.stdout.split()
+    return ";".join(a for a in ARCHITECTURES if "compute_" + a.replace(".", "") in listed) + "+PTX"
+
+
+def extension(cpp_extension):
+    import torch
+
+    cuda_home = find_cuda_home()
+    forced = os.environ.get("FORCE_CUDA") == "1"
+    if forced and cuda_home is None:
+        raise SystemExit("FORCE_CUDA=1, but no nvcc was found: set CUDA_HOME to the folder of the CUDA toolkit")
+    with_cuda = forced or (torch.version.cuda is not None and cuda_home is not None)
+    debug = os.environ.get("DEBUG") == "1"
+
+    common = ["-std=c++20", "-O0" if debug else "-O3", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    host = [*common, "-fvisibility=hidden", "-Wall"] + (["-g"] if debug else [])
+    sources = [p for p in sorted(Path("csrc").rglob("*.cpp"))]
+    options = {"extra_compile_args": {"cxx": [*host, "-ffp-contract=fast"]}}
+    # libtorch.so must stay needed, whatever the linker's default: torch's CUDA symbols are found only through it.
+    options["extra_link_args"] = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+    if with_cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(cuda_home))
+        architectures = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
+        cpp_extension.CUDA_HOME = cuda_home
+        sources += sorted(Path("csrc").rglob("*.cu"))
+        define = ["-DISQRT_WITH_CUDA"]
+        options["extra_compile_args"]["cxx"] += define
+        options["extra_compile_args"]["nvcc"] = [
+            *common, *define, f'-DISQRT_CUDA_ARCHITECTURES="{architectures}"', "-Xcompiler", "-fvisibility=hidden",
+        ]  # fmt: skip
+        options["include_dirs"] = [str(Path(cuda_home) / "include")]
+        options["library_dirs"] = [str(Path(cuda_home) / "lib64")]
+        options["extra_link_args"] += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    return cpp_extension.CppExtension("isqrt_cov._C", [str(p) for p in sources], py_limited_api=True, **options)
+
+
+def main():
+    cpp_extension = import_torch()
+    from setuptools import setup
+    from setuptools.command.bdist_wheel import bdist_wheel
+
+    class PlatformWheel(bdist_wheel):
+        """The library uses no Python symbol: one wheel for every Python of a platform."""
+
+        def get_tag(self):
+            return ("py3", "none", super().get_tag()[2])
+
+    setup(
+        ext_modules=[extension(cpp_extension)],
+        cmdclass={
+            "build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True),
+            "bdist_wheel": PlatformWheel,
+        },
+    )
+
+
+main()
