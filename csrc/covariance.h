@@ -2,7 +2,8 @@
 //
 //     mu = X 1 / M,   Sigma = (X - mu 1^T)(X - mu 1^T)^T / M,   dX = (dSigma + dSigma^T)(X - mu 1^T) / M
 //
-// One pass over X and no cancellation: each tile of positions is centred by its own mean, and sets of positions are
+// Positions are taken relative to the sample's first one, so that a constant map has exactly zero differences, mean and
+// covariance. One pass over X and no cancellation: each tile of positions is centred by its own mean, and sets of positions are
 // merged by Chan's update (Chan, Golub & LeVeque 1983). With delta = mean_b - mean_a, n = n_a + n_b,
 //
 //     mean = mean_a + delta n_b / n,   M2 = M2_a + M2_b + delta delta^T n_a n_b / n
@@ -32,7 +33,7 @@ struct Chunks {
 
 /// Mean and M2 of the positions [first, last) of one sample. The Engine offers
 ///     load_tile(m, n)         tile = X[:, m : m + n], at most tile_positions()
-///     center_tile(n)          tile -= tile_mean 1^T
+///     center_tile(n)          tile -= X[:, 0] 1^T; tile -= tile_mean 1^T
 ///     merge_mean(weights, n)  delta = tile_mean - mean; mean += weights.mean delta; and sqrt(weights.moment) delta
 ///                             becomes column n of the tile, so that the rank-one term costs one position more
 ///     accumulate(n)           M2 += tile tile^T over n columns

@@ -37,8 +37,10 @@ ISQRT_FN Matrix& matrix_root(Engine& e, const Source& sigma, Matrix& Y, Matrix& 
   return result;
 }
 
-/// Eqs. 4-8 for the upstream gradient G = dL/dYhat. With s(t) the compensation and P = Y_N or Z_N,
-///     D = dL/dA = s(t) P'(A)[sym G],   dL/dSigma = D / t - <D, Sigma> / t^2 I + s'(t) <G, P> I
+/// Eqs. 4-8 for the upstream gradient G = dL/dYhat. With s(t) the compensation, P = Y_N or Z_N, D = P'(A)[sym G], and
+/// t s'(t) = s / 2 or -s / 2,
+///     dL/dSigma = s / t (D + (<G, P> t s'(t) / s - <D, A>) I)
+/// Nothing is divided by t^2, which would leave the range of float32 long before the result does.
 /// Returns the matrix that holds dL/dSigma, symmetric.
 template <class Engine, class Matrix, class SigmaSource, class GradSource>
 ISQRT_FN Matrix& matrix_root_backward(Engine& e, const SigmaSource& sigma, const GradSource& grad, Matrix& Y, Matrix& Z,
@@ -51,11 +53,10 @@ ISQRT_FN Matrix& matrix_root_backward(Engine& e, const SigmaSource& sigma, const
   newton_schulz_tangent(e, Y, Z, T, dY, dZ, dT, steps, root);        // Eqs. 6-7
   Matrix& P = root == Root::kSquare ? Y : Z;
   Matrix& D = root == Root::kSquare ? dY : dZ;
-  const auto s = compensation(t, root);
-  e.scale(D, s, D);
-  const auto slope = (root == Root::kSquare ? 0.5 : -0.5) * s / divisor;      // s'(t)
-  const auto gradient_of_t = slope * e.inner(grad, P) - e.inner(sigma, D) / divisor / divisor;
-  e.identity_plus(D, gradient_of_t, 1.0 / divisor, D);               // Eqs. 5, 8
+  const auto factor = compensation(t, root) / divisor;
+  const auto of_compensation = (root == Root::kSquare ? 0.5 : -0.5) * e.inner(grad, P);   // Eqs. 4-5
+  const auto of_trace = e.inner(sigma, D) / divisor;                 // <D, A>
+  e.identity_plus(D, factor * (of_compensation - of_trace), factor, D);                    // Eq. 8
   return D;
 }
 

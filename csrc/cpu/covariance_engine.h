@@ -31,12 +31,14 @@ class PoolEngine {
  public:
   static int64_t storage_size(int64_t channels) {
     const int64_t ld = padded<T>(channels);
-    return ld * (ld + tile_positions_for<T>(channels) + 1 + 2);
+    return ld * (ld + tile_positions_for<T>(channels) + 1 + 3);
   }
 
   PoolEngine(const FeatureMaps<const T>& x, int64_t sample, T* storage)
       : x_(x), sample_(x.sample(sample)), ld_(padded<T>(x.channels)), tile_positions_(tile_positions_for<T>(x.channels)),
-        moment_(storage), tile_(moment_ + ld_ * ld_), mean_(tile_ + (tile_positions_ + 1) * ld_), tile_mean_(mean_ + ld_) {}
+        moment_(storage), tile_(moment_ + ld_ * ld_), mean_(tile_ + (tile_positions_ + 1) * ld_), tile_mean_(mean_ + ld_), origin_(tile_mean_ + ld_) {
+    for (int64_t c = 0; c < x.channels; ++c) origin_[c] = sample_[c * x.stride_c];
+  }
 
   int64_t tile_positions() const { return tile_positions_; }
 
@@ -48,11 +50,15 @@ class PoolEngine {
 
   void center_tile(int64_t n) const {
     for (int64_t c = 0; c < ld_; c += S::kWidth) {
+      const Vector<T> origin = load_vector(origin_ + c);
       Vector<T> sum = {};
-      for (int64_t r = 0; r < n; ++r) sum += load_vector(tile_ + r * ld_ + c);
+      for (int64_t r = 0; r < n; ++r) sum += load_vector(tile_ + r * ld_ + c) - origin;
       const Vector<T> mean = sum / T(n);
       store_vector(tile_mean_ + c, mean);
-      for (int64_t r = 0; r < n; ++r) store_vector(tile_ + r * ld_ + c, load_vector(tile_ + r * ld_ + c) - mean);
+      for (int64_t r = 0; r < n; ++r) {
+        T* at = tile_ + r * ld_ + c;
+        store_vector(at, load_vector(at) - origin - mean);
+      }
     }
   }
 
@@ -87,7 +93,7 @@ class PoolEngine {
 
   void write(T* mean, T* moment) const {
     const int64_t C = x_.channels;
-    copy_strided(mean, C, int64_t(1), mean_, ld_, int64_t(1), int64_t(1), C);
+    for (int64_t c = 0; c < C; ++c) mean[c] = origin_[c] + mean_[c];
     for (int64_t i = 0; i < C; ++i)
       copy_strided(moment + i * C + i, C, int64_t(1), moment_ + i * ld_ + i, ld_, int64_t(1), int64_t(1), C - i);
   }
@@ -96,7 +102,8 @@ class PoolEngine {
   FeatureMaps<const T> x_;
   const T* sample_;
   int64_t ld_, tile_positions_;
-  T *moment_, *tile_, *mean_, *tile_mean_;
+  T *moment_, *tile_, *mean_, *tile_mean_;   // means relative to origin_
+  T* origin_;
 };
 
 /// Merges the chunks of one sample in place: chunk 0's mean and moment are the running ones.

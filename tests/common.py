@@ -1,0 +1,68 @@
+"""What the tests share: what they compare with, and how near is near enough."""
+
+import math
+
+import pytest
+import torch
+
+from isqrt_cov import build_info, plan
+from isqrt_cov.ops import ENGINES
+
+
+def missing_cuda() -> str | None:
+    """Why the CUDA kernels cannot be tested here, or None."""
+    if not build_info()["cuda_architectures"]:
+        return "this build of isqrt_cov has no CUDA kernels"
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def skip_unless_fits(engine, shape, dtype, device):
+    """The block engine ends where the device's shared memory does; plan() is tested to fall back from there."""
+    if engine == "block":
+        try:
+            plan(shape, dtype, device, engine)
+        except RuntimeError as error:
+            pytest.skip(str(error))
+
+
+def engine_code(name):
+    return ENGINES.index(name)
+
+
+def engine_device(name):
+    return "cuda" if name == "block" else "cpu"
+
+
+def tolerance(dtype, channels, positions=1, iterations=5):
+    """Bound on the relative Frobenius error of a result in ``dtype``.
+
+    Rounding errors are independent, so a sum of n terms is off by about sqrt(n) u, u being the unit roundoff. The
+    covariance sums M terms, each of the N steps two sums of C terms in a row; 4 leaves room for the growth along the
+    iteration (its derivative is below 1.5^2 on the spectrum that carries the norm) and for the tails of the shape.
+    """
+    unit = torch.finfo(dtype).eps / 2
+    return 4 * unit * (math.sqrt(positions) + 2 * iterations * math.sqrt(channels))
+
+
+def assert_close(actual, expected, bound):
+    """Relative Frobenius distance per batch at most ``bound``; what is expected to be zero has to be zero."""
+    assert actual.shape == expected.shape
+    expected = expected.to(torch.float64)
+    distance = (actual.to(torch.float64) - expected).norm().item()
+    assert distance <= bound * expected.norm().item(), f"relative error {distance / expected.norm().item():.2e} > {bound:.2e}"
+
+
+def feature_maps(batch, channels, positions, dtype, device="cpu", seed=0):
+    """Correlated channels with a mean well above their spread, as feature maps after a ReLU have."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(channels, channels, generator=generator, dtype=torch.float64) / math.sqrt(channels)
+    x = torch.randn(batch, channels, positions, generator=generator, dtype=torch.float64)
+    return (mixing @ x + 3.0).to(dtype).to(device)
+
+
+def covariances(batch, channels, dtype, device="cpu", seed=0):
+    """Symmetric positive definite matrices with eigenvalues over two decades."""
+    generator = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(batch, channels, channels, generator=generator, dtype=torch.float64))
+    spectrum = torch.logspace(0, -2, channels, dtype=torch.float64)
+    return ((q * spectrum) @ q.mT).to(dtype).to(device)

@@ -1,0 +1,23 @@
+"""Where the tests run."""
+
+import pytest
+from common import missing_cuda
+
+from isqrt_cov import build_info
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    if request.param == "cuda" and (reason := missing_cuda()):
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture(params=["library", "portable", "avx2", "avx512", pytest.param("block", marks=pytest.mark.cuda)])
+def engine(request):
+    """Every engine by its name; skipped with the reason where it cannot run."""
+    if request.param == "block" and (reason := missing_cuda()):
+        pytest.skip(reason)
+    if request.param in ("avx2", "avx512") and request.param not in build_info()["simd_usable"]:
+        pytest.skip(f"this CPU has no {request.param}")
+    return request.param

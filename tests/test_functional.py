@@ -1,0 +1,182 @@
+"""The public functions and the layer."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from common import assert_close, covariances, feature_maps, missing_cuda, tolerance
+
+import isqrt_cov
+from isqrt_cov import CovSqrtNorm, cov_sqrt, covariance_pool, matrix_inv_sqrt, matrix_sqrt, plan, reference, triu_vector
+from isqrt_cov.ops import OUTPUTS
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_functions_match_reference(device, dtype):
+    x = feature_maps(3, 24, 60, dtype, device).view(3, 24, 6, 10)
+    sigma = covariances(3, 24, dtype, device)
+    bound = tolerance(dtype, 24, 60)
+    assert_close(covariance_pool(x), reference.covariance_pool(x.double()), bound)
+    assert_close(matrix_sqrt(sigma), reference.matrix_sqrt(sigma.double()), bound)
+    assert_close(matrix_inv_sqrt(sigma, iterations=3), reference.matrix_inv_sqrt(sigma.double(), 3), bound)
+    for output in OUTPUTS:
+        assert_close(cov_sqrt(x, output=output), reference.cov_sqrt(x.double(), output=output), bound)
+        assert torch.equal(CovSqrtNorm(output=output)(x), cov_sqrt(x, output=output))
+
+
+def test_cov_sqrt_is_the_composition(device):
+    x = feature_maps(2, 30, 200, torch.float64, device)
+    sigma = covariance_pool(x)
+    y = cov_sqrt(x, iterations=4)
+    assert torch.equal(y, matrix_sqrt(sigma, iterations=4))
+    assert torch.equal(cov_sqrt(x, iterations=4, output="triu"), triu_vector(y))
+    assert_close(cov_sqrt(x, iterations=4, output="mean"), y.mean(dim=1), tolerance(torch.float64, 30))
+
+
+def test_roots_are_roots(device):
+    # With many steps on a well-conditioned matrix the truncated function is the root to rounding.
+    sigma = covariances(2, 16, torch.float64, device)
+    root, inverse = matrix_sqrt(sigma, 20), matrix_inv_sqrt(sigma, 20)
+    eye = torch.eye(16, dtype=torch.float64, device=device).expand(2, -1, -1)
+    assert_close(root @ root, sigma, 1e-12)
+    assert_close(root @ inverse, eye, 1e-12)
+
+
+def test_triu_vector_is_row_major(device):
+    y = torch.arange(9.0, device=device).view(1, 3, 3)
+    assert triu_vector(y).tolist() == [[0, 1, 2, 4, 5, 8]]
+    y = torch.randn(2, 4, 4, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(triu_vector, (y,))
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_layer_in_training(device, output):
+    torch.manual_seed(0)
+    layer = CovSqrtNorm(iterations=3, output=output)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), layer, torch.nn.Flatten()).to(device)
+    network(torch.randn(2, 3, 10, 10, device=device)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    assert not layer.state_dict()
+    for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert (clone.iterations, clone.output) == (3, output)
+    assert repr(layer) == f"CovSqrtNorm(iterations=3, output={output!r})"
+
+
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_compile_fullgraph(device, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: cov_sqrt(x * 2, 4, "triu").sum(), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for shape in ((2, 5, 6, 7), (3, 6, 4, 9)):
+        x = torch.randn(shape, device=device, requires_grad=True)
+        y = compiled(x)
+        y.backward()
+        z = x.detach().clone().requires_grad_()
+        expected = cov_sqrt(z * 2, 4, "triu").sum()
+        expected.backward()
+        assert_close(y, expected, 1e-6)
+        assert_close(x.grad, z.grad, 1e-6)
+
+
+def test_kept_for_backward_is_one_matrix_per_sample(device):
+    x = torch.randn(16, 64, 48, 48, device=device, requires_grad=True)
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = cov_sqrt(x)
+    beyond_x = sum(size for address, size in kept.items() if address != x.untyped_storage().data_ptr())
+    assert x.untyped_storage().data_ptr() in kept
+    assert beyond_x == 4 * (16 * 64 * 64 + 16 * 64)   # sigma and mu in float32
+    assert beyond_x < 1 << 20
+    y.sum().backward()
+
+
+def test_no_copy_of_x_is_allocated():
+    # In a cropped view too: everything that torch allocates in a forward pass is far smaller than x.
+    x = torch.randn(2, 16, 260, 260)[:, :, 2:-2, 2:-2]
+    with torch.profiler.profile(profile_memory=True, record_shapes=False) as profile:
+        cov_sqrt(x)
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+    assert 0 < allocated < x.numel() * 4 / 4
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: cov_sqrt(torch.zeros(2, 3)), RuntimeError, r"x: expected shape .* got \(2, 3\)"),
+        (lambda: cov_sqrt(torch.zeros(2, 3, 4, 4, 4)), RuntimeError, r"x: expected shape .* got \(2, 3, 4, 4, 4\)"),
+        (lambda: cov_sqrt(torch.zeros(2, 3, 4).half()), RuntimeError, "x: expected a float32 or float64 .* got Half"),
+        (lambda: cov_sqrt(torch.zeros(2, 3, 4).int()), RuntimeError, "x: expected a float32 or float64 .* got Int"),
+        (lambda: cov_sqrt(torch.zeros(2, 0, 4)), RuntimeError, r"x: expected at least one channel, .* \(2, 0, 4\)"),
+        (lambda: cov_sqrt(torch.zeros(2, 3, 0)), RuntimeError, r"x: expected at least one position, .* \(2, 3, 0\)"),
+        (lambda: cov_sqrt(torch.zeros(2, 3, 4, 0)), RuntimeError, r"x: .* one position, .* \(2, 3, 4, 0\)"),
+        (lambda: cov_sqrt(torch.zeros(2, 3, 4), iterations=0), RuntimeError, "iterations: expected 1 .* got 0"),
+        (lambda: cov_sqrt(torch.zeros(2, 3, 4), iterations=-3), RuntimeError, "iterations: expected 1 .* got -3"),
+        (lambda: cov_sqrt(torch.zeros(2, 3, 4), iterations=2.5), RuntimeError, "iterations"),
+        (lambda: cov_sqrt(torch.zeros(2, 3, 4), output="vector"), ValueError, "output: .* got 'vector'"),
+        (lambda: covariance_pool(torch.zeros(3)), RuntimeError, r"x: expected shape .* got \(3\)"),
+        (lambda: matrix_sqrt(torch.zeros(2, 3, 4)), RuntimeError, r"sigma: expected .* square .* got \(2, 3, 4\)"),
+        (lambda: matrix_sqrt(torch.zeros(3, 3)), RuntimeError, r"sigma: expected a batch .* got \(3, 3\)"),
+        (lambda: matrix_sqrt(torch.zeros(2, 0, 0)), RuntimeError, r"sigma: .* one channel, got shape \(2, 0, 0\)"),
+        (lambda: matrix_sqrt(torch.zeros(2, 3, 3).long()), RuntimeError, "sigma: .* float32 or float64 .* got Long"),
+        (lambda: matrix_inv_sqrt(torch.zeros(2, 3, 3), 0), RuntimeError, "iterations: expected 1 .* got 0"),
+        (lambda: triu_vector(torch.zeros(2, 3, 4)), ValueError, r"y: expected .* got \(2, 3, 4\)"),
+        (lambda: CovSqrtNorm(iterations=0), ValueError, "iterations: expected 1 or more, got 0"),
+        (lambda: CovSqrtNorm(output="all"), ValueError, "output: .* got 'all'"),
+        (lambda: plan((2, 3)), ValueError, r"shape: expected .* got \(2, 3\)"),
+        (lambda: plan((2, 3, 4), dtype=torch.int8), ValueError, "dtype: .* got torch.int8"),
+        (lambda: plan((2, 3, 4), device="meta"), ValueError, "device: .* got 'meta'"),
+        (lambda: plan((2, 3, 4), engine="fast"), ValueError, "engine: .* got 'fast'"),
+        (lambda: plan((2, 0, 4)), RuntimeError, "channels: expected 1 or more, got 0"),
+    ],
+)
+def test_wrong_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_plan_on_the_cpu():
+    best = isqrt_cov.build_info()["simd_usable"][0]
+    one_chunk = plan((64, 64, 30, 30))
+    assert (one_chunk["pooling"], one_chunk["forward"], one_chunk["backward"]) == (best,) * 3
+    assert one_chunk["pool_chunks"] == 1
+    assert plan((1, 64, 256, 256))["pool_chunks"] > 8   # a small batch is split over its positions
+    assert plan((2, 4096, 14, 14))["forward"] == "library"   # outgrows the cache
+    assert plan((2, 64, 14, 14), engine="portable")["forward"] == "portable"
+
+
+@pytest.mark.cuda
+def test_plan_on_cuda():
+    if reason := missing_cuda():
+        pytest.skip(reason)
+    assert plan((16, 64, 48, 48), device="cuda")["forward"] == "block"
+    assert plan((16, 64, 48, 48), device="cuda")["backward"] == "block"
+    assert plan((16, 1024, 14, 14), device="cuda")["forward"] == "library"
+
+
+def test_negative_trace_gives_nan_in_its_sample():
+    sigma = covariances(2, 5, torch.float64)
+    sigma[1] *= -1
+    y = matrix_sqrt(sigma)
+    assert y[0].isfinite().all() and y[1].isnan().all()
+
+
+@pytest.mark.parametrize("exponent", (-80, 80))
+def test_scaling_by_a_power_of_two_is_exact(exponent):
+    # sqrt(4^k S) = 2^k sqrt(S) bit for bit, and its gradient is 2^-k times as large: nothing under- or overflows.
+    sigma = covariances(1, 12, torch.float32)
+    upstream = torch.randn(1, 12, 12)
+    results = []
+    for scale in (1.0, 2.0**exponent):
+        scaled = (sigma * scale).requires_grad_()
+        y = matrix_sqrt(scaled)
+        (grad,) = torch.autograd.grad(y, scaled, upstream)
+        results.append((y, grad))
+    (y, grad), (y_scaled, grad_scaled) = results
+    assert torch.equal(y_scaled, y * 2.0 ** (exponent // 2))
+    assert torch.equal(grad_scaled, grad * 2.0 ** (-exponent // 2))

@@ -1,0 +1,311 @@
+"""Every engine against the reference in float64, and the operators against torch's own checks."""
+
+import pytest
+import torch
+from common import (
+    assert_close,
+    covariances,
+    engine_code,
+    engine_device,
+    feature_maps,
+    missing_cuda,
+    skip_unless_fits,
+    tolerance,
+)
+
+from isqrt_cov import reference
+from isqrt_cov.ops import OUTPUTS, ROOTS
+
+ops = torch.ops.isqrt_cov
+CHANNELS = (1, 2, 3, 16, 33, 64, 65, 100, 128, 200, 256)
+DTYPES = (torch.float32, torch.float64)
+
+
+def positions_around(channels):
+    """Below the number of channels (rank-deficient), just above it, and enough for several tiles of positions."""
+    return sorted({max(2, channels // 2), channels + 5, 3 * channels + 301})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_cov_sqrt_matches_reference(engine, channels, dtype):
+    device = engine_device(engine)
+    for number, positions in enumerate(positions_around(channels)):
+        skip_unless_fits(engine, (2, channels, positions), dtype, device)
+        output = OUTPUTS[(number + channels) % 3]
+        x = feature_maps(2, channels, positions, dtype, device).requires_grad_()
+        y, sigma, mean = ops.cov_sqrt(x, 5, OUTPUTS.index(output), engine_code(engine))
+        upstream = torch.randn_like(y)
+        (grad,) = torch.autograd.grad(y, x, upstream)
+
+        exact_x = x.detach().double().requires_grad_()
+        exact_y = reference.cov_sqrt(exact_x, 5, output)
+        (exact_grad,) = torch.autograd.grad(exact_y, exact_x, upstream.double())
+        bound = tolerance(dtype, channels, positions)
+        assert_close(mean, exact_x.mean(-1), bound)
+        assert_close(sigma, reference.covariance_pool(exact_x), bound)
+        assert_close(y, exact_y, bound)
+        # The gradient is a product of two such results.
+        assert_close(grad, exact_grad, 2 * bound)
+        assert torch.equal(sigma, sigma.mT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("iterations", (1, 2, 3, 7))
+def test_iterations_and_outputs(engine, iterations, output, dtype):
+    device = engine_device(engine)
+    x = feature_maps(3, 20, 50, dtype, device).requires_grad_()
+    y = ops.cov_sqrt(x, iterations, OUTPUTS.index(output), engine_code(engine))[0]
+    upstream = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, x, upstream)
+    exact_x = x.detach().double()
+    bound = tolerance(dtype, 20, 50, iterations)
+    assert_close(y, reference.cov_sqrt(exact_x, iterations, output), bound)
+    assert_close(grad, reference.cov_sqrt_backward(upstream.double(), exact_x, iterations, output), 2 * bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("root", ROOTS)
+@pytest.mark.parametrize("iterations", (1, 2, 5))
+@pytest.mark.parametrize("channels", (1, 3, 33, 64, 100))
+def test_matrix_root_matches_reference(engine, channels, iterations, root, dtype):
+    device = engine_device(engine)
+    skip_unless_fits(engine, (2, channels, 1), dtype, device)
+    sigma = covariances(2, channels, dtype, device).requires_grad_()
+    y = ops.matrix_root(sigma, iterations, ROOTS.index(root), engine_code(engine))
+    upstream = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, sigma, upstream)
+    exact = sigma.detach().double().requires_grad_()
+    function = {"square": reference.matrix_sqrt, "inverse": reference.matrix_inv_sqrt}[root]
+    exact_y = function(exact, iterations)
+    (exact_grad,) = torch.autograd.grad(exact_y, exact, upstream.double())
+    bound = tolerance(dtype, channels, 1, iterations)
+    assert_close(y, exact_y, bound)
+    assert_close(grad, exact_grad, 2 * bound)
+    assert torch.equal(y, y.mT) and torch.equal(grad, grad.mT)
+
+
+def layouts(x):
+    """The same feature maps (B, C, 6, 10) in every layout that has a path of its own, under a name."""
+    padded = torch.zeros(x.shape[0], x.shape[1] + 2, x.shape[2] + 4, x.shape[3] + 6, dtype=x.dtype, device=x.device)
+    cropped = padded[:, 1:-1, 2:-2, 3:-3].copy_(x)
+    every_other = x.repeat_interleave(2, dim=3)[..., ::2]
+    return {
+        "NCHW": x.contiguous(),
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "cropped": cropped,
+        "cropped channels_last": padded.contiguous(memory_format=torch.channels_last)[:, 1:-1, 2:-2, 3:-3].copy_(x),
+        "transposed": x.mT.contiguous().mT,
+        "every other column": every_other,
+        "batch last": x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+        "one column": x.flatten(2)[..., None],
+        "expanded": x[:1].expand(x.shape[0], -1, -1, -1),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", (3, 40))
+def test_layouts_are_read_in_place(engine, channels, dtype):
+    device = engine_device(engine)
+    source = feature_maps(3, channels, 60, dtype, device).view(3, channels, 6, 10)
+    for name, x in layouts(source).items():
+        x = x.detach().requires_grad_()
+        y = ops.cov_sqrt(x, 3, 0, engine_code(engine))[0]
+        upstream = torch.randn_like(y)
+        (grad,) = torch.autograd.grad(y, x, upstream)
+        exact = x.detach().double()
+        bound = tolerance(dtype, channels, 60, 3)
+        assert_close(y, reference.cov_sqrt(exact, 3), bound)
+        assert_close(grad, reference.cov_sqrt_backward(upstream.double(), exact, 3), 2 * bound)
+        if name in ("NCHW", "channels_last"):
+            assert grad.stride() == x.stride(), name
+
+
+def test_batches(engine):
+    device = engine_device(engine)
+    x = feature_maps(70, 5, 12, torch.float64, device).requires_grad_()
+    y = ops.cov_sqrt(x, 5, 0, engine_code(engine))[0]
+    y.sum().backward()
+    exact = x.detach().clone().requires_grad_()
+    reference.cov_sqrt(exact).sum().backward()
+    assert_close(y, reference.cov_sqrt(x.detach()), tolerance(torch.float64, 5, 12))
+    assert_close(x.grad, exact.grad, 2 * tolerance(torch.float64, 5, 12))
+
+
+@pytest.mark.parametrize("output", range(3))
+def test_empty_batch(engine, output):
+    device = engine_device(engine)
+    x = torch.zeros(0, 4, 3, 3, device=device, requires_grad=True)
+    y, sigma, mean = ops.cov_sqrt(x, 5, output, engine_code(engine))
+    assert [t.shape for t in (y, sigma, mean)] == [((0, 4, 4), (0, 10), (0, 4))[output], (0, 4, 4), (0, 4)]
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert ops.matrix_root(sigma, 5, 0, engine_code(engine)).shape == (0, 4, 4)
+
+
+@pytest.mark.parametrize("value", (0.0, 0.1, -1 / 3, 1e4 + 0.1, 3e30))
+@pytest.mark.parametrize("output", range(3))
+def test_constant_map_gives_zero(engine, output, value):
+    # A rounded mean differs from the constant by an ulp, which the root would make visible: it has to be exact.
+    x = torch.full((2, 6, 3000), value, device=engine_device(engine)).requires_grad_()
+    y, sigma, mean = ops.cov_sqrt(x, 5, output, engine_code(engine))
+    (grad,) = torch.autograd.grad(y, x, torch.randn_like(y))
+    assert torch.equal(mean, x[:, :, 0])
+    for zero in (sigma, y, grad):
+        assert torch.count_nonzero(zero) == 0
+
+
+@pytest.mark.parametrize("root", range(2))
+def test_zero_sigma_gives_zero(engine, root):
+    sigma = torch.zeros(1, 7, 7, device=engine_device(engine), requires_grad=True)
+    y = ops.matrix_root(sigma, 5, root, engine_code(engine))
+    (grad,) = torch.autograd.grad(y, sigma, torch.randn_like(y))
+    assert torch.count_nonzero(y) == 0 and torch.count_nonzero(grad) == 0
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_nan_and_inf_stay_in_their_sample(engine, bad):
+    device = engine_device(engine)
+    clean = feature_maps(5, 9, 40, torch.float32, device)
+    dirty = clean.clone()
+    dirty[2, 4, 7] = bad
+    results = []
+    for x in (clean, dirty):
+        x.requires_grad_()
+        y = ops.cov_sqrt(x, 5, 0, engine_code(engine))[0]
+        (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        results.append((y, grad))
+    others = [0, 1, 3, 4]
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before[others], after[others])
+        assert after[2].isnan().any()
+
+
+@pytest.mark.parametrize("channels", (64, 100))
+def test_same_bits_each_time_and_for_any_number_of_threads(engine, channels):
+    if engine == "library":
+        pytest.skip("the library engine is as deterministic as the GEMM of this torch")
+    device = engine_device(engine)
+    x = feature_maps(3, channels, 3000, torch.float32, device)
+    threads = torch.get_num_threads()
+    seen = []
+    try:
+        for number in (1, threads, 1 if device == "cuda" else threads + 3):
+            torch.set_num_threads(number)
+            leaf = x.clone().requires_grad_()
+            y = ops.cov_sqrt(leaf, 5, 0, engine_code(engine))[0]
+            (grad,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+            seen.append((y.detach(), grad))
+    finally:
+        torch.set_num_threads(threads)
+    for y, grad in seen[1:]:
+        assert torch.equal(y, seen[0][0]) and torch.equal(grad, seen[0][1])
+
+
+def test_pooling_does_not_cancel(engine):
+    # A mean 1e4 times the spread: E[xx^T] - mu mu^T would lose all 24 bits, a centred sum loses those of the mean.
+    device = engine_device(engine)
+    x = feature_maps(1, 8, 5000, torch.float64, device)
+    x = ((x - 3.0) * 1e-3 + 10.0).float()
+    sigma, _ = ops.covariance_pool(x, engine_code(engine))
+    # x itself is exact here; each difference x - mean carries the rounding of the mean, u |mean| / spread = 6e-4.
+    assert_close(sigma, reference.covariance_pool(x.double()), 2e-3)
+
+
+OPCHECK = {
+    "covariance_pool": lambda d: (feature_maps(2, 5, 12, torch.float32, d).view(2, 5, 3, 4).requires_grad_(),),
+    "covariance_pool_backward": lambda d: (
+        torch.randn(2, 5, 5, device=d),
+        feature_maps(2, 5, 12, torch.float32, d),
+        torch.randn(2, 5, device=d),
+    ),
+    "matrix_root": lambda d: (covariances(2, 5, torch.float32, d).requires_grad_(), 3, 1),
+    "matrix_root_backward": lambda d: (torch.randn(2, 5, 5, device=d), covariances(2, 5, torch.float32, d), 3, 0),
+    "cov_sqrt": lambda d: (feature_maps(2, 5, 12, torch.float32, d).requires_grad_(), 5, 1),
+    "cov_sqrt_backward": lambda d: (
+        torch.randn(2, 15, device=d),
+        feature_maps(2, 5, 12, torch.float32, d),
+        covariances(2, 5, torch.float32, d),
+        torch.randn(2, 5, device=d),
+        5,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPCHECK)
+def test_opcheck(name, device):
+    torch.library.opcheck(getattr(ops, name).default, OPCHECK[name](device))
+
+
+@pytest.mark.parametrize("name", OPCHECK)
+def test_opcheck_channels_last(name, device):
+    arguments = [
+        a.detach().contiguous(memory_format=torch.channels_last).requires_grad_(a.requires_grad)
+        if isinstance(a, torch.Tensor) and a.dim() == 4
+        else a
+        for a in OPCHECK[name](device)
+    ]
+    torch.library.opcheck(getattr(ops, name).default, tuple(arguments))
+
+
+GRADCHECK = [
+    ("covariance_pool", lambda x, e: ops.covariance_pool(x, e)[0], (2, 3, 7)),
+    *((f"cov_sqrt {o}", lambda x, e, o=o: ops.cov_sqrt(x, 3, OUTPUTS.index(o), e)[0], (2, 3, 7)) for o in OUTPUTS),
+    ("cov_sqrt rank-deficient", lambda x, e: ops.cov_sqrt(x, 5, 0, e)[0], (1, 5, 3)),
+]
+
+
+@pytest.mark.parametrize(("function", "shape"), [case[1:] for case in GRADCHECK], ids=[case[0] for case in GRADCHECK])
+def test_gradcheck_through_x(engine, function, shape):
+    x = feature_maps(*shape, torch.float64, engine_device(engine)).requires_grad_()
+    number = engine_code(engine)
+    assert torch.autograd.gradcheck(lambda x: function(x, number), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: function(x, number), (x,))
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_gradcheck_through_sigma(engine, root):
+    sigma = covariances(2, 4, torch.float64, engine_device(engine)).requires_grad_()
+
+    def function(sigma):
+        return ops.matrix_root((sigma + sigma.mT) / 2, 3, ROOTS.index(root), engine_code(engine))
+
+    assert torch.autograd.gradcheck(function, (sigma,))
+    assert torch.autograd.gradgradcheck(function, (sigma,))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4, 4), 0, 0), "iterations: expected 1 to 1000, got 0"),
+        (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4, 4), 5, 3), "output: expected 0 to 2, got 3"),
+        (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4, 4), 5, 0, 9), "engine: expected 0 to 5, got 9"),
+        (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4, 4), 5, 0, 5), "engine: 'block' runs on CUDA devices only"),
+        (lambda: ops.matrix_root(torch.zeros(2, 3, 3), 5, -1), "root: expected 0 to 1, got -1"),
+        (
+            lambda: ops.covariance_pool_backward(torch.zeros(2, 3, 3), torch.zeros(2, 4, 5), torch.zeros(2, 4)),
+            r"grad: expected shape \(2, 4, 4\), got \(2, 3, 3\)",
+        ),
+        (
+            lambda: ops.cov_sqrt_backward(
+                torch.zeros(2, 4), torch.zeros(2, 4, 5), torch.zeros(2, 4, 4).double(), torch.zeros(2, 4), 5, 2
+            ),
+            "sigma: expected the dtype of x, Float, got Double",
+        ),
+    ],
+)
+def test_wrong_arguments(call, message):
+    with pytest.raises(RuntimeError, match=message):
+        call()
+
+
+@pytest.mark.cuda
+def test_mixed_devices():
+    if reason := missing_cuda():
+        pytest.skip(reason)
+    with pytest.raises(RuntimeError, match="grad: expected the device of x, device 0, got cpu"):
+        ops.covariance_pool_backward(
+            torch.zeros(2, 4, 4), torch.zeros(2, 4, 5, device="cuda"), torch.zeros(2, 4, device="cuda")
+        )
