@@ -41,12 +41,12 @@ ISQRT_FN void newton_schulz(Engine& e, Matrix& Y, Matrix& Z, Matrix& T, const St
     const Step s = steps[n];
     const bool want_Y = n < last || root == Root::kSquare, want_Z = n < last || root == Root::kInverse;
     if (n == 0) {
-      if (want_Z) e.identity_plus(Z, s.a, s.b, Y);    // Z = a I + b A
-      if (want_Y) e.product(Y, s.a, s.b, Y, Y);       // Y = a A + b A A
+      if (want_Z) e.identity_plus(Z, s.a, s.b, Y);  // Z = a I + b A
+      if (want_Y) e.product(Y, s.a, s.b, Y, Y);     // Y = a A + b A A
     } else {
-      e.product(T, Z, Y);                             // T = Z Y
-      if (want_Y) e.product(Y, s.a, s.b, Y, T);       // Y = a Y + b Y T
-      if (want_Z) e.product(Z, s.a, s.b, T, Z);       // Z = a Z + b T Z
+      e.product(T, Z, Y);                        // T = Z Y
+      if (want_Y) e.product(Y, s.a, s.b, Y, T);  // Y = a Y + b Y T
+      if (want_Z) e.product(Z, s.a, s.b, T, Z);  // Z = a Z + b T Z
     }
   }
 }
@@ -64,23 +64,23 @@ ISQRT_FN void newton_schulz_tangent(Engine& e, Matrix& Y, Matrix& Z, Matrix& T, 
     const bool want_Y = n < last || root == Root::kSquare, want_Z = n < last || root == Root::kInverse;
     if (n == 0) {
       if (want_Z) {
-        e.scale(dZ, s.b, dY);                         // dZ = b G
-        e.identity_plus(Z, s.a, s.b, Y);              //  Z = a I + b A
+        e.scale(dZ, s.b, dY);             // dZ = b G
+        e.identity_plus(Z, s.a, s.b, Y);  //  Z = a I + b A
       }
       if (want_Y) {
-        e.products(dY, s.a, s.b, dY, Y, Y, dY);       // dY = a G + b (G A + A G)
-        e.product(Y, s.a, s.b, Y, Y);                 //  Y = a A + b A A
+        e.products(dY, s.a, s.b, dY, Y, Y, dY);  // dY = a G + b (G A + A G)
+        e.product(Y, s.a, s.b, Y, Y);            //  Y = a A + b A A
       }
     } else {
-      e.products(dT, dZ, Y, Z, dY);                   // dT = dZ Y + Z dY
-      e.product(T, Z, Y);                             //  T = Z Y
+      e.products(dT, dZ, Y, Z, dY);  // dT = dZ Y + Z dY
+      e.product(T, Z, Y);            //  T = Z Y
       if (want_Y) {
-        e.products(dY, s.a, s.b, dY, T, Y, dT);       // dY = a dY + b (dY T + Y dT)
-        e.product(Y, s.a, s.b, Y, T);                 //  Y = a Y + b Y T
+        e.products(dY, s.a, s.b, dY, T, Y, dT);  // dY = a dY + b (dY T + Y dT)
+        e.product(Y, s.a, s.b, Y, T);            //  Y = a Y + b Y T
       }
       if (want_Z) {
-        e.products(dZ, s.a, s.b, dT, Z, T, dZ);       // dZ = a dZ + b (dT Z + T dZ)
-        e.product(Z, s.a, s.b, T, Z);                 //  Z = a Z + b T Z
+        e.products(dZ, s.a, s.b, dT, Z, T, dZ);  // dZ = a dZ + b (dT Z + T dZ)
+        e.product(Z, s.a, s.b, T, Z);            //  Z = a Z + b T Z
       }
     }
   }

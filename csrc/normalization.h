@@ -18,8 +18,7 @@ ISQRT_FN inline double nonzero(double t) { return t == 0.0 ? 1.0 : t; }
 
 /// What multiplies Y_N or Z_N, as a function of the trace: sqrt(t) or 1 / sqrt(t), and 0 for t = 0. There Sigma
 /// vanishes, so that any divisor makes A = 0, and the root and its gradient are defined as 0.
-template <class Scalar>
-ISQRT_FN Scalar compensation(const Scalar& t, Root root) {
+template <class Scalar> ISQRT_FN Scalar compensation(const Scalar& t, Root root) {
   using std::sqrt;
   return root == Root::kSquare ? sqrt(t) : sqrt(t) / nonzero(t);
 }
@@ -29,11 +28,11 @@ template <class Engine, class Matrix, class Source>
 ISQRT_FN Matrix& matrix_root(Engine& e, const Source& sigma, Matrix& Y, Matrix& Z, Matrix& T, const Steps& steps,
                              Root root) {
   e.load(Y, sigma);
-  const auto t = e.trace(Y);                          // Eq. 2: t = tr(Sigma)
-  e.divide(Y, nonzero(t));                            //        A = Sigma / t
-  newton_schulz(e, Y, Z, T, steps, root);             // Eq. 1
+  const auto t = e.trace(Y);               // Eq. 2: t = tr(Sigma)
+  e.divide(Y, nonzero(t));                 //        A = Sigma / t
+  newton_schulz(e, Y, Z, T, steps, root);  // Eq. 1
   Matrix& result = root == Root::kSquare ? Y : Z;
-  e.scale(result, compensation(t, root), result);     // Eq. 3: Yhat = sqrt(t) Y_N
+  e.scale(result, compensation(t, root), result);  // Eq. 3: Yhat = sqrt(t) Y_N
   return result;
 }
 
@@ -49,14 +48,14 @@ ISQRT_FN Matrix& matrix_root_backward(Engine& e, const SigmaSource& sigma, const
   e.load(dY, grad);
   const auto t = e.trace(Y);
   const auto divisor = nonzero(t);
-  e.divide(Y, divisor);                                              // A = Sigma / t
-  newton_schulz_tangent(e, Y, Z, T, dY, dZ, dT, steps, root);        // Eqs. 6-7
+  e.divide(Y, divisor);                                        // A = Sigma / t
+  newton_schulz_tangent(e, Y, Z, T, dY, dZ, dT, steps, root);  // Eqs. 6-7
   Matrix& P = root == Root::kSquare ? Y : Z;
   Matrix& D = root == Root::kSquare ? dY : dZ;
   const auto factor = compensation(t, root) / divisor;
-  const auto of_compensation = (root == Root::kSquare ? 0.5 : -0.5) * e.inner(grad, P);   // Eqs. 4-5
-  const auto of_trace = e.inner(sigma, D) / divisor;                 // <D, A>
-  e.identity_plus(D, factor * (of_compensation - of_trace), factor, D);                    // Eq. 8
+  const auto of_compensation = (root == Root::kSquare ? 0.5 : -0.5) * e.inner(grad, P);  // Eqs. 4-5
+  const auto of_trace = e.inner(sigma, D) / divisor;                                     // <D, A>
+  e.identity_plus(D, factor * (of_compensation - of_trace), factor, D);                  // Eq. 8
   return D;
 }
 

@@ -1,5 +1,6 @@
 // The operators of torch.ops.isqrt_cov: their schemas, the checks of their arguments, and the hand-over to an engine.
-// `output`, `root` and `engine` are the enumerations of views.h, newton_schulz.h and plan.h; isqrt_cov/ops.py names them.
+// `output`, `root` and `engine` are the enumerations of views.h, newton_schulz.h and plan.h; isqrt_cov/ops.py names
+// them.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -27,8 +28,7 @@ using torch::stable::Tensor;
 
 // ---- checks -------------------------------------------------------------------------------------------------------
 
-template <class... Args>
-void check(bool condition, const Args&... message) {
+template <class... Args> void check(bool condition, const Args&... message) {
   if (condition) return;
   std::ostringstream text;
   (text << ... << message);
@@ -43,9 +43,7 @@ std::string shape(const Tensor& t) {
   return text.str();
 }
 
-std::string device(const Tensor& t) {
-  return t.is_cpu() ? "cpu" : "device " + std::to_string(t.get_device_index());
-}
+std::string device(const Tensor& t) { return t.is_cpu() ? "cpu" : "device " + std::to_string(t.get_device_index()); }
 
 void check_dtype(const Tensor& t, const char* name) {
   check(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, name,
@@ -60,13 +58,14 @@ void check_feature_maps(const Tensor& x) {
 }
 
 void check_matrices(const Tensor& sigma) {
-  check(sigma.dim() == 3 && sigma.size(1) == sigma.size(2), "sigma: expected a batch of square matrices (B, C, C), got ",
-        shape(sigma));
+  check(sigma.dim() == 3 && sigma.size(1) == sigma.size(2),
+        "sigma: expected a batch of square matrices (B, C, C), got ", shape(sigma));
   check_dtype(sigma, "sigma");
   check(sigma.size(1) > 0, "sigma: expected at least one channel, got shape ", shape(sigma));
 }
 
-void check_like(const Tensor& t, const char* name, std::vector<int64_t> sizes, const Tensor& like, const char* like_name) {
+void check_like(const Tensor& t, const char* name, std::vector<int64_t> sizes, const Tensor& like,
+                const char* like_name) {
   bool same = t.dim() == int64_t(sizes.size());
   for (size_t d = 0; same && d < sizes.size(); ++d) same = t.size(d) == sizes[d];
   std::ostringstream expected;
@@ -83,8 +82,7 @@ Steps check_iterations(int64_t iterations) {
   return {int(iterations)};
 }
 
-template <class Enum>
-Enum check_enum(int64_t value, Enum last, const char* name) {
+template <class Enum> Enum check_enum(int64_t value, Enum last, const char* name) {
   check(value >= 0 && value <= int64_t(last), name, ": expected 0 to ", int64_t(last), ", got ", value);
   return static_cast<Enum>(value);
 }
@@ -94,15 +92,21 @@ EngineKind check_engine(int64_t value) { return check_enum(value, EngineKind::kB
 
 // ---- views --------------------------------------------------------------------------------------------------------
 
-template <class T>
-FeatureMaps<T> feature_maps(const Tensor& x, T* data) {
+template <class T> FeatureMaps<T> feature_maps(const Tensor& x, T* data) {
   const bool image = x.dim() == 4;
-  FeatureMaps<T> maps{data,        x.size(0),   x.size(1),   image ? x.size(2) : 1,     x.size(image ? 3 : 2),
-                      x.stride(0), x.stride(1), image ? x.stride(2) : 0, x.stride(image ? 3 : 2)};
-  if (maps.width == 1) {   // one column: its rows are the positions
+  FeatureMaps<T> maps{data,
+                      x.size(0),
+                      x.size(1),
+                      image ? x.size(2) : 1,
+                      x.size(image ? 3 : 2),
+                      x.stride(0),
+                      x.stride(1),
+                      image ? x.stride(2) : 0,
+                      x.stride(image ? 3 : 2)};
+  if (maps.width == 1) {  // one column: its rows are the positions
     maps.stride_w = maps.stride_h;
     std::swap(maps.width, maps.height);
-  } else if (maps.stride_h == maps.width * maps.stride_w) {   // rows follow on: one long row
+  } else if (maps.stride_h == maps.width * maps.stride_w) {  // rows follow on: one long row
     maps.width *= maps.height;
     maps.height = 1;
   }
@@ -115,19 +119,18 @@ std::vector<int64_t> output_shape(int64_t batch, int64_t channels, Output output
   return {batch, size};
 }
 
-template <class T>
-RootView<const T> source(const Tensor& t, Output output, int64_t channels) {
+template <class T> RootView<const T> source(const Tensor& t, Output output, int64_t channels) {
   return {t.const_data_ptr<T>(), output, channels};
 }
-template <class T>
-RootView<T> target(const Tensor& t, Output output, int64_t channels) {
+template <class T> RootView<T> target(const Tensor& t, Output output, int64_t channels) {
   return {t.mutable_data_ptr<T>(), output, channels};
 }
 
-template <class F>
-void dispatch(const Tensor& t, const F& f) {   // f(T()) for the element type T of t
-  if (t.scalar_type() == ScalarType::Double) f(double());
-  else f(float());
+template <class F> void dispatch(const Tensor& t, const F& f) {  // f(T()) for the element type T of t
+  if (t.scalar_type() == ScalarType::Double)
+    f(double());
+  else
+    f(float());
 }
 
 // ---- devices ------------------------------------------------------------------------------------------------------
@@ -168,15 +171,15 @@ struct Cuda {
 
 // ---- the operators, after their arguments are checked ---------------------------------------------------------------
 
-template <class Device>
-struct Engine {
+template <class Device> struct Engine {
   Device device;
   Plan choice;
 
   Engine(const Tensor& t, int64_t positions, EngineKind requested)
-      : device(t), choice(plan({Device::kCuda, Device::kCuda ? t.get_device_index() : 0, t.size(0), t.size(1), positions,
-                                int64_t(t.element_size())},
-                               requested)) {}
+      : device(t),
+        choice(plan({Device::kCuda, Device::kCuda ? t.get_device_index() : 0, t.size(0), t.size(1), positions,
+                     int64_t(t.element_size())},
+                    requested)) {}
 
   std::tuple<Tensor, Tensor> pool(const Tensor& x) const {
     const int64_t B = x.size(0), C = x.size(1), count = choice.pool.count;
@@ -187,10 +190,10 @@ struct Engine {
     Tensor partial_moment = whole ? sigma : torch::stable::new_empty(x, {B, count, C, C});
     dispatch(x, [&](auto zero) {
       using T = decltype(zero);
-      device.pool(PoolTask<T>{feature_maps(x, x.const_data_ptr<T>()), choice.pool, partial_mean.mutable_data_ptr<T>(),
-                              partial_moment.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>(),
-                              sigma.mutable_data_ptr<T>()},
-                  choice.pooling);
+      device.pool(
+          PoolTask<T>{feature_maps(x, x.const_data_ptr<T>()), choice.pool, partial_mean.mutable_data_ptr<T>(),
+                      partial_moment.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>(), sigma.mutable_data_ptr<T>()},
+          choice.pooling);
     });
     return {sigma, mean};
   }
@@ -229,8 +232,8 @@ struct Engine {
     if (B == 0) return result;
     dispatch(sigma, [&](auto zero) {
       using T = decltype(zero);
-      device.root_backward(RootBackwardTask<T>{B, source<T>(grad, output, C), source<T>(sigma, Output::kMatrix, C), steps,
-                                               root, target<T>(result, Output::kMatrix, C)},
+      device.root_backward(RootBackwardTask<T>{B, source<T>(grad, output, C), source<T>(sigma, Output::kMatrix, C),
+                                               steps, root, target<T>(result, Output::kMatrix, C)},
                            choice.backward);
     });
     return result;
@@ -239,8 +242,7 @@ struct Engine {
 
 int64_t positions_of(const Tensor& x) { return x.dim() == 4 ? x.size(2) * x.size(3) : x.size(2); }
 
-template <class Device>
-std::tuple<Tensor, Tensor> covariance_pool(const Tensor& x, int64_t engine) {
+template <class Device> std::tuple<Tensor, Tensor> covariance_pool(const Tensor& x, int64_t engine) {
   check_feature_maps(x);
   return Engine<Device>(x, positions_of(x), check_engine(engine)).pool(x);
 }
@@ -255,8 +257,7 @@ Tensor covariance_pool_backward(const Tensor& grad, const Tensor& x, const Tenso
       .pool_backward(torch::stable::contiguous(grad), x, torch::stable::contiguous(mean));
 }
 
-template <class Device>
-Tensor matrix_root(const Tensor& sigma, int64_t iterations, int64_t root, int64_t engine) {
+template <class Device> Tensor matrix_root(const Tensor& sigma, int64_t iterations, int64_t root, int64_t engine) {
   check_matrices(sigma);
   const Steps steps = check_iterations(iterations);
   return Engine<Device>(sigma, 1, check_engine(engine))
@@ -284,8 +285,8 @@ std::tuple<Tensor, Tensor, Tensor> cov_sqrt(const Tensor& x, int64_t iterations,
 }
 
 template <class Device>
-Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigma, const Tensor& mean, int64_t iterations,
-                         int64_t output, int64_t engine) {
+Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigma, const Tensor& mean,
+                         int64_t iterations, int64_t output, int64_t engine) {
   check_feature_maps(x);
   const int64_t B = x.size(0), C = x.size(1);
   const Steps steps = check_iterations(iterations);
@@ -294,8 +295,8 @@ Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigm
   check_like(sigma, "sigma", {B, C, C}, x, "x");
   check_like(mean, "mean", {B, C}, x, "x");
   const Engine<Device> chosen(x, positions_of(x), check_engine(engine));
-  const Tensor grad_sigma = chosen.root_backward(torch::stable::contiguous(grad), torch::stable::contiguous(sigma), steps,
-                                                 Root::kSquare, layout);
+  const Tensor grad_sigma = chosen.root_backward(torch::stable::contiguous(grad), torch::stable::contiguous(sigma),
+                                                 steps, Root::kSquare, layout);
   return chosen.pool_backward(grad_sigma, x, torch::stable::contiguous(mean));
 }
 
@@ -336,8 +337,7 @@ std::string build_info() {
   return text.str();
 }
 
-template <class Device, class Library>
-void register_ops(Library& m) {
+template <class Device, class Library> void register_ops(Library& m) {
   m.impl("covariance_pool", TORCH_BOX(&covariance_pool<Device>));
   m.impl("covariance_pool_backward", TORCH_BOX(&covariance_pool_backward<Device>));
   m.impl("matrix_root", TORCH_BOX(&matrix_root<Device>));

@@ -16,8 +16,8 @@ struct Problem {
 };
 
 struct Plan {
-  EngineKind forward, backward;   // of the root and of its gradient
-  EngineKind pooling;             // of the covariance and of its gradient; never the library's
+  EngineKind forward, backward;  // of the root and of its gradient
+  EngineKind pooling;            // of the covariance and of its gradient; never the library's
   Chunks pool, pool_backward;
 };
 

@@ -11,8 +11,7 @@
 namespace isqrt {
 
 /// One batch of feature maps x: [B, C, H, W], any strides (0 and negative included); M = H W positions.
-template <class T>
-struct FeatureMaps {
+template <class T> struct FeatureMaps {
   T* data;
   int64_t batch, channels, height, width;
   int64_t stride_b, stride_c, stride_h, stride_w;
@@ -33,8 +32,7 @@ ISQRT_FN inline int64_t triu_index(int64_t i, int64_t j, int64_t channels) {
 
 /// The result of one batch of roots, [B, C, C], [B, C (C + 1) / 2] or [B, C], contiguous; or the upstream gradient
 /// dL/dYhat in the same layout.
-template <class T>
-struct RootView {
+template <class T> struct RootView {
   T* data;
   Output output;
   int64_t channels;

@@ -118,9 +118,8 @@ def plan(
     on_cuda = device.type == "cuda"
     index = device.index if device.index is not None else (torch.cuda.current_device() if on_cuda else 0)
     batch, channels, *positions = shape
-    return json.loads(
-        _ops.plan(on_cuda, index, batch, channels, math.prod(positions), dtype.itemsize, code("engine", engine, ENGINES))
-    )
+    requested = code("engine", engine, ENGINES)
+    return json.loads(_ops.plan(on_cuda, index, batch, channels, math.prod(positions), dtype.itemsize, requested))
 
 
 def build_info() -> dict[str, Any]:

@@ -49,7 +49,8 @@ def assert_close(actual, expected, bound):
     assert actual.shape == expected.shape
     expected = expected.to(torch.float64)
     distance = (actual.to(torch.float64) - expected).norm().item()
-    assert distance <= bound * expected.norm().item(), f"relative error {distance / expected.norm().item():.2e} > {bound:.2e}"
+    size = expected.norm().item()
+    assert distance <= bound * size, f"error {distance:.2e} of {size:.2e}, bound {bound:.2e}"
 
 
 def feature_maps(batch, channels, positions, dtype, device="cpu", seed=0):

@@ -66,13 +66,17 @@ def test_layer_in_training(device, output):
 @pytest.mark.parametrize("dynamic", (False, True))
 def test_compile_fullgraph(device, dynamic):
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: cov_sqrt(x * 2, 4, "triu").sum(), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+
+    def function(x):
+        return cov_sqrt(x * 2, 4, "triu").sum()
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for shape in ((2, 5, 6, 7), (3, 6, 4, 9)):
         x = torch.randn(shape, device=device, requires_grad=True)
         y = compiled(x)
         y.backward()
         z = x.detach().clone().requires_grad_()
-        expected = cov_sqrt(z * 2, 4, "triu").sum()
+        expected = function(z)
         expected.backward()
         assert_close(y, expected, 1e-6)
         assert_close(x.grad, z.grad, 1e-6)
@@ -91,7 +95,7 @@ def test_kept_for_backward_is_one_matrix_per_sample(device):
         y = cov_sqrt(x)
     beyond_x = sum(size for address, size in kept.items() if address != x.untyped_storage().data_ptr())
     assert x.untyped_storage().data_ptr() in kept
-    assert beyond_x == 4 * (16 * 64 * 64 + 16 * 64)   # sigma and mu in float32
+    assert beyond_x == 4 * (16 * 64 * 64 + 16 * 64)  # sigma and mu in float32
     assert beyond_x < 1 << 20
     y.sum().backward()
 
@@ -145,8 +149,8 @@ def test_plan_on_the_cpu():
     one_chunk = plan((64, 64, 30, 30))
     assert (one_chunk["pooling"], one_chunk["forward"], one_chunk["backward"]) == (best,) * 3
     assert one_chunk["pool_chunks"] == 1
-    assert plan((1, 64, 256, 256))["pool_chunks"] > 8   # a small batch is split over its positions
-    assert plan((2, 4096, 14, 14))["forward"] == "library"   # outgrows the cache
+    assert plan((1, 64, 256, 256))["pool_chunks"] > 8  # a small batch is split over its positions
+    assert plan((2, 4096, 14, 14))["forward"] == "library"  # outgrows the cache
     assert plan((2, 64, 14, 14), engine="portable")["forward"] == "portable"
 
 

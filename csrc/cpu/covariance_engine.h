@@ -6,8 +6,7 @@
 namespace isqrt::cpu::ISQRT_LEVEL {
 
 /// Positions of a tile: as many as keep it and the rows of the matrix near the first-level cache.
-template <class T>
-inline int64_t tile_positions_for(int64_t channels) {
+template <class T> inline int64_t tile_positions_for(int64_t channels) {
   const int64_t fitting = 48 * 1024 / (padded<T>(channels) * int64_t(sizeof(T))) / 16 * 16;
   return minimum<int64_t>(fitting < 64 ? 64 : fitting, 256);
 }
@@ -24,8 +23,7 @@ inline void for_each_run(const FeatureMaps<T>& x, int64_t m, int64_t n, const Co
 }
 
 /// Pools one chunk: M2's upper triangle and the mean stay in cache until the chunk is done.
-template <class T>
-class PoolEngine {
+template <class T> class PoolEngine {
   using S = Simd<T>;
 
  public:
@@ -35,14 +33,21 @@ class PoolEngine {
   }
 
   PoolEngine(const FeatureMaps<const T>& x, int64_t sample, T* storage)
-      : x_(x), sample_(x.sample(sample)), ld_(padded<T>(x.channels)), tile_positions_(tile_positions_for<T>(x.channels)),
-        moment_(storage), tile_(moment_ + ld_ * ld_), mean_(tile_ + (tile_positions_ + 1) * ld_), tile_mean_(mean_ + ld_), origin_(tile_mean_ + ld_) {
+      : x_(x),
+        sample_(x.sample(sample)),
+        ld_(padded<T>(x.channels)),
+        tile_positions_(tile_positions_for<T>(x.channels)),
+        moment_(storage),
+        tile_(moment_ + ld_ * ld_),
+        mean_(tile_ + (tile_positions_ + 1) * ld_),
+        tile_mean_(mean_ + ld_),
+        origin_(tile_mean_ + ld_) {
     for (int64_t c = 0; c < x.channels; ++c) origin_[c] = sample_[c * x.stride_c];
   }
 
   int64_t tile_positions() const { return tile_positions_; }
 
-  void load_tile(int64_t m, int64_t n) const {   // tile: [position, channel]
+  void load_tile(int64_t m, int64_t n) const {  // tile: [position, channel]
     for_each_run(x_, m, n, [&](int64_t offset, int64_t r, int64_t run) {
       copy_strided(tile_ + r * ld_, ld_, int64_t(1), sample_ + offset, x_.stride_w, x_.stride_c, run, x_.channels);
     });
@@ -102,17 +107,18 @@ class PoolEngine {
   FeatureMaps<const T> x_;
   const T* sample_;
   int64_t ld_, tile_positions_;
-  T *moment_, *tile_, *mean_, *tile_mean_;   // means relative to origin_
+  T *moment_, *tile_, *mean_, *tile_mean_;  // means relative to origin_
   T* origin_;
 };
 
 /// Merges the chunks of one sample in place: chunk 0's mean and moment are the running ones.
-template <class T>
-class MergeEngine {
+template <class T> class MergeEngine {
  public:
   MergeEngine(const PoolTask<T>& task, int64_t sample)
-      : C_(task.x.channels), partial_mean_(task.partial_mean + sample * task.chunks.count * C_),
-        partial_moment_(task.partial_moment + sample * task.chunks.count * C_ * C_), mean_(task.mean + sample * C_),
+      : C_(task.x.channels),
+        partial_mean_(task.partial_mean + sample * task.chunks.count * C_),
+        partial_moment_(task.partial_moment + sample * task.chunks.count * C_ * C_),
+        mean_(task.mean + sample * C_),
         sigma_(task.sigma + sample * C_ * C_) {}
 
   void take(int64_t) const {
@@ -145,8 +151,7 @@ class MergeEngine {
 };
 
 /// dX = W (X - mu 1^T) for one chunk.
-template <class T>
-class PoolBackwardEngine {
+template <class T> class PoolBackwardEngine {
   using S = Simd<T>;
 
  public:
@@ -156,10 +161,17 @@ class PoolBackwardEngine {
   }
 
   PoolBackwardEngine(const PoolBackwardTask<T>& task, int64_t sample, T* storage)
-      : x_(task.x), dx_(task.grad_x), sample_(x_.sample(sample)), gradient_(dx_.sample(sample)),
-        mean_(task.mean + sample * x_.channels), ld_(padded<T>(x_.channels)),
-        tile_positions_(tile_positions_for<T>(x_.channels)), ld_tile_(padded<T>(tile_positions_)), weight_(storage),
-        tile_(weight_ + ld_ * ld_), result_(tile_ + ld_ * ld_tile_) {
+      : x_(task.x),
+        dx_(task.grad_x),
+        sample_(x_.sample(sample)),
+        gradient_(dx_.sample(sample)),
+        mean_(task.mean + sample * x_.channels),
+        ld_(padded<T>(x_.channels)),
+        tile_positions_(tile_positions_for<T>(x_.channels)),
+        ld_tile_(padded<T>(tile_positions_)),
+        weight_(storage),
+        tile_(weight_ + ld_ * ld_),
+        result_(tile_ + ld_ * ld_tile_) {
     const int64_t C = x_.channels;
     const T* g = task.grad_sigma + sample * C * C;
     const T share = T(1) / T(x_.positions());
@@ -173,12 +185,13 @@ class PoolBackwardEngine {
 
   int64_t tile_positions() const { return tile_positions_; }
 
-  void load_centered(int64_t m, int64_t n) const {   // tile: [channel, position]
+  void load_centered(int64_t m, int64_t n) const {  // tile: [channel, position]
     for_each_run(x_, m, n, [&](int64_t offset, int64_t r, int64_t run) {
       copy_strided(tile_ + r, ld_tile_, int64_t(1), sample_ + offset, x_.stride_c, x_.stride_w, x_.channels, run);
     });
     for (int64_t c = 0; c < x_.channels; ++c)
-      for (int64_t r = 0; r < n; r += S::kWidth) store_vector(tile_ + c * ld_tile_ + r, load_vector(tile_ + c * ld_tile_ + r) - mean_[c]);
+      for (int64_t r = 0; r < n; r += S::kWidth)
+        store_vector(tile_ + c * ld_tile_ + r, load_vector(tile_ + c * ld_tile_ + r) - mean_[c]);
   }
 
   void store_gradient(int64_t m, int64_t n) const {
@@ -193,8 +206,8 @@ class PoolBackwardEngine {
             store_vector(result_ + (i + r) * ld_tile_ + j + v * S::kWidth, product.sum[r][v]);
       }
     for_each_run(dx_, m, n, [&](int64_t offset, int64_t r, int64_t run) {
-      copy_strided(gradient_ + offset, dx_.stride_c, dx_.stride_w, static_cast<const T*>(result_ + r), ld_tile_, int64_t(1),
-                   x_.channels, run);
+      copy_strided(gradient_ + offset, dx_.stride_c, dx_.stride_w, static_cast<const T*>(result_ + r), ld_tile_,
+                   int64_t(1), x_.channels, run);
     });
   }
 

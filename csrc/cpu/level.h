@@ -9,10 +9,10 @@
 namespace isqrt::cpu::ISQRT_LEVEL {
 
 /// Zeroed scratch of one thread, on cache-line boundaries.
-template <class T>
-class Scratch {
+template <class T> class Scratch {
  public:
-  explicit Scratch(int64_t size) : data_(static_cast<T*>(::aligned_alloc(64, round_up<int64_t>(size * sizeof(T), 64)))) {
+  explicit Scratch(int64_t size)
+      : data_(static_cast<T*>(::aligned_alloc(64, round_up<int64_t>(size * sizeof(T), 64)))) {
     if (data_ == nullptr) throw std::bad_alloc();
     __builtin_memset(data_, 0, size * sizeof(T));
   }
@@ -25,8 +25,7 @@ class Scratch {
   T* data_;
 };
 
-template <class T>
-void pool(const PoolTask<T>& task, int64_t begin, int64_t end) {
+template <class T> void pool(const PoolTask<T>& task, int64_t begin, int64_t end) {
   const int64_t C = task.x.channels, count = task.chunks.count;
   const Scratch<T> storage(PoolEngine<T>::storage_size(C));
   for (int64_t item = begin; item < end; ++item) {
@@ -37,16 +36,14 @@ void pool(const PoolTask<T>& task, int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
-void merge(const PoolTask<T>& task, int64_t begin, int64_t end) {
+template <class T> void merge(const PoolTask<T>& task, int64_t begin, int64_t end) {
   for (int64_t sample = begin; sample < end; ++sample) {
     MergeEngine<T> engine(task, sample);
     merge_covariances(engine, task.chunks);
   }
 }
 
-template <class T>
-void pool_backward(const PoolBackwardTask<T>& task, int64_t begin, int64_t end) {
+template <class T> void pool_backward(const PoolBackwardTask<T>& task, int64_t begin, int64_t end) {
   const int64_t count = task.chunks.count;
   const Scratch<T> storage(PoolBackwardEngine<T>::storage_size(task.x.channels));
   for (int64_t item = begin; item < end; ++item) {
@@ -74,8 +71,7 @@ void write_root(const MatrixEngine<T>& engine, const typename MatrixEngine<T>::M
   }
 }
 
-template <class T>
-void root(const RootTask<T>& task, int64_t begin, int64_t end) {
+template <class T> void root(const RootTask<T>& task, int64_t begin, int64_t end) {
   const int64_t C = task.sigma.channels, size = MatrixEngine<T>::matrix_size(C);
   const Scratch<T> storage(4 * size);
   for (int64_t sample = begin; sample < end; ++sample) {
@@ -86,16 +82,15 @@ void root(const RootTask<T>& task, int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
-void root_backward(const RootBackwardTask<T>& task, int64_t begin, int64_t end) {
+template <class T> void root_backward(const RootBackwardTask<T>& task, int64_t begin, int64_t end) {
   const int64_t C = task.sigma.channels, size = MatrixEngine<T>::matrix_size(C);
   const Scratch<T> storage(7 * size);
   for (int64_t sample = begin; sample < end; ++sample) {
     MatrixEngine<T> engine(C, storage.get());
     auto Y = engine.matrix(), Z = engine.matrix(), ZY = engine.matrix();
     auto dY = engine.matrix(), dZ = engine.matrix(), dZY = engine.matrix();
-    const auto& gradient = matrix_root_backward(engine, task.sigma.sample(sample), task.grad.sample(sample), Y, Z, ZY, dY,
-                                                dZ, dZY, task.steps, task.root);
+    const auto& gradient = matrix_root_backward(engine, task.sigma.sample(sample), task.grad.sample(sample), Y, Z, ZY,
+                                                dY, dZ, dZY, task.steps, task.root);
     write_root(engine, gradient, task.grad_sigma.sample(sample));
   }
 }
@@ -103,9 +98,9 @@ void root_backward(const RootBackwardTask<T>& task, int64_t begin, int64_t end) 
 #define ISQRT_STRING(name) #name
 #define ISQRT_NAME(name) ISQRT_STRING(name)
 
-template <class T>
-const Kernels<T>& kernels() {
-  static const Kernels<T> table = {ISQRT_NAME(ISQRT_LEVEL), pool<T>, merge<T>, pool_backward<T>, root<T>, root_backward<T>};
+template <class T> const Kernels<T>& kernels() {
+  static const Kernels<T> table = {ISQRT_NAME(ISQRT_LEVEL), pool<T>, merge<T>,
+                                   pool_backward<T>,        root<T>, root_backward<T>};
   return table;
 }
 

@@ -5,13 +5,14 @@
 
 namespace isqrt::cpu::ISQRT_LEVEL {
 
-template <class T>
-class MatrixEngine {
+template <class T> class MatrixEngine {
   using S = Simd<T>;
 
  public:
   /// Storage of one matrix, ld_ columns and as many rows, zero outside C x C.
-  struct Matrix { T* data; };
+  struct Matrix {
+    T* data;
+  };
 
   static int64_t matrix_size(int64_t channels) { return padded<T>(channels) * padded<T>(channels); }
 
@@ -28,8 +29,7 @@ class MatrixEngine {
 
   const T* row(const Matrix& A, int64_t i) const { return A.data + i * ld_; }
 
-  template <class Source>
-  void load(Matrix& A, const Source& source) const {
+  template <class Source> void load(Matrix& A, const Source& source) const {
     for_upper_blocks([&](int64_t i, int64_t j) {
       const T value = source.symmetric(i, j);
       A.data[i * ld_ + j] = value;
@@ -44,8 +44,7 @@ class MatrixEngine {
   }
 
   /// <sym(source), A>
-  template <class Source>
-  T inner(const Source& source, const Matrix& A) const {
+  template <class Source> T inner(const Source& source, const Matrix& A) const {
     T diagonal = 0, upper = 0;
     for (int64_t i = 0; i < channels_; ++i) {
       diagonal += source.symmetric(i, i) * A.data[i * ld_ + i];
@@ -78,10 +77,12 @@ class MatrixEngine {
     combine<true>(D, alpha, beta, [&](Tile<T>& t, int64_t i, int64_t j) { add(t, A, B, i, j); });
   }
   void products(Matrix& D, const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2) {
-    combine<false>(D, T(0), T(1), [&](Tile<T>& t, int64_t i, int64_t j) { add(t, A1, B1, i, j), add(t, A2, B2, i, j); });
+    combine<false>(D, T(0), T(1),
+                   [&](Tile<T>& t, int64_t i, int64_t j) { add(t, A1, B1, i, j), add(t, A2, B2, i, j); });
   }
   void products(Matrix& D, T alpha, T beta, const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2) {
-    combine<true>(D, alpha, beta, [&](Tile<T>& t, int64_t i, int64_t j) { add(t, A1, B1, i, j), add(t, A2, B2, i, j); });
+    combine<true>(D, alpha, beta,
+                  [&](Tile<T>& t, int64_t i, int64_t j) { add(t, A1, B1, i, j), add(t, A2, B2, i, j); });
   }
 
  private:
@@ -121,13 +122,13 @@ class MatrixEngine {
       T* diagonal = A.data + i * ld_ + i;
       for (int r = 1; r < W; ++r)
         for (int c = 0; c < r; ++c) diagonal[r * ld_ + c] = diagonal[c * ld_ + r];
-      for (int64_t j = i + W; j < channels_; j += W) transpose_block(A.data + j * ld_ + i, ld_, A.data + i * ld_ + j, ld_);
+      for (int64_t j = i + W; j < channels_; j += W)
+        transpose_block(A.data + j * ld_ + i, ld_, A.data + i * ld_ + j, ld_);
     }
   }
 
   /// f(i, j) for i <= j, in blocks that keep both (i, j) and (j, i) in cache.
-  template <class F>
-  void for_upper_blocks(const F& f) const {
+  template <class F> void for_upper_blocks(const F& f) const {
     constexpr int64_t kBlock = 16;
     for (int64_t i0 = 0; i0 < channels_; i0 += kBlock)
       for (int64_t j0 = i0; j0 < channels_; j0 += kBlock)

@@ -6,8 +6,7 @@
 
 namespace isqrt::cpu::ISQRT_LEVEL {
 
-template <class T>
-struct Simd {
+template <class T> struct Simd {
   static constexpr int kWidth = ISQRT_VECTOR_BYTES / sizeof(T);
   typedef T Vector __attribute__((vector_size(ISQRT_VECTOR_BYTES)));
   typedef T Unaligned __attribute__((vector_size(ISQRT_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
@@ -18,20 +17,22 @@ struct Simd {
 
 template <class T> using Vector = typename Simd<T>::Vector;
 
-template <class T>
-inline Vector<T> load_vector(const T* p) { return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p); }
+template <class T> inline Vector<T> load_vector(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
+}
 
-template <class T>
-inline void store_vector(T* p, Vector<T> v) { *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v; }
+template <class T> inline void store_vector(T* p, Vector<T> v) {
+  *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
+}
 
 template <class Int> inline Int minimum(Int a, Int b) { return a < b ? a : b; }
 template <class Int> inline Int round_up(Int a, Int b) { return (a + b - 1) / b * b; }
 
 /// Columns of a row of n elements padded to whole register tiles and an odd number of cache lines: a power of two
 /// would send every row to the same few sets of the cache.
-template <class T>
-inline int64_t padded(int64_t n) {
-  constexpr int64_t line = 64 / sizeof(T), tile = Simd<T>::kColumns > Simd<T>::kRows ? Simd<T>::kColumns : Simd<T>::kRows;
+template <class T> inline int64_t padded(int64_t n) {
+  constexpr int64_t line = 64 / sizeof(T),
+                    tile = Simd<T>::kColumns > Simd<T>::kRows ? Simd<T>::kColumns : Simd<T>::kRows;
   const int64_t columns = round_up(round_up(n, tile), line);
   return columns / line % 2 ? columns : columns + line;
 }
@@ -45,8 +46,8 @@ inline Vector<T> interleave(Vector<T> a, Vector<T> b) {
     return (High ? (from_b ? i + W : i + Stride) : (from_b ? i - Stride + W : i));
   };
   if constexpr (W == 16) {
-    return __builtin_shufflevector(a, b, lane(0), lane(1), lane(2), lane(3), lane(4), lane(5), lane(6), lane(7), lane(8),
-                                   lane(9), lane(10), lane(11), lane(12), lane(13), lane(14), lane(15));
+    return __builtin_shufflevector(a, b, lane(0), lane(1), lane(2), lane(3), lane(4), lane(5), lane(6), lane(7),
+                                   lane(8), lane(9), lane(10), lane(11), lane(12), lane(13), lane(14), lane(15));
   } else if constexpr (W == 8) {
     return __builtin_shufflevector(a, b, lane(0), lane(1), lane(2), lane(3), lane(4), lane(5), lane(6), lane(7));
   } else if constexpr (W == 4) {
@@ -56,8 +57,7 @@ inline Vector<T> interleave(Vector<T> a, Vector<T> b) {
   }
 }
 
-template <int Stride, class T>
-inline void butterflies(Vector<T> (&rows)[Simd<T>::kWidth]) {
+template <int Stride, class T> inline void butterflies(Vector<T> (&rows)[Simd<T>::kWidth]) {
   constexpr int W = Simd<T>::kWidth;
   if constexpr (Stride < W) {
 #pragma GCC unroll 16
@@ -73,11 +73,9 @@ inline void butterflies(Vector<T> (&rows)[Simd<T>::kWidth]) {
 }
 
 /// rows <- rows^T, a square block of one vector's width held in registers.
-template <class T>
-inline void transpose(Vector<T> (&rows)[Simd<T>::kWidth]) { butterflies<1, T>(rows); }
+template <class T> inline void transpose(Vector<T> (&rows)[Simd<T>::kWidth]) { butterflies<1, T>(rows); }
 
-template <class T>
-inline void transpose_block(T* dst, int64_t ld_dst, const T* src, int64_t ld_src) {
+template <class T> inline void transpose_block(T* dst, int64_t ld_dst, const T* src, int64_t ld_src) {
   constexpr int W = Simd<T>::kWidth;
   Vector<T> rows[W];
 #pragma GCC unroll 16
@@ -89,8 +87,8 @@ inline void transpose_block(T* dst, int64_t ld_dst, const T* src, int64_t ld_src
 
 /// dst[r, c] = src[r, c] for any two pairs of strides; fast where both have contiguous rows or columns.
 template <class T>
-void copy_strided(T* dst, int64_t dst_row, int64_t dst_col, const T* src, int64_t src_row, int64_t src_col, int64_t rows,
-                  int64_t cols) {
+void copy_strided(T* dst, int64_t dst_row, int64_t dst_col, const T* src, int64_t src_row, int64_t src_col,
+                  int64_t rows, int64_t cols) {
   constexpr int W = Simd<T>::kWidth;
   if (dst_row == 1 && src_row == 1 && !(dst_col == 1 && src_col == 1))
     return copy_strided(dst, dst_col, dst_row, src, src_col, src_row, cols, rows);
@@ -119,8 +117,7 @@ void copy_strided(T* dst, int64_t dst_row, int64_t dst_col, const T* src, int64_
 }
 
 /// The accumulators of one register tile.
-template <class T>
-struct Tile {
+template <class T> struct Tile {
   Vector<T> sum[Simd<T>::kRows][Simd<T>::kVectors] = {};
 };
 

@@ -9,9 +9,9 @@
 
 // Weak: absent in a CPU-only torch, where the library must still load.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cuda_baddbmm_out(AtenTensorHandle out, AtenTensorHandle self,
-                                                                           AtenTensorHandle batch1,
-                                                                           AtenTensorHandle batch2, double beta,
-                                                                           double alpha);
+                                                                            AtenTensorHandle batch1,
+                                                                            AtenTensorHandle batch2, double beta,
+                                                                            double alpha);
 
 namespace isqrt::library {
 namespace {
@@ -20,8 +20,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
-template <class... Args>
-Tensor call(const char* op, const char* overload, const Args&... args) {
+template <class... Args> Tensor call(const char* op, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{from(args)...};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
   return to<Tensor>(stack[0]);
@@ -41,7 +40,7 @@ Tensor symmetric_part(const Tensor& a) {
 
 /// One number per sample.
 struct Batch {
-  Tensor value;   // [B, 1, 1]
+  Tensor value;  // [B, 1, 1]
 };
 Batch operator*(const Batch& a, const Batch& b) { return {multiply(a.value, b.value)}; }
 Batch operator*(double a, const Batch& b) { return {multiply(b.value, number(a))}; }
@@ -59,21 +58,23 @@ Batch nonzero(const Batch& a) {
 class LibraryEngine {
  public:
   struct Matrix {
-    Tensor value;   // [B, C, C]
+    Tensor value;  // [B, C, C]
   };
   struct Source {
-    Tensor value;   // [B, C, C], symmetric
+    Tensor value;  // [B, C, C], symmetric
   };
 
   explicit LibraryEngine(const Tensor& like)
       : spare_(torch::stable::empty_like(like)),
         identity_(call("aten::eye", "", like.size(-1), std::optional(like.scalar_type()),
-                       std::optional<torch::headeronly::Layout>(), std::optional(like.device()), std::optional<bool>())) {}
+                       std::optional<torch::headeronly::Layout>(), std::optional(like.device()),
+                       std::optional<bool>())) {}
 
   void load(Matrix& A, const Source& source) const { A.value = torch::stable::clone(source.value); }
 
   Batch trace(const Matrix& A) const {
-    return per_sample(torch::stable::sum(call("aten::diagonal", "", A.value, int64_t(0), int64_t(1), int64_t(2)), one_));
+    return per_sample(
+        torch::stable::sum(call("aten::diagonal", "", A.value, int64_t(0), int64_t(1), int64_t(2)), one_));
   }
   Batch inner(const Source& source, const Matrix& A) const {
     return per_sample(torch::stable::sum(multiply(source.value, A.value), both_));
@@ -106,7 +107,8 @@ class LibraryEngine {
 
  private:
   /// out = alpha added + beta A B; `added` is not read where alpha = 0.
-  static void gemm(const Tensor& out, const Tensor& added, const Matrix& A, const Matrix& B, double alpha, double beta) {
+  static void gemm(const Tensor& out, const Tensor& added, const Matrix& A, const Matrix& B, double alpha,
+                   double beta) {
     const auto baddbmm = out.is_cpu() ? &aoti_torch_cpu_baddbmm_out : &aoti_torch_cuda_baddbmm_out;
     TORCH_ERROR_CODE_CHECK(baddbmm(out.get(), added.get(), A.value.get(), B.value.get(), alpha, beta));
   }
@@ -170,7 +172,8 @@ Tensor root(const Tensor& sigma, const Steps& steps, Root root, Output output) {
 Tensor root_backward(const Tensor& grad, const Tensor& sigma, const Steps& steps, Root root, Output output) {
   LibraryEngine engine(sigma);
   LibraryEngine::Matrix Y, Z, T, dY, dZ, dT;
-  const LibraryEngine::Source sigma_source{symmetric_part(sigma)}, grad_source{from_output(grad, sigma.size(1), output)};
+  const LibraryEngine::Source sigma_source{symmetric_part(sigma)},
+      grad_source{from_output(grad, sigma.size(1), output)};
   return symmetric_part(
       matrix_root_backward(engine, sigma_source, grad_source, Y, Z, T, dY, dZ, dT, steps, root).value);
 }
