@@ -2,24 +2,29 @@
 //
 //     mu = X 1 / M,   Sigma = (X - mu 1^T)(X - mu 1^T)^T / M,   dX = (dSigma + dSigma^T)(X - mu 1^T) / M
 //
-// Positions are taken relative to the sample's first one, so that a constant map has exactly zero differences, mean and
-// covariance. One pass over X and no cancellation: each tile of positions is centred by its own mean, and sets of
-// positions are merged by Chan's update (Chan, Golub & LeVeque 1983). With delta = mean_b - mean_a, n = n_a + n_b,
+// One pass over X and no cancellation. Positions are merged by Chan's update (Chan, Golub & LeVeque 1983), a tile of
+// n_b positions at a time, each taken relative to the mean of the n_a positions before it. With delta the mean of that
+// tile and n = n_a + n_b,
 //
-//     mean = mean_a + delta n_b / n,   M2 = M2_a + M2_b + delta delta^T n_a n_b / n
+//     mean <- mean + delta n_b / n,   M2 <- M2 + tile tile^T - delta delta^T n_b^2 / n
+//
+// where n_b <= n_a, so that at most one bit is lost to the subtraction; the first tile is centred by its own mean. The
+// very first mean is the sample's first position: a constant map has exactly zero differences, covariance and gradient.
 #pragma once
 #include "views.h"
 
 namespace isqrt {
 
-/// The two weights of Chan's update when n_b positions join n_a.
+/// What the positions after some n_a others weigh in Chan's update.
 struct ChanWeights {
-  double mean, moment;
+  double mean;    // n_b / n
+  double moment;  // n_a n_b / n, of delta delta^T beside M2_a + M2_b
+  double shift;   // n_b^2 / n, of delta delta^T where the n_b positions are relative to the mean of the n_a
 };
 
 ISQRT_FN inline ChanWeights chan_weights(int64_t n_a, int64_t n_b) {
   const double share = double(n_b) / double(n_a + n_b);
-  return {share, share * double(n_a)};
+  return {share, share * double(n_a), share * double(n_b)};
 }
 
 /// How the M positions of a sample are split into `count` chunks, all of `length` but the last. It depends on the
@@ -31,19 +36,20 @@ struct Chunks {
   ISQRT_FN int64_t last(int64_t c) const { return (c + 1) * length < positions ? (c + 1) * length : positions; }
 };
 
-/// Mean and M2 of the positions [first, last) of one sample. The Engine offers
-///     load_tile(m, n)         tile = X[:, m : m + n], at most tile_positions()
-///     center_tile(n)          tile -= X[:, 0] 1^T; tile -= tile_mean 1^T
-///     merge_mean(weights, n)  delta = tile_mean - mean; mean += weights.mean delta; and sqrt(weights.moment) delta
-///                             becomes column n of the tile, so that the rank-one term costs one position more
-///     accumulate(n)           M2 += tile tile^T over n columns
+/// Mean and M2 of the positions [first, last) of one sample. The Engine starts with M2 = 0 and the sample's first
+/// position as the mean, and offers
+///     load_tile(m, n)        tile = X[:, m : m + n] - mean 1^T, at most tile_positions(); delta = the tile's mean
+///     center_tile(n)         mean += delta; tile -= delta 1^T; delta = 0
+///     accumulate(n, weight)  M2 += tile tile^T - weight delta delta^T
+///     move_mean(share)       mean += share delta
 template <class Engine> ISQRT_FN void accumulate_covariance(Engine& e, int64_t first, int64_t last) {
   for (int64_t m = first; m < last; m += e.tile_positions()) {
     const int64_t n_a = m - first, n_b = last - m < e.tile_positions() ? last - m : e.tile_positions();
+    const ChanWeights weights = chan_weights(n_a, n_b);
     e.load_tile(m, n_b);
-    e.center_tile(n_b);
-    e.merge_mean(chan_weights(n_a, n_b), n_b);
-    e.accumulate(n_b + 1);
+    if (n_a == 0) e.center_tile(n_b);
+    e.accumulate(n_b, weights.shift);
+    e.move_mean(weights.mean);
   }
 }
 

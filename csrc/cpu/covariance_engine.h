@@ -11,13 +11,12 @@ template <class T> inline int64_t tile_positions_for(int64_t channels) {
   return minimum<int64_t>(fitting < 64 ? 64 : fitting, 256);
 }
 
-/// Copies positions [m, m + n) of all channels between feature maps and a tile, run by run of one image row.
-/// Tile element (position r, channel c) lies at r * tile_position + c * tile_channel.
-template <class T, class Copy>
-inline void for_each_run(const FeatureMaps<T>& x, int64_t m, int64_t n, const Copy& copy) {
+/// Calls visit(offset, r, length) for each run of positions m + r, ... of one image row among [m, m + n).
+template <class T, class Visit>
+inline void for_each_run(const FeatureMaps<T>& x, int64_t m, int64_t n, const Visit& visit) {
   for (int64_t r = 0; r < n;) {
     const int64_t run = minimum(n - r, x.width - (m + r) % x.width);
-    copy(x.offset(m + r), r, run);
+    visit(x.offset(m + r), r, run);
     r += run;
   }
 }
@@ -29,7 +28,7 @@ template <class T> class PoolEngine {
  public:
   static int64_t storage_size(int64_t channels) {
     const int64_t ld = padded<T>(channels);
-    return ld * (ld + tile_positions_for<T>(channels) + 1 + 3);
+    return ld * (ld + tile_positions_for<T>(channels) + 3);
   }
 
   PoolEngine(const FeatureMaps<const T>& x, int64_t sample, T* storage)
@@ -39,48 +38,38 @@ template <class T> class PoolEngine {
         tile_positions_(tile_positions_for<T>(x.channels)),
         moment_(storage),
         tile_(moment_ + ld_ * ld_),
-        mean_(tile_ + (tile_positions_ + 1) * ld_),
-        tile_mean_(mean_ + ld_),
-        origin_(tile_mean_ + ld_) {
-    for (int64_t c = 0; c < x.channels; ++c) origin_[c] = sample_[c * x.stride_c];
+        mean_(tile_ + tile_positions_ * ld_),
+        delta_(mean_ + ld_),
+        minus_delta_(delta_ + ld_) {
+    for (int64_t i = 0; i < ld_ * ld_; ++i) moment_[i] = 0;
+    for (int64_t c = 0; c < x.channels; ++c) mean_[c] = sample_[c * x.stride_c];
   }
 
   int64_t tile_positions() const { return tile_positions_; }
 
   void load_tile(int64_t m, int64_t n) const {  // tile: [position, channel]
-    for_each_run(x_, m, n, [&](int64_t offset, int64_t r, int64_t run) {
-      copy_strided(tile_ + r * ld_, ld_, int64_t(1), sample_ + offset, x_.stride_w, x_.stride_c, run, x_.channels);
-    });
+    for (int64_t c = 0; c < ld_; ++c) delta_[c] = 0;
+    for_each_run(x_, m, n,
+                 [&](int64_t offset, int64_t r, int64_t run) { load_run(tile_ + r * ld_, sample_ + offset, run); });
+    for (int64_t c = 0; c < x_.channels; ++c) delta_[c] /= T(n);
   }
 
   void center_tile(int64_t n) const {
     for (int64_t c = 0; c < ld_; c += S::kWidth) {
-      const Vector<T> origin = load_vector(origin_ + c);
-      Vector<T> sum = {};
-      for (int64_t r = 0; r < n; ++r) sum += load_vector(tile_ + r * ld_ + c) - origin;
-      const Vector<T> mean = sum / T(n);
-      store_vector(tile_mean_ + c, mean);
-      for (int64_t r = 0; r < n; ++r) {
-        T* at = tile_ + r * ld_ + c;
-        store_vector(at, load_vector(at) - origin - mean);
-      }
+      const Vector<T> delta = load_vector(delta_ + c);
+      store_vector(mean_ + c, load_vector(mean_ + c) + delta);
+      store_vector(delta_ + c, Vector<T>{});
+      for (int64_t r = 0; r < n; ++r) store_vector(tile_ + r * ld_ + c, load_vector(tile_ + r * ld_ + c) - delta);
     }
   }
 
-  void merge_mean(const ChanWeights& weights, int64_t n) const {
-    const T share = T(weights.mean), root = T(__builtin_sqrt(weights.moment));
-    for (int64_t c = 0; c < ld_; ++c) {
-      const T delta = tile_mean_[c] - mean_[c];
-      mean_[c] += share * delta;
-      tile_[n * ld_ + c] = root * delta;
-    }
-  }
-
-  void accumulate(int64_t n) const {
+  void accumulate(int64_t n, double weight) const {
+    for (int64_t c = 0; c < ld_; ++c) minus_delta_[c] = -T(weight) * delta_[c];
     for (int64_t j = 0; j < x_.channels; j += S::kColumns)
       for (int64_t i = 0; i < minimum(x_.channels, j + S::kColumns); i += S::kRows) {
         Tile<T> product;
         multiply_add(product, tile_ + i, ld_, tile_ + j, ld_, n);
+        multiply_add(product, minus_delta_ + i, ld_, delta_ + j, ld_, 1);
 #pragma GCC unroll 16
         for (int r = 0; r < S::kRows; ++r)
 #pragma GCC unroll 4
@@ -91,24 +80,62 @@ template <class T> class PoolEngine {
       }
   }
 
-  void clear() const {
-    for (int64_t i = 0; i < ld_ * ld_; ++i) moment_[i] = 0;
-    for (int64_t c = 0; c < ld_; ++c) mean_[c] = 0;
+  void move_mean(double share) const {
+    for (int64_t c = 0; c < x_.channels; ++c) mean_[c] += T(share) * delta_[c];
   }
 
   void write(T* mean, T* moment) const {
     const int64_t C = x_.channels;
-    for (int64_t c = 0; c < C; ++c) mean[c] = origin_[c] + mean_[c];
+    copy_strided(mean, C, int64_t(1), mean_, ld_, int64_t(1), int64_t(1), C);
     for (int64_t i = 0; i < C; ++i)
       copy_strided(moment + i * C + i, C, int64_t(1), moment_ + i * ld_ + i, ld_, int64_t(1), int64_t(1), C - i);
   }
 
  private:
+  /// One run of positions, less the mean, into rows of the tile; their sums into delta_. What cannot be transposed in
+  /// whole blocks, or lies neither along positions nor along channels, is read element by element.
+  void load_run(T* tile, const T* x, int64_t run) const {
+    constexpr int W = S::kWidth;
+    const bool along_positions = x_.stride_w == 1, along_channels = x_.stride_c == 1;
+    const int64_t vector_channels = along_positions || along_channels ? x_.channels / W * W : 0;
+    const int64_t vector_run = along_positions ? run / W * W : along_channels ? run : 0;
+    for (int64_t c = 0; c < vector_channels; c += W) {
+      const Vector<T> mean = load_vector(mean_ + c);
+      Vector<T> sum = {};
+      if (along_positions) {
+        for (int64_t r = 0; r < vector_run; r += W) {
+          Vector<T> rows[W];
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) rows[i] = load_vector(x + (c + i) * x_.stride_c + r);
+          transpose<T>(rows);
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) {
+            const Vector<T> value = rows[i] - mean;
+            sum += value;
+            store_vector(tile + (r + i) * ld_ + c, value);
+          }
+        }
+      } else {
+        for (int64_t r = 0; r < vector_run; ++r) {
+          const Vector<T> value = load_vector(x + r * x_.stride_w + c) - mean;
+          sum += value;
+          store_vector(tile + r * ld_ + c, value);
+        }
+      }
+      store_vector(delta_ + c, load_vector(delta_ + c) + sum);
+    }
+    for (int64_t c = 0; c < x_.channels; ++c)
+      for (int64_t r = c < vector_channels ? vector_run : 0; r < run; ++r) {
+        const T value = x[c * x_.stride_c + r * x_.stride_w] - mean_[c];
+        delta_[c] += value;
+        tile[r * ld_ + c] = value;
+      }
+  }
+
   FeatureMaps<const T> x_;
   const T* sample_;
   int64_t ld_, tile_positions_;
-  T *moment_, *tile_, *mean_, *tile_mean_;  // means relative to origin_
-  T* origin_;
+  T *moment_, *tile_, *mean_, *delta_, *minus_delta_;
 };
 
 /// Merges the chunks of one sample in place: chunk 0's mean and moment are the running ones.

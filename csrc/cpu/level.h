@@ -30,7 +30,6 @@ template <class T> void pool(const PoolTask<T>& task, int64_t begin, int64_t end
   const Scratch<T> storage(PoolEngine<T>::storage_size(C));
   for (int64_t item = begin; item < end; ++item) {
     PoolEngine<T> engine(task.x, item / count, storage.get());
-    engine.clear();
     accumulate_covariance(engine, task.chunks.first(item % count), task.chunks.last(item % count));
     engine.write(task.partial_mean + item * C, task.partial_moment + item * C * C);
   }
