@@ -5,10 +5,10 @@
 
 namespace isqrt::cpu::ISQRT_LEVEL {
 
-/// Positions of a tile: as many as keep it and the rows of the matrix near the first-level cache.
+/// Positions of a tile: few enough to stay near the first-level cache, enough to outweigh a pass over M2.
 template <class T> inline int64_t tile_positions_for(int64_t channels) {
   const int64_t fitting = 48 * 1024 / (padded<T>(channels) * int64_t(sizeof(T))) / 16 * 16;
-  return minimum<int64_t>(fitting < 64 ? 64 : fitting, 256);
+  return minimum<int64_t>(fitting < 128 ? 128 : fitting, 256);
 }
 
 /// Calls visit(offset, r, length) for each run of positions m + r, ... of one image row among [m, m + n).
@@ -222,6 +222,10 @@ template <class T> class PoolBackwardEngine {
   }
 
   void store_gradient(int64_t m, int64_t n) const {
+    // Whole tiles go straight to rows of dX; others, and other layouts, by way of a buffer.
+    const bool direct = dx_.stride_w == 1 && dx_.height == 1 && x_.channels % S::kRows == 0 && n % S::kColumns == 0;
+    T* const target = direct ? gradient_ + dx_.offset(m) : result_;
+    const int64_t ld = direct ? dx_.stride_c : ld_tile_;
     for (int64_t j = 0; j < n; j += S::kColumns)
       for (int64_t i = 0; i < x_.channels; i += S::kRows) {
         Tile<T> product;
@@ -230,8 +234,9 @@ template <class T> class PoolBackwardEngine {
         for (int r = 0; r < S::kRows; ++r)
 #pragma GCC unroll 4
           for (int v = 0; v < S::kVectors; ++v)
-            store_vector(result_ + (i + r) * ld_tile_ + j + v * S::kWidth, product.sum[r][v]);
+            store_vector(target + (i + r) * ld + j + v * S::kWidth, product.sum[r][v]);
       }
+    if (direct) return;
     for_each_run(dx_, m, n, [&](int64_t offset, int64_t r, int64_t run) {
       copy_strided(gradient_ + offset, dx_.stride_c, dx_.stride_w, static_cast<const T*>(result_ + r), ld_tile_,
                    int64_t(1), x_.channels, run);
