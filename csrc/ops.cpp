@@ -1,6 +1,7 @@
-// The operators of torch.ops.isqrt_cov: their schemas, the checks of their arguments, and the hand-over to an engine.
-// `output`, `root` and `engine` are the enumerations of views.h, newton_schulz.h and plan.h; isqrt_cov/ops.py names
-// them.
+// The operators of torch.ops.isqrt_cov: their schemas, the checks of their
+// arguments, and the hand-over to an engine. `output`, `root` and `engine` are
+// the enumerations of views.h, newton_schulz.h and plan.h; isqrt_cov/ops.py
+// names them.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -26,7 +27,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// ---- checks -------------------------------------------------------------------------------------------------------
+// ---- checks
+// -------------------------------------------------------------------------------------------------------
 
 template <class... Args> void check(bool condition, const Args&... message) {
   if (condition) return;
@@ -45,9 +47,15 @@ std::string shape(const Tensor& t) {
 
 std::string device(const Tensor& t) { return t.is_cpu() ? "cpu" : "device " + std::to_string(t.get_device_index()); }
 
+bool is_half(ScalarType dtype) { return dtype == ScalarType::Half || dtype == ScalarType::BFloat16; }
+
+/// What is computed and kept for a tensor of this dtype.
+ScalarType compute_dtype(ScalarType dtype) { return is_half(dtype) ? ScalarType::Float : dtype; }
+
 void check_dtype(const Tensor& t, const char* name) {
-  check(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, name,
-        ": expected a float32 or float64 tensor, got ", torch::headeronly::toString(t.scalar_type()));
+  const ScalarType dtype = t.scalar_type();
+  check(dtype == ScalarType::Float || dtype == ScalarType::Double || is_half(dtype), name,
+        ": expected a float32, float64, float16 or bfloat16 tensor, got ", torch::headeronly::toString(dtype));
 }
 
 void check_feature_maps(const Tensor& x) {
@@ -64,17 +72,19 @@ void check_matrices(const Tensor& sigma) {
   check(sigma.size(1) > 0, "sigma: expected at least one channel, got shape ", shape(sigma));
 }
 
-void check_like(const Tensor& t, const char* name, std::vector<int64_t> sizes, const Tensor& like,
-                const char* like_name) {
+/// `t` has the sizes and the dtype given, and lies where x or sigma, the first
+/// argument, does.
+void check_beside(const Tensor& t, const char* name, std::vector<int64_t> sizes, ScalarType dtype,
+                  const Tensor& first) {
   bool same = t.dim() == int64_t(sizes.size());
   for (size_t d = 0; same && d < sizes.size(); ++d) same = t.size(d) == sizes[d];
   std::ostringstream expected;
   for (size_t d = 0; d < sizes.size(); ++d) expected << (d ? ", " : "") << sizes[d];
   check(same, name, ": expected shape (", expected.str(), "), got ", shape(t));
-  check(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of ", like_name, ", ",
-        torch::headeronly::toString(like.scalar_type()), ", got ", torch::headeronly::toString(t.scalar_type()));
-  check(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), name,
-        ": expected the device of ", like_name, ", ", device(like), ", got ", device(t));
+  check(t.scalar_type() == dtype, name, ": expected dtype ", torch::headeronly::toString(dtype), ", got ",
+        torch::headeronly::toString(t.scalar_type()));
+  check(t.is_cpu() == first.is_cpu() && t.get_device_index() == first.get_device_index(), name, ": expected ",
+        device(first), ", got ", device(t));
 }
 
 Steps check_iterations(int64_t iterations) {
@@ -90,18 +100,13 @@ Output check_output(int64_t value) { return check_enum(value, Output::kMean, "ou
 Root check_root(int64_t value) { return check_enum(value, Root::kInverse, "root"); }
 EngineKind check_engine(int64_t value) { return check_enum(value, EngineKind::kBlock, "engine"); }
 
-// ---- views --------------------------------------------------------------------------------------------------------
+// ---- views
+// --------------------------------------------------------------------------------------------------------
 
-template <class T> FeatureMaps<T> feature_maps(const Tensor& x, T* data) {
+template <class X, class Bytes> FeatureMaps<X> feature_maps(const Tensor& x, Bytes* data) {
   const bool image = x.dim() == 4;
-  FeatureMaps<T> maps{data,
-                      x.size(0),
-                      x.size(1),
-                      image ? x.size(2) : 1,
-                      x.size(image ? 3 : 2),
-                      x.stride(0),
-                      x.stride(1),
-                      image ? x.stride(2) : 0,
+  FeatureMaps<X> maps{static_cast<X*>(data),  x.size(0),   x.size(1),   image ? x.size(2) : 1,
+                      x.size(image ? 3 : 2),  x.stride(0), x.stride(1), image ? x.stride(2) : 0,
                       x.stride(image ? 3 : 2)};
   if (maps.width == 1) {  // one column: its rows are the positions
     maps.stride_w = maps.stride_h;
@@ -126,20 +131,41 @@ template <class T> RootView<T> target(const Tensor& t, Output output, int64_t ch
   return {t.mutable_data_ptr<T>(), output, channels};
 }
 
-template <class F> void dispatch(const Tensor& t, const F& f) {  // f(T()) for the element type T of t
-  if (t.scalar_type() == ScalarType::Double)
-    f(double());
-  else
-    f(float());
+/// f(X()) for the element type X of feature maps.
+template <class F> void dispatch_maps(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return f(double());
+    case ScalarType::Half:
+      return f(Half());
+    case ScalarType::BFloat16:
+      return f(BFloat16());
+    default:
+      return f(float());
+  }
 }
 
-// ---- devices ------------------------------------------------------------------------------------------------------
+/// f(T()) for the element type T of matrices.
+template <class F> void dispatch_matrices(const Tensor& sigma, const F& f) {
+  if (sigma.scalar_type() == ScalarType::Double) return f(double());
+  f(float());
+}
+
+/// A matrix or vector per sample in another dtype; itself where it has that
+/// one. Small beside x.
+Tensor as(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
+
+/// Contiguous, and in the dtype that matrices of its kind are computed in.
+Tensor matrices(const Tensor& t) { return torch::stable::contiguous(as(t, compute_dtype(t.scalar_type()))); }
+
+// ---- devices
+// ------------------------------------------------------------------------------------------------------
 
 struct Cpu {
   static constexpr bool kCuda = false;
   explicit Cpu(const Tensor&) {}
-  template <class T> void pool(const PoolTask<T>& task, EngineKind kind) const { cpu::pool(task, kind); }
-  template <class T> void pool_backward(const PoolBackwardTask<T>& task, EngineKind kind) const {
+  template <class X> void pool(const PoolTask<X>& task, EngineKind kind) const { cpu::pool(task, kind); }
+  template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKind kind) const {
     cpu::pool_backward(task, kind);
   }
   template <class T> void root(const RootTask<T>& task, EngineKind kind) const { cpu::root(task, kind); }
@@ -149,15 +175,16 @@ struct Cpu {
 };
 
 #ifdef ISQRT_WITH_CUDA
-/// Makes the tensor's device current, and its current stream the one to work on.
+/// Makes the tensor's device current, and its current stream the one to work
+/// on.
 struct Cuda {
   static constexpr bool kCuda = true;
   explicit Cuda(const Tensor& t) : guard(t.get_device_index()) {
     check(aoti_torch_get_current_cuda_stream != nullptr, "isqrt_cov: this torch has no CUDA");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   }
-  template <class T> void pool(const PoolTask<T>& task, EngineKind) const { cuda::pool(task, stream); }
-  template <class T> void pool_backward(const PoolBackwardTask<T>& task, EngineKind) const {
+  template <class X> void pool(const PoolTask<X>& task, EngineKind) const { cuda::pool(task, stream); }
+  template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKind) const {
     cuda::pool_backward(task, stream);
   }
   template <class T> void root(const RootTask<T>& task, EngineKind) const { cuda::root(task, stream); }
@@ -169,7 +196,8 @@ struct Cuda {
 };
 #endif
 
-// ---- the operators, after their arguments are checked ---------------------------------------------------------------
+// ---- the operators, after their arguments are checked
+// ---------------------------------------------------------------
 
 template <class Device> struct Engine {
   Device device;
@@ -178,20 +206,24 @@ template <class Device> struct Engine {
   Engine(const Tensor& t, int64_t positions, EngineKind requested)
       : device(t),
         choice(plan({Device::kCuda, Device::kCuda ? t.get_device_index() : 0, t.size(0), t.size(1), positions,
-                     int64_t(t.element_size())},
+                     t.scalar_type() == ScalarType::Double ? 8 : 4},
                     requested)) {}
 
+  /// Sigma and mu, in the dtype that x is computed in.
   std::tuple<Tensor, Tensor> pool(const Tensor& x) const {
     const int64_t B = x.size(0), C = x.size(1), count = choice.pool.count;
-    Tensor sigma = torch::stable::new_empty(x, {B, C, C}), mean = torch::stable::new_empty(x, {B, C});
+    const auto empty = [&](std::vector<int64_t> sizes) {
+      return torch::stable::new_empty(x, sizes, compute_dtype(x.scalar_type()));
+    };
+    const Tensor sigma = empty({B, C, C}), mean = empty({B, C});
     if (B == 0) return {sigma, mean};
-    const bool whole = count == 1;
-    Tensor partial_mean = whole ? mean : torch::stable::new_empty(x, {B, count, C});
-    Tensor partial_moment = whole ? sigma : torch::stable::new_empty(x, {B, count, C, C});
-    dispatch(x, [&](auto zero) {
-      using T = decltype(zero);
+    const Tensor partial_mean = count == 1 ? mean : empty({B, count, C});
+    const Tensor partial_moment = count == 1 ? sigma : empty({B, count, C, C});
+    dispatch_maps(x, [&](auto zero) {
+      using X = decltype(zero);
+      using T = Compute<X>;
       device.pool(
-          PoolTask<T>{feature_maps(x, x.const_data_ptr<T>()), choice.pool, partial_mean.mutable_data_ptr<T>(),
+          PoolTask<X>{feature_maps<const X>(x, x.const_data_ptr()), choice.pool, partial_mean.mutable_data_ptr<T>(),
                       partial_moment.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>(), sigma.mutable_data_ptr<T>()},
           choice.pooling);
     });
@@ -199,14 +231,15 @@ template <class Device> struct Engine {
   }
 
   Tensor pool_backward(const Tensor& grad, const Tensor& x, const Tensor& mean) const {
-    Tensor dx = torch::stable::empty_like(x);
+    const Tensor dx = torch::stable::empty_like(x);
     if (x.size(0) == 0) return dx;
-    dispatch(x, [&](auto zero) {
-      using T = decltype(zero);
-      device.pool_backward(
-          PoolBackwardTask<T>{feature_maps(x, x.const_data_ptr<T>()), choice.pool_backward, mean.const_data_ptr<T>(),
-                              grad.const_data_ptr<T>(), feature_maps(dx, dx.mutable_data_ptr<T>())},
-          choice.pooling);
+    dispatch_maps(x, [&](auto zero) {
+      using X = decltype(zero);
+      using T = Compute<X>;
+      device.pool_backward(PoolBackwardTask<X>{feature_maps<const X>(x, x.const_data_ptr()), choice.pool_backward,
+                                               mean.const_data_ptr<T>(), grad.const_data_ptr<T>(),
+                                               feature_maps<X>(dx, dx.mutable_data_ptr())},
+                           choice.pooling);
     });
     return dx;
   }
@@ -214,9 +247,9 @@ template <class Device> struct Engine {
   Tensor root(const Tensor& sigma, const Steps& steps, Root root, Output output) const {
     const int64_t B = sigma.size(0), C = sigma.size(1);
     if (choice.forward == EngineKind::kLibrary && B > 0) return library::root(sigma, steps, root, output);
-    Tensor result = torch::stable::new_empty(sigma, output_shape(B, C, output));
+    const Tensor result = torch::stable::new_empty(sigma, output_shape(B, C, output));
     if (B == 0) return result;
-    dispatch(sigma, [&](auto zero) {
+    dispatch_matrices(sigma, [&](auto zero) {
       using T = decltype(zero);
       device.root(RootTask<T>{B, source<T>(sigma, Output::kMatrix, C), steps, root, target<T>(result, output, C)},
                   choice.forward);
@@ -228,9 +261,9 @@ template <class Device> struct Engine {
     const int64_t B = sigma.size(0), C = sigma.size(1);
     if (choice.backward == EngineKind::kLibrary && B > 0)
       return library::root_backward(grad, sigma, steps, root, output);
-    Tensor result = torch::stable::new_empty(sigma, {B, C, C});
+    const Tensor result = torch::stable::new_empty(sigma, {B, C, C});
     if (B == 0) return result;
-    dispatch(sigma, [&](auto zero) {
+    dispatch_matrices(sigma, [&](auto zero) {
       using T = decltype(zero);
       device.root_backward(RootBackwardTask<T>{B, source<T>(grad, output, C), source<T>(sigma, Output::kMatrix, C),
                                                steps, root, target<T>(result, Output::kMatrix, C)},
@@ -244,34 +277,34 @@ int64_t positions_of(const Tensor& x) { return x.dim() == 4 ? x.size(2) * x.size
 
 template <class Device> std::tuple<Tensor, Tensor> covariance_pool(const Tensor& x, int64_t engine) {
   check_feature_maps(x);
-  return Engine<Device>(x, positions_of(x), check_engine(engine)).pool(x);
+  const auto [sigma, mean] = Engine<Device>(x, positions_of(x), check_engine(engine)).pool(x);
+  return {as(sigma, x.scalar_type()), mean};
 }
 
 template <class Device>
 Tensor covariance_pool_backward(const Tensor& grad, const Tensor& x, const Tensor& mean, int64_t engine) {
   check_feature_maps(x);
   const int64_t B = x.size(0), C = x.size(1);
-  check_like(grad, "grad", {B, C, C}, x, "x");
-  check_like(mean, "mean", {B, C}, x, "x");
-  return Engine<Device>(x, positions_of(x), check_engine(engine))
-      .pool_backward(torch::stable::contiguous(grad), x, torch::stable::contiguous(mean));
+  check_beside(grad, "grad", {B, C, C}, x.scalar_type(), x);
+  check_beside(mean, "mean", {B, C}, compute_dtype(x.scalar_type()), x);
+  return Engine<Device>(x, positions_of(x), check_engine(engine)).pool_backward(matrices(grad), x, matrices(mean));
 }
 
 template <class Device> Tensor matrix_root(const Tensor& sigma, int64_t iterations, int64_t root, int64_t engine) {
   check_matrices(sigma);
   const Steps steps = check_iterations(iterations);
-  return Engine<Device>(sigma, 1, check_engine(engine))
-      .root(torch::stable::contiguous(sigma), steps, check_root(root), Output::kMatrix);
+  const Engine<Device> chosen(sigma, 1, check_engine(engine));
+  return as(chosen.root(matrices(sigma), steps, check_root(root), Output::kMatrix), sigma.scalar_type());
 }
 
 template <class Device>
 Tensor matrix_root_backward(const Tensor& grad, const Tensor& sigma, int64_t iterations, int64_t root, int64_t engine) {
   check_matrices(sigma);
-  check_like(grad, "grad", {sigma.size(0), sigma.size(1), sigma.size(1)}, sigma, "sigma");
+  check_beside(grad, "grad", {sigma.size(0), sigma.size(1), sigma.size(1)}, sigma.scalar_type(), sigma);
   const Steps steps = check_iterations(iterations);
-  return Engine<Device>(sigma, 1, check_engine(engine))
-      .root_backward(torch::stable::contiguous(grad), torch::stable::contiguous(sigma), steps, check_root(root),
-                     Output::kMatrix);
+  const Engine<Device> chosen(sigma, 1, check_engine(engine));
+  return as(chosen.root_backward(matrices(grad), matrices(sigma), steps, check_root(root), Output::kMatrix),
+            sigma.scalar_type());
 }
 
 template <class Device>
@@ -281,7 +314,7 @@ std::tuple<Tensor, Tensor, Tensor> cov_sqrt(const Tensor& x, int64_t iterations,
   const Output layout = check_output(output);
   const Engine<Device> chosen(x, positions_of(x), check_engine(engine));
   const auto [sigma, mean] = chosen.pool(x);
-  return {chosen.root(sigma, steps, Root::kSquare, layout), sigma, mean};
+  return {as(chosen.root(sigma, steps, Root::kSquare, layout), x.scalar_type()), sigma, mean};
 }
 
 template <class Device>
@@ -291,16 +324,17 @@ Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigm
   const int64_t B = x.size(0), C = x.size(1);
   const Steps steps = check_iterations(iterations);
   const Output layout = check_output(output);
-  check_like(grad, "grad", output_shape(B, C, layout), x, "x");
-  check_like(sigma, "sigma", {B, C, C}, x, "x");
-  check_like(mean, "mean", {B, C}, x, "x");
+  const ScalarType kept = compute_dtype(x.scalar_type());
+  check_beside(grad, "grad", output_shape(B, C, layout), x.scalar_type(), x);
+  check_beside(sigma, "sigma", {B, C, C}, kept, x);
+  check_beside(mean, "mean", {B, C}, kept, x);
   const Engine<Device> chosen(x, positions_of(x), check_engine(engine));
-  const Tensor grad_sigma = chosen.root_backward(torch::stable::contiguous(grad), torch::stable::contiguous(sigma),
-                                                 steps, Root::kSquare, layout);
-  return chosen.pool_backward(grad_sigma, x, torch::stable::contiguous(mean));
+  const Tensor grad_sigma = chosen.root_backward(matrices(grad), matrices(sigma), steps, Root::kSquare, layout);
+  return chosen.pool_backward(grad_sigma, x, matrices(mean));
 }
 
-// ---- information ----------------------------------------------------------------------------------------------------
+// ---- information
+// ----------------------------------------------------------------------------------------------------
 
 /// What plan.h decides, as JSON.
 std::string describe_plan(bool cuda, int64_t device, int64_t batch, int64_t channels, int64_t positions,
@@ -351,14 +385,25 @@ template <class Device, class Library> void register_ops(Library& m) {
 
 STABLE_TORCH_LIBRARY(isqrt_cov, m) {
   m.def("covariance_pool(Tensor x, int engine=0) -> (Tensor sigma, Tensor mean)");
-  m.def("covariance_pool_backward(Tensor grad, Tensor x, Tensor mean, int engine=0) -> Tensor");
-  m.def("matrix_root(Tensor sigma, int iterations, int root, int engine=0) -> Tensor");
-  m.def("matrix_root_backward(Tensor grad, Tensor sigma, int iterations, int root, int engine=0) -> Tensor");
-  m.def("cov_sqrt(Tensor x, int iterations, int output, int engine=0) -> (Tensor y, Tensor sigma, Tensor mean)");
   m.def(
-      "cov_sqrt_backward(Tensor grad, Tensor x, Tensor sigma, Tensor mean, int iterations, int output, int engine=0)"
+      "covariance_pool_backward(Tensor grad, Tensor x, Tensor mean, int "
+      "engine=0) -> Tensor");
+  m.def(
+      "matrix_root(Tensor sigma, int iterations, int root, int engine=0) -> "
+      "Tensor");
+  m.def(
+      "matrix_root_backward(Tensor grad, Tensor sigma, int iterations, int "
+      "root, int engine=0) -> Tensor");
+  m.def(
+      "cov_sqrt(Tensor x, int iterations, int output, int engine=0) -> "
+      "(Tensor y, Tensor sigma, Tensor mean)");
+  m.def(
+      "cov_sqrt_backward(Tensor grad, Tensor x, Tensor sigma, Tensor mean, "
+      "int iterations, int output, int engine=0)"
       " -> Tensor");
-  m.def("plan(bool cuda, int device, int batch, int channels, int positions, int element_size, int engine=0) -> str");
+  m.def(
+      "plan(bool cuda, int device, int batch, int channels, int positions, "
+      "int element_size, int engine=0) -> str");
   m.def("build_info() -> str");
 }
 

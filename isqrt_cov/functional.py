@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import ENGINES, OUTPUTS, ROOTS, code
+from .ops import ENGINES, OUTPUTS, ROOTS, code, compute_dtype
 
 _ops = torch.ops.isqrt_cov
 
@@ -18,7 +18,8 @@ def covariance_pool(x: Tensor) -> Tensor:
     r"""Channel covariance of feature maps, :math:`\Sigma = \frac1M (X - \mu 1^T)(X - \mu 1^T)^T`.
 
     Args:
-        x: feature maps of shape (B, C, H, W) or (B, C, M), float32 or float64, any strides, read in place.
+        x: feature maps of shape (B, C, H, W) or (B, C, M), float32, float64, float16 or bfloat16, any strides, read in
+            place. The 16-bit types are accumulated in float32.
 
     Returns:
         The biased covariances over the M = H W positions, (B, C, C), in the dtype of ``x``.
@@ -38,7 +39,7 @@ def matrix_sqrt(sigma: Tensor, iterations: int = 5) -> Tensor:
     truncated function that comes back as the gradient, symmetric like the input.
 
     Args:
-        sigma: (B, C, C), float32 or float64. Its symmetric part is used.
+        sigma: (B, C, C), float32, float64, float16 or bfloat16 (iterated in float32). Its symmetric part is used.
         iterations: number of steps N, at least 1. More are nearer to the exact root; in float32 and for a
             rank-deficient ``sigma`` the iteration diverges from about 20 on.
 
@@ -65,7 +66,8 @@ def cov_sqrt(x: Tensor, iterations: int = 5, output: str = "matrix") -> Tensor:
     Keeps ``x`` and, per sample, one C x C matrix and the mean for the backward pass.
 
     Args:
-        x: feature maps of shape (B, C, H, W) or (B, C, M), float32 or float64, any strides, read in place.
+        x: feature maps of shape (B, C, H, W) or (B, C, M), float32, float64, float16 or bfloat16, any strides, read in
+            place. The 16-bit types are computed in float32 without a copy of ``x``.
         iterations: number of Newton-Schulz steps, at least 1.
         output: ``"matrix"`` (B, C, C); ``"triu"`` (B, C (C + 1) / 2), the upper triangle row by row; or ``"mean"``
             (B, C), the mean over dim 1, which is what second-order channel attention uses.
@@ -100,7 +102,7 @@ def plan(
 
     Args:
         shape: (B, C, H, W) or (B, C, M).
-        dtype: float32 or float64.
+        dtype: float32, float64, float16 or bfloat16.
         device: where the feature maps lie.
         engine: ask for one of "library", "portable", "avx2", "avx512" and "block" instead of "auto".
 
@@ -110,8 +112,8 @@ def plan(
     """
     if len(shape) not in (3, 4):
         raise ValueError(f"shape: expected (B, C, H, W) or (B, C, M), got {tuple(shape)}")
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype: expected float32, float64, float16 or bfloat16, got {dtype}")
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected a cpu or cuda device, got {str(device)!r}")
@@ -119,7 +121,8 @@ def plan(
     index = device.index if device.index is not None else (torch.cuda.current_device() if on_cuda else 0)
     batch, channels, *positions = shape
     requested = code("engine", engine, ENGINES)
-    return json.loads(_ops.plan(on_cuda, index, batch, channels, math.prod(positions), dtype.itemsize, requested))
+    element_size = compute_dtype(dtype).itemsize
+    return json.loads(_ops.plan(on_cuda, index, batch, channels, math.prod(positions), element_size, requested))
 
 
 def build_info() -> dict[str, Any]:

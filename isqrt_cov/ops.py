@@ -24,6 +24,11 @@ def code(argument: str, value: str, names: tuple[str, ...]) -> int:
     return names.index(value)
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What feature maps and matrices of this dtype are computed in."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
 def _load() -> None:
     library = Path(__file__).with_name("_C.so")
     if not library.exists():
@@ -39,11 +44,13 @@ _ops = torch.ops.isqrt_cov
 
 
 def _second_order(function, inputs, upstream, grad_of_grad):
-    """Gradient of ``vjp(function, inputs)(upstream)`` with respect to the inputs' first and the upstream gradient."""
+    """Gradient of ``vjp(function, inputs)(upstream)`` with respect to the upstream gradient and the inputs."""
+    dtype = compute_dtype(inputs.dtype)
     with torch.enable_grad():
-        x, g = inputs.detach().requires_grad_(), upstream.detach().requires_grad_()
+        x, g = (t.detach().to(dtype).requires_grad_() for t in (inputs, upstream))
         (vjp,) = torch.autograd.grad(function(x), x, g, create_graph=True)
-        return torch.autograd.grad(vjp, (g, x), grad_of_grad)
+        grads = torch.autograd.grad(vjp, (g, x), grad_of_grad.to(dtype))
+    return [grad.to(inputs.dtype) for grad in grads]
 
 
 def _register(name, fake, setup_context, backward):
@@ -55,7 +62,8 @@ def _register(name, fake, setup_context, backward):
 
 
 def _pool_fake(x, engine=0):
-    return x.new_empty(x.shape[0], x.shape[1], x.shape[1]), x.new_empty(x.shape[0], x.shape[1])
+    batch, channels = x.shape[:2]
+    return x.new_empty(batch, channels, channels), x.new_empty(batch, channels, dtype=compute_dtype(x.dtype))
 
 
 def _pool_setup(ctx, inputs, output):
@@ -133,7 +141,8 @@ _register("matrix_root_backward", _root_backward_fake, _root_backward_setup, _ro
 def _cov_sqrt_fake(x, iterations, output, engine=0):
     batch, channels = x.shape[:2]
     shape = ((batch, channels, channels), (batch, channels * (channels + 1) // 2), (batch, channels))[output]
-    return x.new_empty(shape), *_pool_fake(x)
+    sigma, mean = _pool_fake(x)
+    return x.new_empty(shape), sigma.to(compute_dtype(x.dtype)), mean
 
 
 def _cov_sqrt_setup(ctx, inputs, output):
