@@ -1,20 +1,15 @@
 // Covariance pooling and its gradient, Eq. 9.
 //
-//     mu = X 1 / M,   Sigma = (X - mu 1^T)(X - mu 1^T)^T / M,   dX = (dSigma +
-//     dSigma^T)(X - mu 1^T) / M
+//     mu = X 1 / M,   Sigma = (X - mu 1^T)(X - mu 1^T)^T / M,   dX = (dSigma + dSigma^T)(X - mu 1^T) / M
 //
-// One pass over X and no cancellation. Positions are merged by Chan's update
-// (Chan, Golub & LeVeque 1983), a tile of n_b positions at a time, each taken
-// relative to the mean of the n_a positions before it. With delta the mean of
-// that tile and n = n_a + n_b,
+// One pass over X and no cancellation. Positions are merged by Chan's update (Chan, Golub & LeVeque 1983), a tile of
+// n_b positions at a time, each taken relative to the mean of the n_a positions before it. With delta the mean of that
+// tile and n = n_a + n_b,
 //
-//     mean <- mean + delta n_b / n,   M2 <- M2 + tile tile^T - delta delta^T
-//     n_b^2 / n
+//     mean <- mean + delta n_b / n,   M2 <- M2 + tile tile^T - delta delta^T n_b^2 / n
 //
-// where n_b <= n_a, so that at most one bit is lost to the subtraction; the
-// first tile is centred by its own mean. The very first mean is the sample's
-// first position: a constant map has exactly zero differences, covariance and
-// gradient.
+// where n_b <= n_a, so that at most one bit is lost to the subtraction; the first tile is centred by its own mean. The
+// very first mean is the sample's first position: a constant map has exactly zero differences, covariance and gradient.
 #pragma once
 #include "views.h"
 
@@ -22,10 +17,9 @@ namespace isqrt {
 
 /// What the positions after some n_a others weigh in Chan's update.
 struct ChanWeights {
-  double mean;   // n_b / n
-  double moment; // n_a n_b / n, of delta delta^T beside M2_a + M2_b
-  double shift;  // n_b^2 / n, of delta delta^T where the n_b positions are
-                 // relative to the mean of the n_a
+  double mean;    // n_b / n
+  double moment;  // n_a n_b / n, of delta delta^T beside M2_a + M2_b
+  double shift;   // n_b^2 / n, of delta delta^T where the n_b positions are relative to the mean of the n_a
 };
 
 ISQRT_FN inline ChanWeights chan_weights(int64_t n_a, int64_t n_b) {
@@ -33,64 +27,52 @@ ISQRT_FN inline ChanWeights chan_weights(int64_t n_a, int64_t n_b) {
   return {share, share * double(n_a), share * double(n_b)};
 }
 
-/// How the M positions of a sample are split into `count` chunks, all of
-/// `length` but the last. It depends on the shape alone, never on the number of
-/// workers, so that results are the same bits everywhere.
+/// How the M positions of a sample are split into `count` chunks, all of `length` but the last. It depends on the
+/// shape alone, never on the number of workers, so that results are the same bits everywhere.
 struct Chunks {
   int64_t positions, length, count;
 
   ISQRT_FN int64_t first(int64_t c) const { return c * length; }
-  ISQRT_FN int64_t last(int64_t c) const {
-    return (c + 1) * length < positions ? (c + 1) * length : positions;
-  }
+  ISQRT_FN int64_t last(int64_t c) const { return (c + 1) * length < positions ? (c + 1) * length : positions; }
 };
 
-/// Mean and M2 of the positions [first, last) of one sample. The Engine starts
-/// with M2 = 0 and the sample's first position as the mean, and offers
-///     load_tile(m, n)        tile = X[:, m : m + n] - mean 1^T, at most
-///     tile_positions(); delta = the tile's mean center_tile(n)         mean +=
-///     delta; tile -= delta 1^T; delta = 0 accumulate(n, weight)  M2 += tile
-///     tile^T - weight delta delta^T move_mean(share)       mean += share delta
-template <class Engine>
-ISQRT_FN void accumulate_covariance(Engine &e, int64_t first, int64_t last) {
+/// Mean and M2 of the positions [first, last) of one sample. The Engine starts with M2 = 0 and the sample's first
+/// position as the mean, and offers
+///     load_tile(m, n)        tile = X[:, m : m + n] - mean 1^T, at most tile_positions(); delta = the tile's mean
+///     center_tile(n)         mean += delta; tile -= delta 1^T; delta = 0
+///     accumulate(n, weight)  M2 += tile tile^T - weight delta delta^T
+///     move_mean(share)       mean += share delta
+template <class Engine> ISQRT_FN void accumulate_covariance(Engine& e, int64_t first, int64_t last) {
   for (int64_t m = first; m < last; m += e.tile_positions()) {
-    const int64_t n_a = m - first, n_b = last - m < e.tile_positions()
-                                             ? last - m
-                                             : e.tile_positions();
+    const int64_t n_a = m - first, n_b = last - m < e.tile_positions() ? last - m : e.tile_positions();
     const ChanWeights weights = chan_weights(n_a, n_b);
     e.load_tile(m, n_b);
-    if (n_a == 0)
-      e.center_tile(n_b);
+    if (n_a == 0) e.center_tile(n_b);
     e.accumulate(n_b, weights.shift);
     e.move_mean(weights.mean);
   }
 }
 
-/// Sigma and mu of one sample from its chunks, in their order. The Engine
-/// offers
+/// Sigma and mu of one sample from its chunks, in their order. The Engine offers
 ///     take(c)                 mean and M2 are those of chunk c
 ///     merge(c, weights)       Chan's update with chunk c
 ///     finish(alpha)           Sigma = alpha M2, both triangles
-template <class Engine>
-ISQRT_FN void merge_covariances(Engine &e, const Chunks &chunks) {
+template <class Engine> ISQRT_FN void merge_covariances(Engine& e, const Chunks& chunks) {
   e.take(0);
   for (int64_t c = 1; c < chunks.count; ++c)
     e.merge(c, chan_weights(chunks.first(c), chunks.last(c) - chunks.first(c)));
   e.finish(1.0 / double(chunks.positions));
 }
 
-/// Eq. 9 over the positions [first, last). The Engine holds W = (dSigma +
-/// dSigma^T) / M and offers
+/// Eq. 9 over the positions [first, last). The Engine holds W = (dSigma + dSigma^T) / M and offers
 ///     load_centered(m, n)     tile = X[:, m : m + n] - mu 1^T
 ///     store_gradient(m, n)    dX[:, m : m + n] = W tile
-template <class Engine>
-ISQRT_FN void covariance_backward(Engine &e, int64_t first, int64_t last) {
+template <class Engine> ISQRT_FN void covariance_backward(Engine& e, int64_t first, int64_t last) {
   for (int64_t m = first; m < last; m += e.tile_positions()) {
-    const int64_t n =
-        last - m < e.tile_positions() ? last - m : e.tile_positions();
+    const int64_t n = last - m < e.tile_positions() ? last - m : e.tile_positions();
     e.load_centered(m, n);
     e.store_gradient(m, n);
   }
 }
 
-} // namespace isqrt
+}  // namespace isqrt

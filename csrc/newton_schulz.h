@@ -1,21 +1,18 @@
 // The coupled Newton-Schulz iteration, Eq. 1, and its derivative.
 //
-//     Y_0 = A, Z_0 = I;   T = Z Y,   Y <- a Y + b Y T,   Z <- a Z + b T Z (a,
-//     b) = (1.5, -0.5)
+//     Y_0 = A, Z_0 = I;   T = Z Y,   Y <- a Y + b Y T,   Z <- a Z + b T Z        (a, b) = (1.5, -0.5)
 //
-// Y_N -> A^{1/2} and Z_N -> A^{-1/2} for a symmetric A with eigenvalues in (0,
-// 1]. Y, Z and T are polynomials in A: they commute and are symmetric, so an
-// engine computes one triangle of each product.
+// Y_N -> A^{1/2} and Z_N -> A^{-1/2} for a symmetric A with eigenvalues in (0, 1]. Y, Z and T are polynomials in A:
+// they commute and are symmetric, so an engine computes one triangle of each product.
 //
 // An Engine owns the C x C matrices of one sample (or of a batch) and offers
 //     product(D, A, B)                          D = A B
 //     product(D, alpha, beta, A, B)             D = alpha D + beta A B
 //     products(D, A1, B1, A2, B2)               D = A1 B1 + A2 B2
-//     products(D, alpha, beta, A1, B1, A2, B2)  D = alpha D + beta (A1 B1 + A2
-//     B2) identity_plus(D, alpha, beta, A)          D = alpha I + beta A
+//     products(D, alpha, beta, A1, B1, A2, B2)  D = alpha D + beta (A1 B1 + A2 B2)
+//     identity_plus(D, alpha, beta, A)          D = alpha I + beta A
 //     scale(D, alpha, A)                        D = alpha A
-// where every result is known symmetric and D may also be an operand: it
-// changes only when the whole result is known.
+// where every result is known symmetric and D may also be an operand: it changes only when the whole result is known.
 #pragma once
 #include "views.h"
 
@@ -32,74 +29,61 @@ struct Steps {
   ISQRT_FN Step operator[](int) const { return step; }
 };
 
-/// Which of the two limits is wanted: Y_N, the square root, or Z_N, the inverse
-/// square root.
+/// Which of the two limits is wanted: Y_N, the square root, or Z_N, the inverse square root.
 enum class Root : int { kSquare = 0, kInverse = 1 };
 
-/// Eq. 1. On entry Y = A; on return Y = Y_N or Z = Z_N, whichever `root` names.
-/// The first step costs one product (Z_0 = I, hence T = A), the last one two
-/// (the other root is not needed): 3 N - 3 half products in all.
+/// Eq. 1. On entry Y = A; on return Y = Y_N or Z = Z_N, whichever `root` names. The first step costs one product
+/// (Z_0 = I, hence T = A), the last one two (the other root is not needed): 3 N - 3 half products in all.
 template <class Engine, class Matrix>
-ISQRT_FN void newton_schulz(Engine &e, Matrix &Y, Matrix &Z, Matrix &T,
-                            const Steps &steps, Root root) {
+ISQRT_FN void newton_schulz(Engine& e, Matrix& Y, Matrix& Z, Matrix& T, const Steps& steps, Root root) {
   const int last = steps.iterations - 1;
   for (int n = 0; n <= last; ++n) {
     const Step s = steps[n];
-    const bool want_Y = n < last || root == Root::kSquare,
-               want_Z = n < last || root == Root::kInverse;
+    const bool want_Y = n < last || root == Root::kSquare, want_Z = n < last || root == Root::kInverse;
     if (n == 0) {
-      if (want_Z)
-        e.identity_plus(Z, s.a, s.b, Y); // Z = a I + b A
-      if (want_Y)
-        e.product(Y, s.a, s.b, Y, Y); // Y = a A + b A A
+      if (want_Z) e.identity_plus(Z, s.a, s.b, Y);  // Z = a I + b A
+      if (want_Y) e.product(Y, s.a, s.b, Y, Y);     // Y = a A + b A A
     } else {
-      e.product(T, Z, Y); // T = Z Y
-      if (want_Y)
-        e.product(Y, s.a, s.b, Y, T); // Y = a Y + b Y T
-      if (want_Z)
-        e.product(Z, s.a, s.b, T, Z); // Z = a Z + b T Z
+      e.product(T, Z, Y);                        // T = Z Y
+      if (want_Y) e.product(Y, s.a, s.b, Y, T);  // Y = a Y + b Y T
+      if (want_Z) e.product(Z, s.a, s.b, T, Z);  // Z = a Z + b T Z
     }
   }
 }
 
-/// Eqs. 6-7 without their stored iterates. The derivative of a polynomial at a
-/// symmetric A is self-adjoint, so the gradient with respect to A is the
-/// tangent of the iteration in the direction of the symmetric upstream
-/// gradient. On entry Y = A and dY = sym(G); on return dY = dL/dA and Y = Y_N
-/// (dZ and Z for the inverse root). Every sum of two products below is the
-/// derivative of a symmetric polynomial, hence symmetric: 9 half products a
-/// step.
+/// Eqs. 6-7 without their stored iterates. The derivative of a polynomial at a symmetric A is self-adjoint, so the
+/// gradient with respect to A is the tangent of the iteration in the direction of the symmetric upstream gradient.
+/// On entry Y = A and dY = sym(G); on return dY = dL/dA and Y = Y_N (dZ and Z for the inverse root). Every sum of two
+/// products below is the derivative of a symmetric polynomial, hence symmetric: 9 half products a step.
 template <class Engine, class Matrix>
-ISQRT_FN void newton_schulz_tangent(Engine &e, Matrix &Y, Matrix &Z, Matrix &T,
-                                    Matrix &dY, Matrix &dZ, Matrix &dT,
-                                    const Steps &steps, Root root) {
+ISQRT_FN void newton_schulz_tangent(Engine& e, Matrix& Y, Matrix& Z, Matrix& T, Matrix& dY, Matrix& dZ, Matrix& dT,
+                                    const Steps& steps, Root root) {
   const int last = steps.iterations - 1;
   for (int n = 0; n <= last; ++n) {
     const Step s = steps[n];
-    const bool want_Y = n < last || root == Root::kSquare,
-               want_Z = n < last || root == Root::kInverse;
+    const bool want_Y = n < last || root == Root::kSquare, want_Z = n < last || root == Root::kInverse;
     if (n == 0) {
       if (want_Z) {
-        e.scale(dZ, s.b, dY);            // dZ = b G
-        e.identity_plus(Z, s.a, s.b, Y); //  Z = a I + b A
+        e.scale(dZ, s.b, dY);             // dZ = b G
+        e.identity_plus(Z, s.a, s.b, Y);  //  Z = a I + b A
       }
       if (want_Y) {
-        e.products(dY, s.a, s.b, dY, Y, Y, dY); // dY = a G + b (G A + A G)
-        e.product(Y, s.a, s.b, Y, Y);           //  Y = a A + b A A
+        e.products(dY, s.a, s.b, dY, Y, Y, dY);  // dY = a G + b (G A + A G)
+        e.product(Y, s.a, s.b, Y, Y);            //  Y = a A + b A A
       }
     } else {
-      e.products(dT, dZ, Y, Z, dY); // dT = dZ Y + Z dY
-      e.product(T, Z, Y);           //  T = Z Y
+      e.products(dT, dZ, Y, Z, dY);  // dT = dZ Y + Z dY
+      e.product(T, Z, Y);            //  T = Z Y
       if (want_Y) {
-        e.products(dY, s.a, s.b, dY, T, Y, dT); // dY = a dY + b (dY T + Y dT)
-        e.product(Y, s.a, s.b, Y, T);           //  Y = a Y + b Y T
+        e.products(dY, s.a, s.b, dY, T, Y, dT);  // dY = a dY + b (dY T + Y dT)
+        e.product(Y, s.a, s.b, Y, T);            //  Y = a Y + b Y T
       }
       if (want_Z) {
-        e.products(dZ, s.a, s.b, dT, Z, T, dZ); // dZ = a dZ + b (dT Z + T dZ)
-        e.product(Z, s.a, s.b, T, Z);           //  Z = a Z + b T Z
+        e.products(dZ, s.a, s.b, dT, Z, T, dZ);  // dZ = a dZ + b (dT Z + T dZ)
+        e.product(Z, s.a, s.b, T, Z);            //  Z = a Z + b T Z
       }
     }
   }
 }
 
-} // namespace isqrt
+}  // namespace isqrt

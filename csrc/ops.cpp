@@ -1,7 +1,6 @@
-// The operators of torch.ops.isqrt_cov: their schemas, the checks of their
-// arguments, and the hand-over to an engine. `output`, `root` and `engine` are
-// the enumerations of views.h, newton_schulz.h and plan.h; isqrt_cov/ops.py
-// names them.
+// The operators of torch.ops.isqrt_cov: their schemas, the checks of their arguments, and the hand-over to an engine.
+// `output`, `root` and `engine` are the enumerations of views.h, newton_schulz.h and plan.h; isqrt_cov/ops.py names
+// them.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -27,8 +26,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// ---- checks
-// -------------------------------------------------------------------------------------------------------
+// ---- checks -------------------------------------------------------------------------------------------------------
 
 template <class... Args> void check(bool condition, const Args&... message) {
   if (condition) return;
@@ -72,8 +70,7 @@ void check_matrices(const Tensor& sigma) {
   check(sigma.size(1) > 0, "sigma: expected at least one channel, got shape ", shape(sigma));
 }
 
-/// `t` has the sizes and the dtype given, and lies where x or sigma, the first
-/// argument, does.
+/// `t` has the sizes and the dtype given, and lies where x or sigma, the first argument, does.
 void check_beside(const Tensor& t, const char* name, std::vector<int64_t> sizes, ScalarType dtype,
                   const Tensor& first) {
   bool same = t.dim() == int64_t(sizes.size());
@@ -100,8 +97,7 @@ Output check_output(int64_t value) { return check_enum(value, Output::kMean, "ou
 Root check_root(int64_t value) { return check_enum(value, Root::kInverse, "root"); }
 EngineKind check_engine(int64_t value) { return check_enum(value, EngineKind::kBlock, "engine"); }
 
-// ---- views
-// --------------------------------------------------------------------------------------------------------
+// ---- views --------------------------------------------------------------------------------------------------------
 
 template <class X, class Bytes> FeatureMaps<X> feature_maps(const Tensor& x, Bytes* data) {
   const bool image = x.dim() == 4;
@@ -151,15 +147,13 @@ template <class F> void dispatch_matrices(const Tensor& sigma, const F& f) {
   f(float());
 }
 
-/// A matrix or vector per sample in another dtype; itself where it has that
-/// one. Small beside x.
+/// A matrix or vector per sample in another dtype; itself where it has that one. Small beside x.
 Tensor as(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
 
 /// Contiguous, and in the dtype that matrices of its kind are computed in.
 Tensor matrices(const Tensor& t) { return torch::stable::contiguous(as(t, compute_dtype(t.scalar_type()))); }
 
-// ---- devices
-// ------------------------------------------------------------------------------------------------------
+// ---- devices ------------------------------------------------------------------------------------------------------
 
 struct Cpu {
   static constexpr bool kCuda = false;
@@ -175,8 +169,7 @@ struct Cpu {
 };
 
 #ifdef ISQRT_WITH_CUDA
-/// Makes the tensor's device current, and its current stream the one to work
-/// on.
+/// Makes the tensor's device current, and its current stream the one to work on.
 struct Cuda {
   static constexpr bool kCuda = true;
   explicit Cuda(const Tensor& t) : guard(t.get_device_index()) {
@@ -196,8 +189,7 @@ struct Cuda {
 };
 #endif
 
-// ---- the operators, after their arguments are checked
-// ---------------------------------------------------------------
+// ---- the operators, after their arguments are checked ---------------------------------------------------------------
 
 template <class Device> struct Engine {
   Device device;
@@ -333,8 +325,7 @@ Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigm
   return chosen.pool_backward(grad_sigma, x, matrices(mean));
 }
 
-// ---- information
-// ----------------------------------------------------------------------------------------------------
+// ---- information ----------------------------------------------------------------------------------------------------
 
 /// What plan.h decides, as JSON.
 std::string describe_plan(bool cuda, int64_t device, int64_t batch, int64_t channels, int64_t positions,

@@ -1,5 +1,4 @@
-// Which engine does what, and how the positions are split: policy, apart from
-// the engines.
+// Which engine does what, and how the positions are split: policy, apart from the engines.
 #pragma once
 #include <string>
 
@@ -7,16 +6,8 @@
 
 namespace isqrt {
 
-/// kAuto leaves the choice to plan(); isqrt_cov/ops.py names the others in this
-/// order.
-enum class EngineKind : int {
-  kAuto = 0,
-  kLibrary,
-  kPortable,
-  kAvx2,
-  kAvx512,
-  kBlock
-};
+/// kAuto leaves the choice to plan(); isqrt_cov/ops.py names the others in this order.
+enum class EngineKind : int { kAuto = 0, kLibrary, kPortable, kAvx2, kAvx512, kBlock };
 
 struct Problem {
   bool cuda;
@@ -25,20 +16,18 @@ struct Problem {
 };
 
 struct Plan {
-  EngineKind forward, backward; // of the root and of its gradient
-  EngineKind
-      pooling; // of the covariance and of its gradient; never the library's
+  EngineKind forward, backward;  // of the root and of its gradient
+  EngineKind pooling;            // of the covariance and of its gradient; never the library's
   Chunks pool, pool_backward;
 };
 
-/// The plan for `requested`, or for what suits the problem best where that is
-/// kAuto. Throws std::runtime_error naming the engine where it cannot do the
-/// problem on this machine.
-Plan plan(const Problem &problem, EngineKind requested);
+/// The plan for `requested`, or for what suits the problem best where that is kAuto. Throws std::runtime_error naming
+/// the engine where it cannot do the problem on this machine.
+Plan plan(const Problem& problem, EngineKind requested);
 
-const char *engine_name(EngineKind kind);
+const char* engine_name(EngineKind kind);
 
 /// True where this machine's processor (or this build) has the SIMD level.
 bool cpu_supports(EngineKind level);
 
-} // namespace isqrt
+}  // namespace isqrt

@@ -1,28 +1,26 @@
-// The four pieces of work that a device's engine does, as ops.cpp hands them
-// over. All pointers lie on that device.
+// The four pieces of work that a device's engine does, as ops.cpp hands them over. All pointers lie on that device.
 #pragma once
 #include "covariance.h"
 #include "normalization.h"
 
 namespace isqrt {
 
-/// x -> mu and Sigma. Partial results are per chunk; with one chunk they may be
-/// mean and sigma themselves.
+/// x -> mu and Sigma. Partial results are per chunk; with one chunk they may be mean and sigma themselves.
 template <class X> struct PoolTask {
   FeatureMaps<const X> x;
   Chunks chunks;
-  Compute<X> *partial_mean;   // [B, chunks, C]
-  Compute<X> *partial_moment; // [B, chunks, C, C], upper triangle
-  Compute<X> *mean;           // [B, C]
-  Compute<X> *sigma;          // [B, C, C]
+  Compute<X>* partial_mean;    // [B, chunks, C]
+  Compute<X>* partial_moment;  // [B, chunks, C, C], upper triangle
+  Compute<X>* mean;            // [B, C]
+  Compute<X>* sigma;           // [B, C, C]
 };
 
 /// dL/dSigma -> dL/dx.
 template <class X> struct PoolBackwardTask {
   FeatureMaps<const X> x;
   Chunks chunks;
-  const Compute<X> *mean;       // [B, C]
-  const Compute<X> *grad_sigma; // [B, C, C], not necessarily symmetric
+  const Compute<X>* mean;        // [B, C]
+  const Compute<X>* grad_sigma;  // [B, C, C], not necessarily symmetric
   FeatureMaps<X> grad_x;
 };
 
@@ -45,4 +43,4 @@ template <class T> struct RootBackwardTask {
   RootView<T> grad_sigma;
 };
 
-} // namespace isqrt
+}  // namespace isqrt

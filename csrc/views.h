@@ -1,5 +1,4 @@
-// What the engines read and write: plain structs of pointers, sizes and
-// strides, in elements.
+// What the engines read and write: plain structs of pointers, sizes and strides, in elements.
 #pragma once
 #include <cstdint>
 
@@ -11,8 +10,8 @@
 
 namespace isqrt {
 
-/// The 16-bit floating-point numbers, as they lie in memory. Nothing is
-/// computed in them: they are read into and written from float.
+/// The 16-bit floating-point numbers, as they lie in memory. Nothing is computed in them: they are read into and
+/// written from float.
 struct Half {
   uint16_t bits;
 };
@@ -33,23 +32,19 @@ template <> struct ComputeType<BFloat16> {
 /// What feature maps of X are computed in.
 template <class X> using Compute = typename ComputeType<X>::type;
 
-/// One batch of feature maps x: [B, C, H, W], any strides (0 and negative
-/// included); M = H W positions.
+/// One batch of feature maps x: [B, C, H, W], any strides (0 and negative included); M = H W positions.
 template <class T> struct FeatureMaps {
-  T *data;
+  T* data;
   int64_t batch, channels, height, width;
   int64_t stride_b, stride_c, stride_h, stride_w;
 
   ISQRT_FN int64_t positions() const { return height * width; }
-  ISQRT_FN T *sample(int64_t b) const { return data + b * stride_b; }
+  ISQRT_FN T* sample(int64_t b) const { return data + b * stride_b; }
   /// Address of position m of channel 0, relative to its sample.
-  ISQRT_FN int64_t offset(int64_t m) const {
-    return m / width * stride_h + m % width * stride_w;
-  }
+  ISQRT_FN int64_t offset(int64_t m) const { return m / width * stride_h + m % width * stride_w; }
 };
 
-/// Yhat itself, its upper triangle row by row, or its mean over the first
-/// channel index.
+/// Yhat itself, its upper triangle row by row, or its mean over the first channel index.
 enum class Output : int { kMatrix = 0, kTriu = 1, kMean = 2 };
 
 /// Index of (i, j), i <= j, in the row-major upper triangle of a C x C matrix.
@@ -57,10 +52,10 @@ ISQRT_FN inline int64_t triu_index(int64_t i, int64_t j, int64_t channels) {
   return i * channels - i * (i - 1) / 2 + (j - i);
 }
 
-/// The result of one batch of roots, [B, C, C], [B, C (C + 1) / 2] or [B, C],
-/// contiguous; or the upstream gradient dL/dYhat in the same layout.
+/// The result of one batch of roots, [B, C, C], [B, C (C + 1) / 2] or [B, C], contiguous; or the upstream gradient
+/// dL/dYhat in the same layout.
 template <class T> struct RootView {
-  T *data;
+  T* data;
   Output output;
   int64_t channels;
 
@@ -69,25 +64,22 @@ template <class T> struct RootView {
            : output == Output::kTriu ? channels * (channels + 1) / 2
                                      : channels;
   }
-  ISQRT_FN RootView sample(int64_t b) const {
-    return {data + b * size(), output, channels};
-  }
+  ISQRT_FN RootView sample(int64_t b) const { return {data + b * size(), output, channels}; }
 
-  /// Read as a gradient: element (i, j), i <= j, of sym(G), the symmetric C x C
-  /// matrix whose inner product with a symmetric dYhat is that of this gradient
-  /// with d(output).
+  /// Read as a gradient: element (i, j), i <= j, of sym(G), the symmetric C x C matrix whose inner product with
+  /// a symmetric dYhat is that of this gradient with d(output).
   ISQRT_FN auto symmetric(int64_t i, int64_t j) const {
     using Scalar = decltype(data[0] * data[0]);
     const Scalar half = Scalar(0.5);
     switch (output) {
-    case Output::kMatrix:
-      return half * data[i * channels + j] + half * data[j * channels + i];
-    case Output::kTriu:
-      return (i == j ? Scalar(1) : half) * data[triu_index(i, j, channels)];
-    default:
-      return (half * data[i] + half * data[j]) / Scalar(channels);
+      case Output::kMatrix:
+        return half * data[i * channels + j] + half * data[j * channels + i];
+      case Output::kTriu:
+        return (i == j ? Scalar(1) : half) * data[triu_index(i, j, channels)];
+      default:
+        return (half * data[i] + half * data[j]) / Scalar(channels);
     }
   }
 };
 
-} // namespace isqrt
+}  // namespace isqrt

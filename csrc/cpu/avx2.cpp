@@ -1,5 +1,4 @@
-// The CPU engine with AVX2 and FMA: 16 registers of 32 bytes, a tile of 4 x 2
-// accumulators.
+// The CPU engine with AVX2 and FMA: 16 registers of 32 bytes, a tile of 4 x 2 accumulators.
 #include <cstdlib>
 #include <new>
 

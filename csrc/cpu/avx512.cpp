@@ -1,5 +1,4 @@
-// The CPU engine with AVX-512: 32 registers of 64 bytes, a tile of 16 x 1
-// accumulators.
+// The CPU engine with AVX-512: 32 registers of 64 bytes, a tile of 16 x 1 accumulators.
 #include <cstdlib>
 #include <new>
 

@@ -1,24 +1,19 @@
-// The Engines of covariance.h on one CPU thread. A tile of positions is copied
-// once into cache, in the orientation in which the product reads it, whatever
-// the strides of x.
+// The Engines of covariance.h on one CPU thread. A tile of positions is copied once into cache, in the orientation in
+// which the product reads it, whatever the strides of x.
 #pragma once
 #include "simd.h"
 
 namespace isqrt::cpu::ISQRT_LEVEL {
 
-/// Positions of a tile: few enough to stay near the first-level cache, enough
-/// to outweigh a pass over M2.
+/// Positions of a tile: few enough to stay near the first-level cache, enough to outweigh a pass over M2.
 template <class T> inline int64_t tile_positions_for(int64_t channels) {
-  const int64_t fitting =
-      48 * 1024 / (padded<T>(channels) * int64_t(sizeof(T))) / 16 * 16;
+  const int64_t fitting = 48 * 1024 / (padded<T>(channels) * int64_t(sizeof(T))) / 16 * 16;
   return minimum<int64_t>(fitting < 128 ? 128 : fitting, 256);
 }
 
-/// Calls visit(offset, r, length) for each run of positions m + r, ... of one
-/// image row among [m, m + n).
+/// Calls visit(offset, r, length) for each run of positions m + r, ... of one image row among [m, m + n).
 template <class T, class Visit>
-inline void for_each_run(const FeatureMaps<T> &x, int64_t m, int64_t n,
-                         const Visit &visit) {
+inline void for_each_run(const FeatureMaps<T>& x, int64_t m, int64_t n, const Visit& visit) {
   for (int64_t r = 0; r < n;) {
     const int64_t run = minimum(n - r, x.width - (m + r) % x.width);
     visit(x.offset(m + r), r, run);
@@ -26,39 +21,38 @@ inline void for_each_run(const FeatureMaps<T> &x, int64_t m, int64_t n,
   }
 }
 
-/// Pools one chunk: M2's upper triangle and the mean stay in cache until the
-/// chunk is done.
+/// Pools one chunk: M2's upper triangle and the mean stay in cache until the chunk is done.
 template <class X> class PoolEngine {
   using T = Compute<X>;
   using S = Simd<T>;
 
-public:
+ public:
   static int64_t storage_size(int64_t channels) {
     const int64_t ld = padded<T>(channels);
     return ld * (ld + tile_positions_for<T>(channels) + 3);
   }
 
-  PoolEngine(const FeatureMaps<const X> &x, int64_t sample, T *storage)
-      : x_(x), sample_(x.sample(sample)), ld_(padded<T>(x.channels)),
-        tile_positions_(tile_positions_for<T>(x.channels)), moment_(storage),
-        tile_(moment_ + ld_ * ld_), mean_(tile_ + tile_positions_ * ld_),
-        delta_(mean_ + ld_), minus_delta_(delta_ + ld_) {
-    for (int64_t i = 0; i < ld_ * ld_; ++i)
-      moment_[i] = 0;
-    for (int64_t c = 0; c < x.channels; ++c)
-      mean_[c] = to_number(sample_[c * x.stride_c]);
+  PoolEngine(const FeatureMaps<const X>& x, int64_t sample, T* storage)
+      : x_(x),
+        sample_(x.sample(sample)),
+        ld_(padded<T>(x.channels)),
+        tile_positions_(tile_positions_for<T>(x.channels)),
+        moment_(storage),
+        tile_(moment_ + ld_ * ld_),
+        mean_(tile_ + tile_positions_ * ld_),
+        delta_(mean_ + ld_),
+        minus_delta_(delta_ + ld_) {
+    for (int64_t i = 0; i < ld_ * ld_; ++i) moment_[i] = 0;
+    for (int64_t c = 0; c < x.channels; ++c) mean_[c] = to_number(sample_[c * x.stride_c]);
   }
 
   int64_t tile_positions() const { return tile_positions_; }
 
-  void load_tile(int64_t m, int64_t n) const { // tile: [position, channel]
-    for (int64_t c = 0; c < ld_; ++c)
-      delta_[c] = 0;
-    for_each_run(x_, m, n, [&](int64_t offset, int64_t r, int64_t run) {
-      load_run(tile_ + r * ld_, sample_ + offset, run);
-    });
-    for (int64_t c = 0; c < x_.channels; ++c)
-      delta_[c] /= T(n);
+  void load_tile(int64_t m, int64_t n) const {  // tile: [position, channel]
+    for (int64_t c = 0; c < ld_; ++c) delta_[c] = 0;
+    for_each_run(x_, m, n,
+                 [&](int64_t offset, int64_t r, int64_t run) { load_run(tile_ + r * ld_, sample_ + offset, run); });
+    for (int64_t c = 0; c < x_.channels; ++c) delta_[c] /= T(n);
   }
 
   void center_tile(int64_t n) const {
@@ -66,18 +60,14 @@ public:
       const Vector<T> delta = load_vector(delta_ + c);
       store_vector(mean_ + c, load_vector(mean_ + c) + delta);
       store_vector(delta_ + c, Vector<T>{});
-      for (int64_t r = 0; r < n; ++r)
-        store_vector(tile_ + r * ld_ + c,
-                     load_vector(tile_ + r * ld_ + c) - delta);
+      for (int64_t r = 0; r < n; ++r) store_vector(tile_ + r * ld_ + c, load_vector(tile_ + r * ld_ + c) - delta);
     }
   }
 
   void accumulate(int64_t n, double weight) const {
-    for (int64_t c = 0; c < ld_; ++c)
-      minus_delta_[c] = -T(weight) * delta_[c];
+    for (int64_t c = 0; c < ld_; ++c) minus_delta_[c] = -T(weight) * delta_[c];
     for (int64_t j = 0; j < x_.channels; j += S::kColumns)
-      for (int64_t i = 0; i < minimum(x_.channels, j + S::kColumns);
-           i += S::kRows) {
+      for (int64_t i = 0; i < minimum(x_.channels, j + S::kColumns); i += S::kRows) {
         Tile<T> product;
         multiply_add(product, tile_ + i, ld_, tile_ + j, ld_, n);
         multiply_add(product, minus_delta_ + i, ld_, delta_ + j, ld_, 1);
@@ -85,38 +75,31 @@ public:
         for (int r = 0; r < S::kRows; ++r)
 #pragma GCC unroll 4
           for (int v = 0; v < S::kVectors; ++v) {
-            T *at = moment_ + (i + r) * ld_ + j + v * S::kWidth;
+            T* at = moment_ + (i + r) * ld_ + j + v * S::kWidth;
             store_vector(at, load_vector(at) + product.sum[r][v]);
           }
       }
   }
 
   void move_mean(double share) const {
-    for (int64_t c = 0; c < x_.channels; ++c)
-      mean_[c] += T(share) * delta_[c];
+    for (int64_t c = 0; c < x_.channels; ++c) mean_[c] += T(share) * delta_[c];
   }
 
-  void write(T *mean, T *moment) const {
+  void write(T* mean, T* moment) const {
     const int64_t C = x_.channels;
     copy_strided(mean, C, int64_t(1), mean_, ld_, int64_t(1), int64_t(1), C);
     for (int64_t i = 0; i < C; ++i)
-      copy_strided(moment + i * C + i, C, int64_t(1), moment_ + i * ld_ + i,
-                   ld_, int64_t(1), int64_t(1), C - i);
+      copy_strided(moment + i * C + i, C, int64_t(1), moment_ + i * ld_ + i, ld_, int64_t(1), int64_t(1), C - i);
   }
 
-private:
-  /// One run of positions, less the mean, into rows of the tile; their sums
-  /// into delta_. What cannot be transposed in whole blocks, or lies neither
-  /// along positions nor along channels, is read element by element.
-  void load_run(T *tile, const X *x, int64_t run) const {
+ private:
+  /// One run of positions, less the mean, into rows of the tile; their sums into delta_. What cannot be transposed in
+  /// whole blocks, or lies neither along positions nor along channels, is read element by element.
+  void load_run(T* tile, const X* x, int64_t run) const {
     constexpr int W = S::kWidth;
-    const bool along_positions = x_.stride_w == 1,
-               along_channels = x_.stride_c == 1;
-    const int64_t vector_channels =
-        along_positions || along_channels ? x_.channels / W * W : 0;
-    const int64_t vector_run = along_positions  ? run / W * W
-                               : along_channels ? run
-                                                : 0;
+    const bool along_positions = x_.stride_w == 1, along_channels = x_.stride_c == 1;
+    const int64_t vector_channels = along_positions || along_channels ? x_.channels / W * W : 0;
+    const int64_t vector_run = along_positions ? run / W * W : along_channels ? run : 0;
     for (int64_t c = 0; c < vector_channels; c += W) {
       const Vector<T> mean = load_vector(mean_ + c);
       Vector<T> sum = {};
@@ -124,8 +107,7 @@ private:
         for (int64_t r = 0; r < vector_run; r += W) {
           Vector<T> rows[W];
 #pragma GCC unroll 16
-          for (int i = 0; i < W; ++i)
-            rows[i] = load_vector(x + (c + i) * x_.stride_c + r);
+          for (int i = 0; i < W; ++i) rows[i] = load_vector(x + (c + i) * x_.stride_c + r);
           transpose<T>(rows);
 #pragma GCC unroll 16
           for (int i = 0; i < W; ++i) {
@@ -145,48 +127,43 @@ private:
     }
     for (int64_t c = 0; c < x_.channels; ++c)
       for (int64_t r = c < vector_channels ? vector_run : 0; r < run; ++r) {
-        const T value =
-            to_number(x[c * x_.stride_c + r * x_.stride_w]) - mean_[c];
+        const T value = to_number(x[c * x_.stride_c + r * x_.stride_w]) - mean_[c];
         delta_[c] += value;
         tile[r * ld_ + c] = value;
       }
   }
 
   FeatureMaps<const X> x_;
-  const X *sample_;
+  const X* sample_;
   int64_t ld_, tile_positions_;
   T *moment_, *tile_, *mean_, *delta_, *minus_delta_;
 };
 
-/// Merges the chunks of one sample in place: chunk 0's mean and moment are the
-/// running ones.
+/// Merges the chunks of one sample in place: chunk 0's mean and moment are the running ones.
 template <class X> class MergeEngine {
   using T = Compute<X>;
 
-public:
-  MergeEngine(const PoolTask<X> &task, int64_t sample)
+ public:
+  MergeEngine(const PoolTask<X>& task, int64_t sample)
       : C_(task.x.channels),
         partial_mean_(task.partial_mean + sample * task.chunks.count * C_),
-        partial_moment_(task.partial_moment +
-                        sample * task.chunks.count * C_ * C_),
-        mean_(task.mean + sample * C_), sigma_(task.sigma + sample * C_ * C_) {}
+        partial_moment_(task.partial_moment + sample * task.chunks.count * C_ * C_),
+        mean_(task.mean + sample * C_),
+        sigma_(task.sigma + sample * C_ * C_) {}
 
   void take(int64_t) const {
-    for (int64_t c = 0; c < C_; ++c)
-      mean_[c] = partial_mean_[c];
+    for (int64_t c = 0; c < C_; ++c) mean_[c] = partial_mean_[c];
   }
 
-  void merge(int64_t chunk, const ChanWeights &weights) const {
-    const T *other = partial_mean_ + chunk * C_;
-    const T *other_moment = partial_moment_ + chunk * C_ * C_;
+  void merge(int64_t chunk, const ChanWeights& weights) const {
+    const T* other = partial_mean_ + chunk * C_;
+    const T* other_moment = partial_moment_ + chunk * C_ * C_;
     for (int64_t i = 0; i < C_; ++i) {
       const T scaled = T(weights.moment) * (other[i] - mean_[i]);
       for (int64_t j = i; j < C_; ++j)
-        partial_moment_[i * C_ + j] +=
-            other_moment[i * C_ + j] + scaled * (other[j] - mean_[j]);
+        partial_moment_[i * C_ + j] += other_moment[i * C_ + j] + scaled * (other[j] - mean_[j]);
     }
-    for (int64_t c = 0; c < C_; ++c)
-      mean_[c] += T(weights.mean) * (other[c] - mean_[c]);
+    for (int64_t c = 0; c < C_; ++c) mean_[c] += T(weights.mean) * (other[c] - mean_[c]);
   }
 
   void finish(double alpha) const {
@@ -195,11 +172,10 @@ public:
       for (int64_t j0 = i0; j0 < C_; j0 += kBlock)
         for (int64_t i = i0; i < minimum(i0 + kBlock, C_); ++i)
           for (int64_t j = j0 > i ? j0 : i; j < minimum(j0 + kBlock, C_); ++j)
-            sigma_[i * C_ + j] = sigma_[j * C_ + i] =
-                T(alpha) * partial_moment_[i * C_ + j];
+            sigma_[i * C_ + j] = sigma_[j * C_ + i] = T(alpha) * partial_moment_[i * C_ + j];
   }
 
-private:
+ private:
   int64_t C_;
   T *partial_mean_, *partial_moment_, *mean_, *sigma_;
 };
@@ -209,83 +185,79 @@ template <class X> class PoolBackwardEngine {
   using T = Compute<X>;
   using S = Simd<T>;
 
-public:
+ public:
   static int64_t storage_size(int64_t channels) {
     const int64_t ld = padded<T>(channels);
     return ld * ld + 2 * ld * padded<T>(tile_positions_for<T>(channels));
   }
 
-  PoolBackwardEngine(const PoolBackwardTask<X> &task, int64_t sample,
-                     T *storage)
-      : x_(task.x), dx_(task.grad_x), sample_(x_.sample(sample)),
-        gradient_(dx_.sample(sample)), mean_(task.mean + sample * x_.channels),
+  PoolBackwardEngine(const PoolBackwardTask<X>& task, int64_t sample, T* storage)
+      : x_(task.x),
+        dx_(task.grad_x),
+        sample_(x_.sample(sample)),
+        gradient_(dx_.sample(sample)),
+        mean_(task.mean + sample * x_.channels),
         ld_(padded<T>(x_.channels)),
         tile_positions_(tile_positions_for<T>(x_.channels)),
-        ld_tile_(padded<T>(tile_positions_)), weight_(storage),
-        tile_(weight_ + ld_ * ld_), result_(tile_ + ld_ * ld_tile_) {
+        ld_tile_(padded<T>(tile_positions_)),
+        weight_(storage),
+        tile_(weight_ + ld_ * ld_),
+        result_(tile_ + ld_ * ld_tile_) {
     const int64_t C = x_.channels;
-    const T *g = task.grad_sigma + sample * C * C;
+    const T* g = task.grad_sigma + sample * C * C;
     const T share = T(1) / T(x_.positions());
     constexpr int64_t kBlock = 16;
     for (int64_t i0 = 0; i0 < C; i0 += kBlock)
       for (int64_t j0 = i0; j0 < C; j0 += kBlock)
         for (int64_t i = i0; i < minimum(i0 + kBlock, C); ++i)
           for (int64_t j = j0 > i ? j0 : i; j < minimum(j0 + kBlock, C); ++j)
-            weight_[i * ld_ + j] = weight_[j * ld_ + i] =
-                (g[i * C + j] + g[j * C + i]) * share;
+            weight_[i * ld_ + j] = weight_[j * ld_ + i] = (g[i * C + j] + g[j * C + i]) * share;
   }
 
   int64_t tile_positions() const { return tile_positions_; }
 
-  void load_centered(int64_t m, int64_t n) const { // tile: [channel, position]
+  void load_centered(int64_t m, int64_t n) const {  // tile: [channel, position]
     for_each_run(x_, m, n, [&](int64_t offset, int64_t r, int64_t run) {
-      copy_strided(tile_ + r, ld_tile_, int64_t(1), sample_ + offset,
-                   x_.stride_c, x_.stride_w, x_.channels, run);
+      copy_strided(tile_ + r, ld_tile_, int64_t(1), sample_ + offset, x_.stride_c, x_.stride_w, x_.channels, run);
     });
     for (int64_t c = 0; c < x_.channels; ++c)
       for (int64_t r = 0; r < n; r += S::kWidth)
-        store_vector(tile_ + c * ld_tile_ + r,
-                     load_vector(tile_ + c * ld_tile_ + r) - mean_[c]);
+        store_vector(tile_ + c * ld_tile_ + r, load_vector(tile_ + c * ld_tile_ + r) - mean_[c]);
   }
 
   void store_gradient(int64_t m, int64_t n) const {
-    // Whole tiles go straight to rows of dX; others, and other layouts, by way
-    // of a buffer.
-    if (dx_.stride_w == 1 && dx_.height == 1 && x_.channels % S::kRows == 0 &&
-        n % S::kColumns == 0)
+    // Whole tiles go straight to rows of dX; others, and other layouts, by way of a buffer.
+    if (dx_.stride_w == 1 && dx_.height == 1 && x_.channels % S::kRows == 0 && n % S::kColumns == 0)
       return multiply(n, gradient_ + dx_.offset(m), dx_.stride_c);
     multiply(n, result_, ld_tile_);
     for_each_run(dx_, m, n, [&](int64_t offset, int64_t r, int64_t run) {
-      copy_strided(gradient_ + offset, dx_.stride_c, dx_.stride_w,
-                   static_cast<const T *>(result_ + r), ld_tile_, int64_t(1),
-                   x_.channels, run);
+      copy_strided(gradient_ + offset, dx_.stride_c, dx_.stride_w, static_cast<const T*>(result_ + r), ld_tile_,
+                   int64_t(1), x_.channels, run);
     });
   }
 
-private:
+ private:
   /// target = W tile, whole register tiles.
-  template <class To> void multiply(int64_t n, To *target, int64_t ld) const {
+  template <class To> void multiply(int64_t n, To* target, int64_t ld) const {
     for (int64_t j = 0; j < n; j += S::kColumns)
       for (int64_t i = 0; i < x_.channels; i += S::kRows) {
         Tile<T> product;
-        multiply_add(product, weight_ + i, ld_, tile_ + j, ld_tile_,
-                     x_.channels);
+        multiply_add(product, weight_ + i, ld_, tile_ + j, ld_tile_, x_.channels);
 #pragma GCC unroll 16
         for (int r = 0; r < S::kRows; ++r)
 #pragma GCC unroll 4
           for (int v = 0; v < S::kVectors; ++v)
-            store_vector(target + (i + r) * ld + j + v * S::kWidth,
-                         product.sum[r][v]);
+            store_vector(target + (i + r) * ld + j + v * S::kWidth, product.sum[r][v]);
       }
   }
 
   FeatureMaps<const X> x_;
   FeatureMaps<X> dx_;
-  const X *sample_;
-  X *gradient_;
-  const T *mean_;
+  const X* sample_;
+  X* gradient_;
+  const T* mean_;
   int64_t ld_, tile_positions_, ld_tile_;
   T *weight_, *tile_, *result_;
 };
 
-} // namespace isqrt::cpu::ISQRT_LEVEL
+}  // namespace isqrt::cpu::ISQRT_LEVEL

@@ -1,6 +1,5 @@
-// Conversion of the 16-bit element types to and from float, a vector of floats
-// of this SIMD level or one at a time. The same arithmetic on bits serves both:
-// F is float or a vector of floats, U its unsigned 32-bit counterpart.
+// Conversion of the 16-bit element types to and from float, a vector of floats of this SIMD level or one at a time.
+// The same arithmetic on bits serves both: F is float or a vector of floats, U its unsigned 32-bit counterpart.
 #pragma once
 #include "kernels.h"
 
@@ -15,38 +14,26 @@ template <class To, class From> inline To bits_of(From from) {
 
 template <class F, class U> inline F widen(U half, Half) {
   const U magnitude = half & 0x7fff;
-  // A product with 2^112 moves the exponent to its place in float, subnormal
-  // numbers included.
+  // A product with 2^112 moves the exponent to its place in float, subnormal numbers included.
   const U scaled = bits_of<U>(bits_of<F>(U(magnitude << 13)) * 0x1p112f);
-  const U number =
-      magnitude >= 0x7c00 ? scaled | 0x7f800000u : scaled; // Inf and NaN
+  const U number = magnitude >= 0x7c00 ? scaled | 0x7f800000u : scaled;  // Inf and NaN
   return bits_of<F>(U(number | (half & 0x8000) << 16));
 }
 
-template <class F, class U>
-inline U narrow(F number, Half) { // to nearest, ties to even
-  const U bits = bits_of<U>(number), sign = bits >> 16 & 0x8000,
-          magnitude = bits & 0x7fffffff;
-  const U normal =
-      (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13;
-  const U subnormal = bits_of<U>(F(bits_of<F>(magnitude) + 0.5f)) -
-                      0x3f000000u; // the addition rounds
+template <class F, class U> inline U narrow(F number, Half) {  // to nearest, ties to even
+  const U bits = bits_of<U>(number), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  const U normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13;
+  const U subnormal = bits_of<U>(F(bits_of<F>(magnitude) + 0.5f)) - 0x3f000000u;  // the addition rounds
   const U finite = magnitude < 0x38800000u ? subnormal : normal;
-  const U infinite =
-      magnitude > 0x7f800000u ? magnitude * 0 + 0x7e00 : magnitude * 0 + 0x7c00;
-  return sign | (magnitude >= 0x477ff000u ? infinite : finite); // from 65520 on
+  const U infinite = magnitude > 0x7f800000u ? magnitude * 0 + 0x7e00 : magnitude * 0 + 0x7c00;
+  return sign | (magnitude >= 0x477ff000u ? infinite : finite);  // from 65520 on
 }
 
-template <class F, class U> inline F widen(U half, BFloat16) {
-  return bits_of<F>(U(half << 16));
-}
+template <class F, class U> inline F widen(U half, BFloat16) { return bits_of<F>(U(half << 16)); }
 
-template <class F, class U>
-inline U narrow(F number, BFloat16) { // to nearest, ties to even
-  const U bits = bits_of<U>(number),
-          rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-  return (bits & 0x7fffffff) > 0x7f800000u ? bits >> 16 | 0x40
-                                           : rounded; // NaN stays one
+template <class F, class U> inline U narrow(F number, BFloat16) {  // to nearest, ties to even
+  const U bits = bits_of<U>(number), rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+  return (bits & 0x7fffffff) > 0x7f800000u ? bits >> 16 | 0x40 : rounded;  // NaN stays one
 }
 
 // One number; a float or double is its own.
@@ -54,12 +41,8 @@ template <class T> inline T to_number(T x) { return x; }
 inline float to_number(Half x) { return widen<float, uint32_t>(x.bits, x); }
 inline float to_number(BFloat16 x) { return widen<float, uint32_t>(x.bits, x); }
 
-template <class T> inline void store_number(T *to, T x) { *to = x; }
-inline void store_number(Half *to, float x) {
-  to->bits = uint16_t(narrow<float, uint32_t>(x, *to));
-}
-inline void store_number(BFloat16 *to, float x) {
-  to->bits = uint16_t(narrow<float, uint32_t>(x, *to));
-}
+template <class T> inline void store_number(T* to, T x) { *to = x; }
+inline void store_number(Half* to, float x) { to->bits = uint16_t(narrow<float, uint32_t>(x, *to)); }
+inline void store_number(BFloat16* to, float x) { to->bits = uint16_t(narrow<float, uint32_t>(x, *to)); }
 
-} // namespace isqrt::cpu::ISQRT_LEVEL
+}  // namespace isqrt::cpu::ISQRT_LEVEL

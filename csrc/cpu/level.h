@@ -1,5 +1,4 @@
-// The kernels of one SIMD level: the body of avx512.cpp, avx2.cpp and
-// portable.cpp.
+// The kernels of one SIMD level: the body of avx512.cpp, avx2.cpp and portable.cpp.
 #pragma once
 #include <cstdlib>
 #include <new>
@@ -11,117 +10,92 @@ namespace isqrt::cpu::ISQRT_LEVEL {
 
 /// Zeroed scratch of one thread, on cache-line boundaries.
 template <class T> class Scratch {
-public:
+ public:
   explicit Scratch(int64_t size)
-      : data_(static_cast<T *>(
-            ::aligned_alloc(64, round_up<int64_t>(size * sizeof(T), 64)))) {
-    if (data_ == nullptr)
-      throw std::bad_alloc();
+      : data_(static_cast<T*>(::aligned_alloc(64, round_up<int64_t>(size * sizeof(T), 64)))) {
+    if (data_ == nullptr) throw std::bad_alloc();
     __builtin_memset(data_, 0, size * sizeof(T));
   }
   ~Scratch() { ::free(data_); }
-  Scratch(const Scratch &) = delete;
-  Scratch &operator=(const Scratch &) = delete;
-  T *get() const { return data_; }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
 
-private:
-  T *data_;
+ private:
+  T* data_;
 };
 
-template <class X>
-void pool(const PoolTask<X> &task, int64_t begin, int64_t end) {
+template <class X> void pool(const PoolTask<X>& task, int64_t begin, int64_t end) {
   const int64_t C = task.x.channels, count = task.chunks.count;
   const Scratch<Compute<X>> storage(PoolEngine<X>::storage_size(C));
   for (int64_t item = begin; item < end; ++item) {
     PoolEngine<X> engine(task.x, item / count, storage.get());
-    accumulate_covariance(engine, task.chunks.first(item % count),
-                          task.chunks.last(item % count));
-    engine.write(task.partial_mean + item * C,
-                 task.partial_moment + item * C * C);
+    accumulate_covariance(engine, task.chunks.first(item % count), task.chunks.last(item % count));
+    engine.write(task.partial_mean + item * C, task.partial_moment + item * C * C);
   }
 }
 
-template <class X>
-void merge(const PoolTask<X> &task, int64_t begin, int64_t end) {
+template <class X> void merge(const PoolTask<X>& task, int64_t begin, int64_t end) {
   for (int64_t sample = begin; sample < end; ++sample) {
     MergeEngine<X> engine(task, sample);
     merge_covariances(engine, task.chunks);
   }
 }
 
-template <class X>
-void pool_backward(const PoolBackwardTask<X> &task, int64_t begin,
-                   int64_t end) {
+template <class X> void pool_backward(const PoolBackwardTask<X>& task, int64_t begin, int64_t end) {
   const int64_t count = task.chunks.count;
-  const Scratch<Compute<X>> storage(
-      PoolBackwardEngine<X>::storage_size(task.x.channels));
+  const Scratch<Compute<X>> storage(PoolBackwardEngine<X>::storage_size(task.x.channels));
   for (int64_t item = begin; item < end; ++item) {
     PoolBackwardEngine<X> engine(task, item / count, storage.get());
-    covariance_backward(engine, task.chunks.first(item % count),
-                        task.chunks.last(item % count));
+    covariance_backward(engine, task.chunks.first(item % count), task.chunks.last(item % count));
   }
 }
 
 /// Copies a root out of its padded matrix in the layout that was asked for.
 template <class T>
-void write_root(const MatrixEngine<T> &engine,
-                const typename MatrixEngine<T>::Matrix &A,
-                const RootView<T> &result) {
+void write_root(const MatrixEngine<T>& engine, const typename MatrixEngine<T>::Matrix& A, const RootView<T>& result) {
   const int64_t C = result.channels;
-  T *out = result.data;
+  T* out = result.data;
   if (result.output == Output::kMean) {
-    for (int64_t j = 0; j < C; ++j)
-      out[j] = 0;
+    for (int64_t j = 0; j < C; ++j) out[j] = 0;
     for (int64_t i = 0; i < C; ++i)
-      for (int64_t j = 0; j < C; ++j)
-        out[j] += engine.row(A, i)[j];
-    for (int64_t j = 0; j < C; ++j)
-      out[j] /= T(C);
+      for (int64_t j = 0; j < C; ++j) out[j] += engine.row(A, i)[j];
+    for (int64_t j = 0; j < C; ++j) out[j] /= T(C);
     return;
   }
   for (int64_t i = 0; i < C; ++i) {
     const int64_t first = result.output == Output::kTriu ? i : 0;
-    copy_strided(out, C, int64_t(1), engine.row(A, i) + first, C, int64_t(1),
-                 int64_t(1), C - first);
+    copy_strided(out, C, int64_t(1), engine.row(A, i) + first, C, int64_t(1), int64_t(1), C - first);
     out += C - first;
   }
 }
 
-template <class T>
-void root(const RootTask<T> &task, int64_t begin, int64_t end) {
+template <class T> void root(const RootTask<T>& task, int64_t begin, int64_t end) {
   const int64_t C = task.sigma.channels, size = MatrixEngine<T>::matrix_size(C);
   const Scratch<T> storage(4 * size);
   for (int64_t sample = begin; sample < end; ++sample) {
     MatrixEngine<T> engine(C, storage.get());
     auto Y = engine.matrix(), Z = engine.matrix(), products = engine.matrix();
-    const auto &result = matrix_root(engine, task.sigma.sample(sample), Y, Z,
-                                     products, task.steps, task.root);
+    const auto& result = matrix_root(engine, task.sigma.sample(sample), Y, Z, products, task.steps, task.root);
     write_root(engine, result, task.result.sample(sample));
   }
 }
 
-template <class T>
-void root_backward(const RootBackwardTask<T> &task, int64_t begin,
-                   int64_t end) {
+template <class T> void root_backward(const RootBackwardTask<T>& task, int64_t begin, int64_t end) {
   const int64_t C = task.sigma.channels, size = MatrixEngine<T>::matrix_size(C);
   const Scratch<T> storage(7 * size);
   for (int64_t sample = begin; sample < end; ++sample) {
     MatrixEngine<T> engine(C, storage.get());
     auto Y = engine.matrix(), Z = engine.matrix(), ZY = engine.matrix();
     auto dY = engine.matrix(), dZ = engine.matrix(), dZY = engine.matrix();
-    const auto &gradient = matrix_root_backward(
-        engine, task.sigma.sample(sample), task.grad.sample(sample), Y, Z, ZY,
-        dY, dZ, dZY, task.steps, task.root);
+    const auto& gradient = matrix_root_backward(engine, task.sigma.sample(sample), task.grad.sample(sample), Y, Z, ZY,
+                                                dY, dZ, dZY, task.steps, task.root);
     write_root(engine, gradient, task.grad_sigma.sample(sample));
   }
 }
 
-template <class X> PoolKernels<X> pool_kernels() {
-  return {pool<X>, merge<X>, pool_backward<X>};
-}
-template <class T> RootKernels<T> root_kernels() {
-  return {root<T>, root_backward<T>};
-}
+template <class X> PoolKernels<X> pool_kernels() { return {pool<X>, merge<X>, pool_backward<X>}; }
+template <class T> RootKernels<T> root_kernels() { return {root<T>, root_backward<T>}; }
 
 template PoolKernels<float> pool_kernels();
 template PoolKernels<double> pool_kernels();
@@ -130,4 +104,4 @@ template PoolKernels<BFloat16> pool_kernels();
 template RootKernels<float> root_kernels();
 template RootKernels<double> root_kernels();
 
-} // namespace isqrt::cpu::ISQRT_LEVEL
+}  // namespace isqrt::cpu::ISQRT_LEVEL

@@ -1,8 +1,6 @@
-// Vectors, transposes and the register-tiled product of one SIMD level,
-// ISQRT_LEVEL, of ISQRT_VECTOR_BYTES. Included once per level with that level's
-// instructions enabled. Only functions defined here may be emitted with them: a
-// shared inline function (one of the standard library's, say) could be picked
-// by the linker for every caller.
+// Vectors, transposes and the register-tiled product of one SIMD level, ISQRT_LEVEL, of ISQRT_VECTOR_BYTES.
+// Included once per level with that level's instructions enabled. Only functions defined here may be emitted with
+// them: a shared inline function (one of the standard library's, say) could be picked by the linker for every caller.
 #pragma once
 #include "half.h"
 
@@ -11,82 +9,65 @@ namespace isqrt::cpu::ISQRT_LEVEL {
 template <class T> struct Simd {
   static constexpr int kWidth = ISQRT_VECTOR_BYTES / sizeof(T);
   typedef T Vector __attribute__((vector_size(ISQRT_VECTOR_BYTES)));
-  typedef T Unaligned __attribute__((vector_size(ISQRT_VECTOR_BYTES),
-                                     aligned(sizeof(T)), may_alias));
+  typedef T Unaligned __attribute__((vector_size(ISQRT_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
 
-  // Registers hold kRows x kVectors accumulators, enough independent chains to
-  // hide the latency of an FMA.
-  static constexpr int kRows = ISQRT_TILE_ROWS, kVectors = ISQRT_TILE_VECTORS,
-                       kColumns = kVectors * kWidth;
+  // Registers hold kRows x kVectors accumulators, enough independent chains to hide the latency of an FMA.
+  static constexpr int kRows = ISQRT_TILE_ROWS, kVectors = ISQRT_TILE_VECTORS, kColumns = kVectors * kWidth;
 };
 
 template <class T> using Vector = typename Simd<T>::Vector;
 
-template <class T> inline Vector<T> load_vector(const T *p) {
-  return *reinterpret_cast<const typename Simd<T>::Unaligned *>(p);
+template <class T> inline Vector<T> load_vector(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
 }
 
-template <class T> inline void store_vector(T *p, Vector<T> v) {
-  *reinterpret_cast<typename Simd<T>::Unaligned *>(p) = v;
+template <class T> inline void store_vector(T* p, Vector<T> v) {
+  *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
 }
 
-// Feature maps of a 16-bit type are read as vectors of float, and written from
-// them.
+// Feature maps of a 16-bit type are read as vectors of float, and written from them.
 using Words = uint16_t __attribute__((vector_size(ISQRT_VECTOR_BYTES / 2)));
-using UnalignedWords = uint16_t
-    __attribute__((vector_size(ISQRT_VECTOR_BYTES / 2), aligned(2), may_alias));
+using UnalignedWords = uint16_t __attribute__((vector_size(ISQRT_VECTOR_BYTES / 2), aligned(2), may_alias));
 using DoubleWords = uint32_t __attribute__((vector_size(ISQRT_VECTOR_BYTES)));
 
-template <class X> inline Vector<float> load_words(const X *p) {
-  const Words words = *reinterpret_cast<const UnalignedWords *>(p);
+template <class X> inline Vector<float> load_words(const X* p) {
+  const Words words = *reinterpret_cast<const UnalignedWords*>(p);
   return widen<Vector<float>>(__builtin_convertvector(words, DoubleWords), X{});
 }
-template <class X> inline void store_words(X *p, Vector<float> v) {
-  const auto words = __builtin_convertvector(
-      narrow<Vector<float>, DoubleWords>(v, X{}), Words);
-  *reinterpret_cast<UnalignedWords *>(p) = words;
+template <class X> inline void store_words(X* p, Vector<float> v) {
+  const auto words = __builtin_convertvector(narrow<Vector<float>, DoubleWords>(v, X{}), Words);
+  *reinterpret_cast<UnalignedWords*>(p) = words;
 }
-inline Vector<float> load_vector(const Half *p) { return load_words(p); }
-inline Vector<float> load_vector(const BFloat16 *p) { return load_words(p); }
-inline void store_vector(Half *p, Vector<float> v) { store_words(p, v); }
-inline void store_vector(BFloat16 *p, Vector<float> v) { store_words(p, v); }
+inline Vector<float> load_vector(const Half* p) { return load_words(p); }
+inline Vector<float> load_vector(const BFloat16* p) { return load_words(p); }
+inline void store_vector(Half* p, Vector<float> v) { store_words(p, v); }
+inline void store_vector(BFloat16* p, Vector<float> v) { store_words(p, v); }
 
 template <class Int> inline Int minimum(Int a, Int b) { return a < b ? a : b; }
-template <class Int> inline Int round_up(Int a, Int b) {
-  return (a + b - 1) / b * b;
-}
+template <class Int> inline Int round_up(Int a, Int b) { return (a + b - 1) / b * b; }
 
-/// Columns of a row of n elements padded to whole register tiles and an odd
-/// number of cache lines: a power of two would send every row to the same few
-/// sets of the cache.
+/// Columns of a row of n elements padded to whole register tiles and an odd number of cache lines: a power of two
+/// would send every row to the same few sets of the cache.
 template <class T> inline int64_t padded(int64_t n) {
   constexpr int64_t line = 64 / sizeof(T),
-                    tile = Simd<T>::kColumns > Simd<T>::kRows
-                               ? Simd<T>::kColumns
-                               : Simd<T>::kRows;
+                    tile = Simd<T>::kColumns > Simd<T>::kRows ? Simd<T>::kColumns : Simd<T>::kRows;
   const int64_t columns = round_up(round_up(n, tile), line);
   return columns / line % 2 ? columns : columns + line;
 }
 
-/// Lanes of the two vectors of one butterfly of a transposition: blocks of
-/// `Stride` lanes change places.
-template <int Stride, bool High, class T,
-          class Lanes = typename Simd<T>::Vector>
+/// Lanes of the two vectors of one butterfly of a transposition: blocks of `Stride` lanes change places.
+template <int Stride, bool High, class T, class Lanes = typename Simd<T>::Vector>
 inline Vector<T> interleave(Vector<T> a, Vector<T> b) {
   constexpr int W = Simd<T>::kWidth;
   const auto lane = [](int i) constexpr {
     const bool from_b = i / Stride % 2;
-    return (High ? (from_b ? i + W : i + Stride)
-                 : (from_b ? i - Stride + W : i));
+    return (High ? (from_b ? i + W : i + Stride) : (from_b ? i - Stride + W : i));
   };
   if constexpr (W == 16) {
-    return __builtin_shufflevector(a, b, lane(0), lane(1), lane(2), lane(3),
-                                   lane(4), lane(5), lane(6), lane(7), lane(8),
-                                   lane(9), lane(10), lane(11), lane(12),
-                                   lane(13), lane(14), lane(15));
+    return __builtin_shufflevector(a, b, lane(0), lane(1), lane(2), lane(3), lane(4), lane(5), lane(6), lane(7),
+                                   lane(8), lane(9), lane(10), lane(11), lane(12), lane(13), lane(14), lane(15));
   } else if constexpr (W == 8) {
-    return __builtin_shufflevector(a, b, lane(0), lane(1), lane(2), lane(3),
-                                   lane(4), lane(5), lane(6), lane(7));
+    return __builtin_shufflevector(a, b, lane(0), lane(1), lane(2), lane(3), lane(4), lane(5), lane(6), lane(7));
   } else if constexpr (W == 4) {
     return __builtin_shufflevector(a, b, lane(0), lane(1), lane(2), lane(3));
   } else {
@@ -94,8 +75,7 @@ inline Vector<T> interleave(Vector<T> a, Vector<T> b) {
   }
 }
 
-template <int Stride, class T>
-inline void butterflies(Vector<T> (&rows)[Simd<T>::kWidth]) {
+template <int Stride, class T> inline void butterflies(Vector<T> (&rows)[Simd<T>::kWidth]) {
   constexpr int W = Simd<T>::kWidth;
   if constexpr (Stride < W) {
 #pragma GCC unroll 16
@@ -111,47 +91,34 @@ inline void butterflies(Vector<T> (&rows)[Simd<T>::kWidth]) {
 }
 
 /// rows <- rows^T, a square block of one vector's width held in registers.
-template <class T> inline void transpose(Vector<T> (&rows)[Simd<T>::kWidth]) {
-  butterflies<1, T>(rows);
-}
+template <class T> inline void transpose(Vector<T> (&rows)[Simd<T>::kWidth]) { butterflies<1, T>(rows); }
 
-template <class To, class From>
-inline void transpose_block(To *dst, int64_t ld_dst, const From *src,
-                            int64_t ld_src) {
+template <class To, class From> inline void transpose_block(To* dst, int64_t ld_dst, const From* src, int64_t ld_src) {
   constexpr int W = Simd<Compute<From>>::kWidth;
   Vector<Compute<From>> rows[W];
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i)
-    rows[i] = load_vector(src + i * ld_src);
+  for (int i = 0; i < W; ++i) rows[i] = load_vector(src + i * ld_src);
   transpose<Compute<From>>(rows);
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i)
-    store_vector(dst + i * ld_dst, rows[i]);
+  for (int i = 0; i < W; ++i) store_vector(dst + i * ld_dst, rows[i]);
 }
 
-/// dst[r, c] = src[r, c] for any two pairs of strides; fast where both have
-/// contiguous rows or columns.
+/// dst[r, c] = src[r, c] for any two pairs of strides; fast where both have contiguous rows or columns.
 template <class To, class From>
-void copy_strided(To *dst, int64_t dst_row, int64_t dst_col, const From *src,
-                  int64_t src_row, int64_t src_col, int64_t rows,
-                  int64_t cols) {
+void copy_strided(To* dst, int64_t dst_row, int64_t dst_col, const From* src, int64_t src_row, int64_t src_col,
+                  int64_t rows, int64_t cols) {
   constexpr int W = Simd<Compute<From>>::kWidth;
-  const auto copy = [](To *to, const From *from) {
-    store_number(to, to_number(*from));
-  };
+  const auto copy = [](To* to, const From* from) { store_number(to, to_number(*from)); };
   if ((dst_row == 1 && src_row == 1 && !(dst_col == 1 && src_col == 1)) ||
       (dst_row == 1 && dst_col != 1 && src_col == 1))
-    return copy_strided(dst, dst_col, dst_row, src, src_col, src_row, cols,
-                        rows);
+    return copy_strided(dst, dst_col, dst_row, src, src_col, src_row, cols, rows);
   if (dst_col == 1 && src_col == 1) {
     for (int64_t r = 0; r < rows; ++r) {
-      To *d = dst + r * dst_row;
-      const From *s = src + r * src_row;
+      To* d = dst + r * dst_row;
+      const From* s = src + r * src_row;
       int64_t c = 0;
-      for (; c + W <= cols; c += W)
-        store_vector(d + c, load_vector(s + c));
-      for (; c < cols; ++c)
-        copy(d + c, s + c);
+      for (; c + W <= cols; c += W) store_vector(d + c, load_vector(s + c));
+      for (; c < cols; ++c) copy(d + c, s + c);
     }
     return;
   }
@@ -159,17 +126,13 @@ void copy_strided(To *dst, int64_t dst_row, int64_t dst_col, const From *src,
   if (dst_col == 1 && src_row == 1) {
     for (; r + W <= rows; r += W) {
       int64_t c = 0;
-      for (; c + W <= cols; c += W)
-        transpose_block(dst + r * dst_row + c, dst_row, src + c * src_col + r,
-                        src_col);
+      for (; c + W <= cols; c += W) transpose_block(dst + r * dst_row + c, dst_row, src + c * src_col + r, src_col);
       for (; c < cols; ++c)
-        for (int64_t i = r; i < r + W; ++i)
-          copy(dst + i * dst_row + c, src + i + c * src_col);
+        for (int64_t i = r; i < r + W; ++i) copy(dst + i * dst_row + c, src + i + c * src_col);
     }
   }
   for (; r < rows; ++r)
-    for (int64_t c = 0; c < cols; ++c)
-      copy(dst + r * dst_row + c * dst_col, src + r * src_row + c * src_col);
+    for (int64_t c = 0; c < cols; ++c) copy(dst + r * dst_row + c * dst_col, src + r * src_row + c * src_col);
 }
 
 /// The accumulators of one register tile.
@@ -177,25 +140,21 @@ template <class T> struct Tile {
   Vector<T> sum[Simd<T>::kRows][Simd<T>::kVectors] = {};
 };
 
-/// tile[i, j] += sum_k a[k, i] b[k, j]. Both operands are read along their
-/// rows: the left one is symmetric, or given transposed, so that nothing has to
-/// be packed.
+/// tile[i, j] += sum_k a[k, i] b[k, j]. Both operands are read along their rows: the left one is symmetric, or given
+/// transposed, so that nothing has to be packed.
 template <class T>
-inline __attribute__((always_inline)) void
-multiply_add(Tile<T> &tile, const T *a, int64_t lda, const T *b, int64_t ldb,
-             int64_t n) {
+inline __attribute__((always_inline)) void multiply_add(Tile<T>& tile, const T* a, int64_t lda, const T* b, int64_t ldb,
+                                                        int64_t n) {
   using S = Simd<T>;
   for (int64_t k = 0; k < n; ++k, a += lda, b += ldb) {
     Vector<T> right[S::kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < S::kVectors; ++v)
-      right[v] = load_vector(b + v * S::kWidth);
+    for (int v = 0; v < S::kVectors; ++v) right[v] = load_vector(b + v * S::kWidth);
 #pragma GCC unroll 16
     for (int i = 0; i < S::kRows; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < S::kVectors; ++v)
-        tile.sum[i][v] += a[i] * right[v];
+      for (int v = 0; v < S::kVectors; ++v) tile.sum[i][v] += a[i] * right[v];
   }
 }
 
-} // namespace isqrt::cpu::ISQRT_LEVEL
+}  // namespace isqrt::cpu::ISQRT_LEVEL
