@@ -3,7 +3,9 @@
 //     Y_0 = A, Z_0 = I;   T = Z Y,   Y <- a Y + b Y T,   Z <- a Z + b T Z        (a, b) = (1.5, -0.5)
 //
 // Y_N -> A^{1/2} and Z_N -> A^{-1/2} for a symmetric A with eigenvalues in (0, 1]. Y, Z and T are polynomials in A:
-// they commute and are symmetric, so an engine computes one triangle of each product.
+// they commute and are symmetric, so an engine computes one triangle of each product. The price: rounding errors, which
+// the iteration with full products leaves alone once it has converged, grow by about 1.4 in each further step (measured,
+// condition 100), so that steps beyond some 15 do not come nearer.
 //
 // An Engine owns the C x C matrices of one sample (or of a batch) and offers
 //     product(D, A, B)                          D = A B
@@ -14,6 +16,8 @@
 //     scale(D, alpha, A)                        D = alpha A
 // where every result is known symmetric and D may also be an operand: it changes only when the whole result is known.
 #pragma once
+#include <cmath>
+
 #include "views.h"
 
 namespace isqrt {
@@ -23,11 +27,31 @@ struct Step {
   double a = 1.5, b = -0.5;
 };
 
+/// N steps, the first `tuned` of which have coefficients of their own.
 struct Steps {
+  static constexpr int kMaxTuned = 32;
   int iterations;
-  Step step = {};
-  ISQRT_FN Step operator[](int) const { return step; }
+  int tuned = 0;
+  Step table[kMaxTuned] = {};
+  ISQRT_FN Step operator[](int n) const { return n < tuned ? table[n] : Step{}; }
 };
+
+/// Minimax steps for eigenvalues of A in [floor, 1]: the square roots s of the eigenvalues of Z Y start in [l, 1],
+/// l = sqrt(floor), and a step maps s to s (a + b s^2). Its (a, b) are those that bring the image of the present
+/// interval [l, u] nearest to 1, as far below it as above. They tend to the paper's as the interval shrinks to 1.
+inline Steps minimax_steps(int iterations, double floor) {
+  Steps steps{iterations};
+  double l = std::sqrt(floor), u = 1;
+  for (; steps.tuned < iterations && steps.tuned < Steps::kMaxTuned; ++steps.tuned) {
+    const double q = l * l + l * u + u * u, m = std::sqrt(q / 3);
+    const auto p = [q](double s) { return q * s - s * s * s; };
+    const double k = 2 / (p(l) + p(m));
+    steps.table[steps.tuned] = {k * q, -k};
+    u = k * p(m);
+    l = k * p(l);
+  }
+  return steps;
+}
 
 /// Which of the two limits is wanted: Y_N, the square root, or Z_N, the inverse square root.
 enum class Root : int { kSquare = 0, kInverse = 1 };

@@ -25,13 +25,13 @@ template <class Scalar> ISQRT_FN Scalar compensation(const Scalar& t, Root root)
 
 /// Eqs. 1-3: Yhat = sqrt(t) Y_N(Sigma / t), or Z_N(Sigma / t) / sqrt(t). Returns the matrix that holds it.
 template <class Engine, class Matrix, class Source>
-ISQRT_FN Matrix& matrix_root(Engine& e, const Source& sigma, Matrix& Y, Matrix& Z, Matrix& T, const Steps& steps,
-                             Root root) {
+ISQRT_FN Matrix matrix_root(Engine& e, const Source& sigma, Matrix& Y, Matrix& Z, Matrix& T, const Steps& steps,
+                            Root root) {
   e.load(Y, sigma);
   const auto t = e.trace(Y);               // Eq. 2: t = tr(Sigma)
   e.divide(Y, nonzero(t));                 //        A = Sigma / t
   newton_schulz(e, Y, Z, T, steps, root);  // Eq. 1
-  Matrix& result = root == Root::kSquare ? Y : Z;
+  Matrix result = root == Root::kSquare ? Y : Z;
   e.scale(result, compensation(t, root), result);  // Eq. 3: Yhat = sqrt(t) Y_N
   return result;
 }
@@ -42,16 +42,16 @@ ISQRT_FN Matrix& matrix_root(Engine& e, const Source& sigma, Matrix& Y, Matrix& 
 /// Nothing is divided by t^2, which would leave the range of float32 long before the result does.
 /// Returns the matrix that holds dL/dSigma, symmetric.
 template <class Engine, class Matrix, class SigmaSource, class GradSource>
-ISQRT_FN Matrix& matrix_root_backward(Engine& e, const SigmaSource& sigma, const GradSource& grad, Matrix& Y, Matrix& Z,
-                                      Matrix& T, Matrix& dY, Matrix& dZ, Matrix& dT, const Steps& steps, Root root) {
+ISQRT_FN Matrix matrix_root_backward(Engine& e, const SigmaSource& sigma, const GradSource& grad, Matrix& Y, Matrix& Z,
+                                     Matrix& T, Matrix& dY, Matrix& dZ, Matrix& dT, const Steps& steps, Root root) {
   e.load(Y, sigma);
   e.load(dY, grad);
   const auto t = e.trace(Y);
   const auto divisor = nonzero(t);
   e.divide(Y, divisor);                                        // A = Sigma / t
   newton_schulz_tangent(e, Y, Z, T, dY, dZ, dT, steps, root);  // Eqs. 6-7
-  Matrix& P = root == Root::kSquare ? Y : Z;
-  Matrix& D = root == Root::kSquare ? dY : dZ;
+  const Matrix P = root == Root::kSquare ? Y : Z;
+  Matrix D = root == Root::kSquare ? dY : dZ;
   const auto factor = compensation(t, root) / divisor;
   const auto of_compensation = (root == Root::kSquare ? 0.5 : -0.5) * e.inner(grad, P);  // Eqs. 4-5
   const auto of_trace = e.inner(sigma, D) / divisor;                                     // <D, A>

@@ -84,9 +84,12 @@ void check_beside(const Tensor& t, const char* name, std::vector<int64_t> sizes,
         device(first), ", got ", device(t));
 }
 
-Steps check_iterations(int64_t iterations) {
+/// The paper's steps for a spectrum_floor of 0, minimax ones for any other.
+Steps check_steps(int64_t iterations, double spectrum_floor) {
   check(iterations >= 1 && iterations <= 1000, "iterations: expected 1 to 1000, got ", iterations);
-  return {int(iterations)};
+  check(spectrum_floor == 0 || (spectrum_floor >= 1e-12 && spectrum_floor < 1),
+        "spectrum_floor: expected 1e-12 or more and less than 1, got ", spectrum_floor);
+  return spectrum_floor == 0 ? Steps{int(iterations)} : minimax_steps(int(iterations), spectrum_floor);
 }
 
 template <class Enum> Enum check_enum(int64_t value, Enum last, const char* name) {
@@ -282,27 +285,30 @@ Tensor covariance_pool_backward(const Tensor& grad, const Tensor& x, const Tenso
   return Engine<Device>(x, positions_of(x), check_engine(engine)).pool_backward(matrices(grad), x, matrices(mean));
 }
 
-template <class Device> Tensor matrix_root(const Tensor& sigma, int64_t iterations, int64_t root, int64_t engine) {
+template <class Device>
+Tensor matrix_root(const Tensor& sigma, int64_t iterations, int64_t root, double spectrum_floor, int64_t engine) {
   check_matrices(sigma);
-  const Steps steps = check_iterations(iterations);
+  const Steps steps = check_steps(iterations, spectrum_floor);
   const Engine<Device> chosen(sigma, 1, check_engine(engine));
   return as(chosen.root(matrices(sigma), steps, check_root(root), Output::kMatrix), sigma.scalar_type());
 }
 
 template <class Device>
-Tensor matrix_root_backward(const Tensor& grad, const Tensor& sigma, int64_t iterations, int64_t root, int64_t engine) {
+Tensor matrix_root_backward(const Tensor& grad, const Tensor& sigma, int64_t iterations, int64_t root,
+                            double spectrum_floor, int64_t engine) {
   check_matrices(sigma);
   check_beside(grad, "grad", {sigma.size(0), sigma.size(1), sigma.size(1)}, sigma.scalar_type(), sigma);
-  const Steps steps = check_iterations(iterations);
+  const Steps steps = check_steps(iterations, spectrum_floor);
   const Engine<Device> chosen(sigma, 1, check_engine(engine));
   return as(chosen.root_backward(matrices(grad), matrices(sigma), steps, check_root(root), Output::kMatrix),
             sigma.scalar_type());
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> cov_sqrt(const Tensor& x, int64_t iterations, int64_t output, int64_t engine) {
+std::tuple<Tensor, Tensor, Tensor> cov_sqrt(const Tensor& x, int64_t iterations, int64_t output, double spectrum_floor,
+                                            int64_t engine) {
   check_feature_maps(x);
-  const Steps steps = check_iterations(iterations);
+  const Steps steps = check_steps(iterations, spectrum_floor);
   const Output layout = check_output(output);
   const Engine<Device> chosen(x, positions_of(x), check_engine(engine));
   const auto [sigma, mean] = chosen.pool(x);
@@ -311,10 +317,10 @@ std::tuple<Tensor, Tensor, Tensor> cov_sqrt(const Tensor& x, int64_t iterations,
 
 template <class Device>
 Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigma, const Tensor& mean,
-                         int64_t iterations, int64_t output, int64_t engine) {
+                         int64_t iterations, int64_t output, double spectrum_floor, int64_t engine) {
   check_feature_maps(x);
   const int64_t B = x.size(0), C = x.size(1);
-  const Steps steps = check_iterations(iterations);
+  const Steps steps = check_steps(iterations, spectrum_floor);
   const Output layout = check_output(output);
   const ScalarType kept = compute_dtype(x.scalar_type());
   check_beside(grad, "grad", output_shape(B, C, layout), x.scalar_type(), x);
@@ -374,29 +380,21 @@ template <class Device, class Library> void register_ops(Library& m) {
 }  // namespace
 }  // namespace isqrt
 
+// clang-format off
 STABLE_TORCH_LIBRARY(isqrt_cov, m) {
   m.def("covariance_pool(Tensor x, int engine=0) -> (Tensor sigma, Tensor mean)");
-  m.def(
-      "covariance_pool_backward(Tensor grad, Tensor x, Tensor mean, int "
-      "engine=0) -> Tensor");
-  m.def(
-      "matrix_root(Tensor sigma, int iterations, int root, int engine=0) -> "
-      "Tensor");
-  m.def(
-      "matrix_root_backward(Tensor grad, Tensor sigma, int iterations, int "
-      "root, int engine=0) -> Tensor");
-  m.def(
-      "cov_sqrt(Tensor x, int iterations, int output, int engine=0) -> "
-      "(Tensor y, Tensor sigma, Tensor mean)");
-  m.def(
-      "cov_sqrt_backward(Tensor grad, Tensor x, Tensor sigma, Tensor mean, "
-      "int iterations, int output, int engine=0)"
-      " -> Tensor");
-  m.def(
-      "plan(bool cuda, int device, int batch, int channels, int positions, "
-      "int element_size, int engine=0) -> str");
+  m.def("covariance_pool_backward(Tensor grad, Tensor x, Tensor mean, int engine=0) -> Tensor");
+  m.def("matrix_root(Tensor sigma, int iterations, int root, float spectrum_floor=0.0, int engine=0) -> Tensor");
+  m.def("matrix_root_backward(Tensor grad, Tensor sigma, int iterations, int root, float spectrum_floor=0.0,"
+        " int engine=0) -> Tensor");
+  m.def("cov_sqrt(Tensor x, int iterations, int output, float spectrum_floor=0.0, int engine=0)"
+        " -> (Tensor y, Tensor sigma, Tensor mean)");
+  m.def("cov_sqrt_backward(Tensor grad, Tensor x, Tensor sigma, Tensor mean, int iterations, int output,"
+        " float spectrum_floor=0.0, int engine=0) -> Tensor");
+  m.def("plan(bool cuda, int device, int batch, int channels, int positions, int element_size, int engine=0) -> str");
   m.def("build_info() -> str");
 }
+// clang-format on
 
 STABLE_TORCH_LIBRARY_IMPL(isqrt_cov, CompositeExplicitAutograd, m) {
   m.impl("plan", TORCH_BOX(&isqrt::describe_plan));

@@ -12,6 +12,16 @@ from torch import Tensor
 from .ops import ENGINES, OUTPUTS, ROOTS, code, compute_dtype
 
 _ops = torch.ops.isqrt_cov
+COEFFICIENTS = ("newton_schulz", "minimax")
+
+
+def _spectrum_floor(coefficients: str, spectrum_floor: float) -> float:
+    """The argument of the operators: 0 stands for the paper's coefficients."""
+    if code("coefficients", coefficients, COEFFICIENTS) == 0:
+        return 0.0
+    if spectrum_floor == 0:
+        raise ValueError("spectrum_floor: expected more than 0, got 0")
+    return spectrum_floor
 
 
 def covariance_pool(x: Tensor) -> Tensor:
@@ -30,7 +40,9 @@ def covariance_pool(x: Tensor) -> Tensor:
     return _ops.covariance_pool(x)[0]
 
 
-def matrix_sqrt(sigma: Tensor, iterations: int = 5) -> Tensor:
+def matrix_sqrt(
+    sigma: Tensor, iterations: int = 5, coefficients: str = "newton_schulz", spectrum_floor: float = 1e-3
+) -> Tensor:
     r"""Approximate square root of symmetric positive semi-definite matrices by the coupled Newton-Schulz iteration.
 
     With :math:`t = \operatorname{tr}\Sigma`, :math:`Y_0 = \Sigma / t` and :math:`Z_0 = I`, each step is
@@ -40,27 +52,44 @@ def matrix_sqrt(sigma: Tensor, iterations: int = 5) -> Tensor:
 
     Args:
         sigma: (B, C, C), float32, float64, float16 or bfloat16 (iterated in float32). Its symmetric part is used.
-        iterations: number of steps N, at least 1. More are nearer to the exact root; in float32 and for a
-            rank-deficient ``sigma`` the iteration diverges from about 20 on.
+        iterations: number of steps N, at least 1. More are nearer to the exact root until the iteration has converged
+            (5 to 15 steps); beyond, rounding errors grow by about 1.4 each step. In float32 and for a rank-deficient
+            ``sigma`` the iteration diverges from about 20 on.
+        coefficients: ``"newton_schulz"``, the paper's 3/2 and -1/2 in each step; or ``"minimax"``, in each step the
+            pair that is best for eigenvalues of ``sigma`` / trace between ``spectrum_floor`` and 1. The same number of
+            products comes several times nearer to the exact root; eigenvalues below the floor stay bounded.
+        spectrum_floor: for ``"minimax"`` only, between 1e-12 and 1.
 
     Returns:
         (B, C, C). Zero, with zero gradient, where ``sigma`` is zero; NaN where its trace is negative.
 
     Raises:
-        RuntimeError: ``sigma`` is not a batch of square matrices, has another dtype, or ``iterations`` < 1.
+        RuntimeError: ``sigma`` is not a batch of square matrices, has another dtype, ``iterations`` < 1, or
+            ``spectrum_floor`` is out of range.
+        ValueError: other ``coefficients``.
     """
-    return _ops.matrix_root(sigma, iterations, ROOTS.index("square"))
+    floor = _spectrum_floor(coefficients, spectrum_floor)
+    return _ops.matrix_root(sigma, iterations, ROOTS.index("square"), floor)
 
 
-def matrix_inv_sqrt(sigma: Tensor, iterations: int = 5) -> Tensor:
+def matrix_inv_sqrt(
+    sigma: Tensor, iterations: int = 5, coefficients: str = "newton_schulz", spectrum_floor: float = 1e-3
+) -> Tensor:
     r"""Approximate inverse square root :math:`Z_N / \sqrt t` of the same iteration; see :func:`matrix_sqrt`.
 
     Zero, with zero gradient, where ``sigma`` is zero.
     """
-    return _ops.matrix_root(sigma, iterations, ROOTS.index("inverse"))
+    floor = _spectrum_floor(coefficients, spectrum_floor)
+    return _ops.matrix_root(sigma, iterations, ROOTS.index("inverse"), floor)
 
 
-def cov_sqrt(x: Tensor, iterations: int = 5, output: str = "matrix") -> Tensor:
+def cov_sqrt(
+    x: Tensor,
+    iterations: int = 5,
+    output: str = "matrix",
+    coefficients: str = "newton_schulz",
+    spectrum_floor: float = 1e-3,
+) -> Tensor:
     """Square-root normalised covariance pooling: :func:`covariance_pool`, then :func:`matrix_sqrt`, fused.
 
     Keeps ``x`` and, per sample, one C x C matrix and the mean for the backward pass.
@@ -71,12 +100,15 @@ def cov_sqrt(x: Tensor, iterations: int = 5, output: str = "matrix") -> Tensor:
         iterations: number of Newton-Schulz steps, at least 1.
         output: ``"matrix"`` (B, C, C); ``"triu"`` (B, C (C + 1) / 2), the upper triangle row by row; or ``"mean"``
             (B, C), the mean over dim 1, which is what second-order channel attention uses.
+        coefficients, spectrum_floor: see :func:`matrix_sqrt`.
 
     Raises:
-        RuntimeError: ``x`` has another rank or dtype, no channel or no position, or ``iterations`` < 1.
-        ValueError: another ``output``.
+        RuntimeError: ``x`` has another rank or dtype, no channel or no position, ``iterations`` < 1, or
+            ``spectrum_floor`` is out of range.
+        ValueError: another ``output``, other ``coefficients``.
     """
-    return _ops.cov_sqrt(x, iterations, code("output", output, OUTPUTS))[0]
+    floor = _spectrum_floor(coefficients, spectrum_floor)
+    return _ops.cov_sqrt(x, iterations, code("output", output, OUTPUTS), floor)[0]
 
 
 def triu_vector(y: Tensor) -> Tensor:

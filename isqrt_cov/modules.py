@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .functional import cov_sqrt
+from .functional import COEFFICIENTS, cov_sqrt
 from .ops import OUTPUTS, code
 
 
@@ -12,21 +12,33 @@ class CovSqrtNorm(nn.Module):
     Args:
         iterations: number of Newton-Schulz steps, at least 1.
         output: ``"matrix"``, ``"triu"`` or ``"mean"``.
+        coefficients: ``"newton_schulz"``, the paper's, or ``"minimax"``, nearer to the exact root at the same cost.
+        spectrum_floor: the smallest eigenvalue, relative to the trace, that the minimax coefficients are made for.
 
     Shape:
         (B, C, H, W) or (B, C, M) to (B, C, C), (B, C (C + 1) / 2) or (B, C).
     """
 
-    def __init__(self, iterations: int = 5, output: str = "matrix") -> None:
+    def __init__(
+        self,
+        iterations: int = 5,
+        output: str = "matrix",
+        coefficients: str = "newton_schulz",
+        spectrum_floor: float = 1e-3,
+    ) -> None:
         super().__init__()
         if iterations < 1:
             raise ValueError(f"iterations: expected 1 or more, got {iterations}")
         code("output", output, OUTPUTS)
+        code("coefficients", coefficients, COEFFICIENTS)
         self.iterations = iterations
         self.output = output
+        self.coefficients = coefficients
+        self.spectrum_floor = spectrum_floor
 
     def forward(self, x: Tensor) -> Tensor:
-        return cov_sqrt(x, self.iterations, self.output)
+        return cov_sqrt(x, self.iterations, self.output, self.coefficients, self.spectrum_floor)
 
     def extra_repr(self) -> str:
-        return f"iterations={self.iterations}, output={self.output!r}"
+        tuned = "" if self.coefficients == "newton_schulz" else f", spectrum_floor={self.spectrum_floor}"
+        return f"iterations={self.iterations}, output={self.output!r}, coefficients={self.coefficients!r}{tuned}"

@@ -53,6 +53,12 @@ def _second_order(function, inputs, upstream, grad_of_grad):
     return [grad.to(inputs.dtype) for grad in grads]
 
 
+def _step(ctx):
+    if ctx.spectrum_floor == 0:
+        return reference.PAPER_STEP
+    return reference.minimax_steps(ctx.iterations, ctx.spectrum_floor)
+
+
 def _register(name, fake, setup_context, backward):
     torch.library.register_fake(f"isqrt_cov::{name}", fake)
     torch.library.register_autograd(f"isqrt_cov::{name}", backward, setup_context=setup_context)
@@ -101,7 +107,7 @@ _register("covariance_pool_backward", _pool_backward_fake, _pool_backward_setup,
 # ---- matrix_root: sigma [B, C, C] -> its square or inverse square root [B, C, C] -------------------------------------
 
 
-def _root_fake(sigma, iterations, root, engine=0):
+def _root_fake(sigma, iterations, root, spectrum_floor=0.0, engine=0):
     return torch.empty_like(sigma, memory_format=torch.contiguous_format)
 
 
@@ -112,23 +118,23 @@ def _root_setup(ctx, inputs, output):
 
 def _root_backward(ctx, grad):
     (sigma,) = ctx.saved_tensors
-    return _ops.matrix_root_backward(grad, sigma, *ctx.arguments), None, None, None
+    return _ops.matrix_root_backward(grad, sigma, *ctx.arguments), None, None, None, None
 
 
-def _root_backward_fake(grad, sigma, iterations, root, engine=0):
+def _root_backward_fake(grad, sigma, iterations, root, spectrum_floor=0.0, engine=0):
     return torch.empty_like(sigma, memory_format=torch.contiguous_format)
 
 
 def _root_backward_setup(ctx, inputs, output):
-    grad, sigma, ctx.iterations, ctx.root, _ = inputs
+    grad, sigma, ctx.iterations, ctx.root, ctx.spectrum_floor, _ = inputs
     ctx.save_for_backward(grad, sigma)
 
 
 def _root_double_backward(ctx, grad_of_grad):
     grad, sigma = ctx.saved_tensors
     function = (reference.matrix_sqrt, reference.matrix_inv_sqrt)[ctx.root]
-    function = functools.partial(function, iterations=ctx.iterations)
-    return *_second_order(function, sigma, grad, grad_of_grad), None, None, None
+    function = functools.partial(function, iterations=ctx.iterations, step=_step(ctx))
+    return *_second_order(function, sigma, grad, grad_of_grad), None, None, None, None
 
 
 _register("matrix_root", _root_fake, _root_setup, _root_backward)
@@ -138,7 +144,7 @@ _register("matrix_root_backward", _root_backward_fake, _root_backward_setup, _ro
 # ---- cov_sqrt: x [B, C, H, W] or [B, C, M] -> y, sigma [B, C, C], mean [B, C] ----------------------------------------
 
 
-def _cov_sqrt_fake(x, iterations, output, engine=0):
+def _cov_sqrt_fake(x, iterations, output, spectrum_floor=0.0, engine=0):
     batch, channels = x.shape[:2]
     shape = ((batch, channels, channels), (batch, channels * (channels + 1) // 2), (batch, channels))[output]
     sigma, mean = _pool_fake(x)
@@ -154,23 +160,24 @@ def _cov_sqrt_setup(ctx, inputs, output):
 
 def _cov_sqrt_backward(ctx, grad, _sigma, _mean):
     if grad is None:
-        return None, None, None, None
-    return _ops.cov_sqrt_backward(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None
+        return None, None, None, None, None
+    return _ops.cov_sqrt_backward(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None, None
 
 
-def _cov_sqrt_backward_fake(grad, x, sigma, mean, iterations, output, engine=0):
+def _cov_sqrt_backward_fake(grad, x, sigma, mean, iterations, output, spectrum_floor=0.0, engine=0):
     return torch.empty_like(x)
 
 
 def _cov_sqrt_backward_setup(ctx, inputs, output):
-    grad, x, _, _, ctx.iterations, ctx.output, _ = inputs
+    grad, x, _, _, ctx.iterations, ctx.output, ctx.spectrum_floor, _ = inputs
     ctx.save_for_backward(grad, x)
 
 
 def _cov_sqrt_double_backward(ctx, grad_of_grad):
     grad, x = ctx.saved_tensors
-    function = functools.partial(reference.cov_sqrt, iterations=ctx.iterations, output=OUTPUTS[ctx.output])
-    return *_second_order(function, x, grad, grad_of_grad), None, None, None, None, None
+    output = OUTPUTS[ctx.output]
+    function = functools.partial(reference.cov_sqrt, iterations=ctx.iterations, output=output, step=_step(ctx))
+    return *_second_order(function, x, grad, grad_of_grad), None, None, None, None, None, None
 
 
 _register("cov_sqrt", _cov_sqrt_fake, _cov_sqrt_setup, _cov_sqrt_backward)

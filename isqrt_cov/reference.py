@@ -22,6 +22,7 @@ only), take B = 0, and raise ValueError for an argument that they cannot use. Fe
 Sigma has the square of x's unit, its root has x's unit.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 OUTPUTS = ("matrix", "triu", "mean")
+PAPER_STEP = (1.5, -0.5)
 
 
 # ---- Arguments
@@ -113,7 +115,25 @@ def covariance_pool_backward(grad: Tensor, x: Tensor) -> Tensor:
     return ((grad + grad.mT) @ centred / centred.shape[2]).reshape(x.shape)
 
 
-def newton_schulz(a: Tensor, iterations: int, step: Sequence = (1.5, -0.5)) -> tuple[Tensor, Tensor]:
+def minimax_steps(iterations: int, floor: float) -> list[tuple[float, float]]:
+    """Coefficients (a_n, b_n) of N steps that are best for eigenvalues of A in [floor, 1], 0 < floor < 1.
+
+    A step maps the square root s of an eigenvalue of Z Y to s (a + b s^2). Of all cubics of this form, these bring the
+    image of the interval [l, u] that holds the spectrum nearest to 1, as far below it as above.
+    """
+    _check_iterations(iterations)
+    _require(0 < floor < 1, f"floor: expected more than 0 and less than 1, got {floor}")
+    lower, upper, steps = math.sqrt(floor), 1.0, []
+    for _ in range(iterations):
+        q = lower**2 + lower * upper + upper**2
+        at_lower, at_peak = (q * s - s**3 for s in (lower, math.sqrt(q / 3)))
+        k = 2 / (at_lower + at_peak)
+        steps.append((k * q, -k))
+        lower, upper = k * at_lower, k * at_peak
+    return steps
+
+
+def newton_schulz(a: Tensor, iterations: int, step: Sequence = PAPER_STEP) -> tuple[Tensor, Tensor]:
     """Eq. 1 from Y_0 = a, Z_0 = I: Y_N -> a^(1/2) and Z_N -> a^(-1/2) for a spectrum in (0, 3). (B, C, C) each.
 
     ``step`` is (a, b) of Y <- a Y + b Y T, Z <- a Z + b T Z with T = Z Y; (1.5, -0.5) is the paper's. A sequence of
@@ -163,26 +183,26 @@ def _root_scale(trace: Tensor, nonzero: Tensor) -> Tensor:
     return torch.where(nonzero, trace.sqrt(), 0.0)
 
 
-def matrix_sqrt(sigma: Tensor, iterations: int = 5) -> Tensor:
+def matrix_sqrt(sigma: Tensor, iterations: int = 5, step: Sequence = PAPER_STEP) -> Tensor:
     """Eqs. 2, 1, 3: N Newton-Schulz steps towards sigma^(1/2), (B, C, C) -> (B, C, C).
 
-    The symmetric part of ``sigma`` is used, so the gradient is symmetric. It should be positive semi-definite; a
-    negative trace gives NaN. A zero sigma gives a zero root with a zero gradient.
+    ``step`` is that of ``newton_schulz``. The symmetric part of ``sigma`` is used, so the gradient is symmetric. It
+    should be positive semi-definite; a negative trace gives NaN. A zero sigma gives a zero root with a zero gradient.
     """
     _check_square(sigma, "sigma")
     a, trace, nonzero = _pre_normalise(_sym(sigma))
-    y, _ = newton_schulz(a, iterations)
+    y, _ = newton_schulz(a, iterations, step)
     return _root_scale(trace, nonzero) * y
 
 
-def matrix_inv_sqrt(sigma: Tensor, iterations: int = 5) -> Tensor:
+def matrix_inv_sqrt(sigma: Tensor, iterations: int = 5, step: Sequence = PAPER_STEP) -> Tensor:
     """Z_N / sqrt(t), N steps towards sigma^(-1/2), (B, C, C) -> (B, C, C); a zero sigma gives 0 with a zero gradient.
 
     On the null space of a singular sigma it grows as 1.5^N.
     """
     _check_square(sigma, "sigma")
     a, trace, nonzero = _pre_normalise(_sym(sigma))
-    _, z = newton_schulz(a, iterations)
+    _, z = newton_schulz(a, iterations, step)
     return torch.where(nonzero, trace.rsqrt(), 0.0) * z
 
 
@@ -236,9 +256,9 @@ def _convert_output_backward(grad: Tensor, y: Tensor, output: str) -> Tensor:
     return grad
 
 
-def cov_sqrt(x: Tensor, iterations: int = 5, output: str = "matrix") -> Tensor:
+def cov_sqrt(x: Tensor, iterations: int = 5, output: str = "matrix", step: Sequence = PAPER_STEP) -> Tensor:
     """Truncated root of the covariance of x, in the form ``output`` (see ``convert_output``)."""
-    return convert_output(matrix_sqrt(covariance_pool(x), iterations), output)
+    return convert_output(matrix_sqrt(covariance_pool(x), iterations, step), output)
 
 
 def cov_sqrt_backward(grad: Tensor, x: Tensor, iterations: int = 5, output: str = "matrix") -> Tensor:

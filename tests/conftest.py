@@ -1,8 +1,8 @@
 """Where the tests run."""
 
 import pytest
-from common import missing_cuda
 
+from common import missing_cuda
 from isqrt_cov import build_info
 
 

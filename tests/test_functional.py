@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
-from common import assert_close, covariances, feature_maps, missing_cuda, tolerance
 
 import isqrt_cov
+from common import assert_close, covariances, feature_maps, missing_cuda, tolerance
 from isqrt_cov import CovSqrtNorm, cov_sqrt, covariance_pool, matrix_inv_sqrt, matrix_sqrt, plan, reference, triu_vector
 from isqrt_cov.ops import OUTPUTS
 
@@ -43,6 +43,28 @@ def test_roots_are_roots(device):
     assert_close(root @ inverse, eye, 1e-12)
 
 
+# Four spectra, channels x positions: of C x M noise, and of noise whose channels decay over two decades.
+SPECTRA = {"flat 64x2304": (64, 2304, 0), "decaying 64x2304": (64, 2304, -2), "flat 256x196": (256, 196, 0)}
+SPECTRA |= {"decaying 256x784": (256, 784, -2)}
+
+
+@pytest.mark.parametrize(("channels", "positions", "decade"), SPECTRA.values(), ids=SPECTRA)
+def test_minimax_is_nearer_to_the_exact_root(channels, positions, decade):
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, decade, channels, dtype=torch.float64)[:, None]
+    x = scales * torch.randn(2, channels, positions, generator=generator, dtype=torch.float64)
+    exact = reference.exact_sqrt(reference.covariance_pool(x))
+
+    def distance(iterations, **coefficients):
+        return ((cov_sqrt(x, iterations, **coefficients) - exact).norm() / exact.norm()).item()
+
+    printed = distance(5)
+    assert distance(3, coefficients="minimax", spectrum_floor=1e-2) <= printed
+    assert distance(5, coefficients="minimax", spectrum_floor=1e-3) <= printed / 6.5
+    # Far below the floor (here eigenvalues of zero, too) nothing grows.
+    assert cov_sqrt(x, 20, coefficients="minimax", spectrum_floor=0.5).norm() < 1.1 * exact.norm()
+
+
 def test_triu_vector_is_row_major(device):
     y = torch.arange(9.0, device=device).view(1, 3, 3)
     assert triu_vector(y).tolist() == [[0, 1, 2, 4, 5, 8]]
@@ -59,8 +81,8 @@ def test_layer_in_training(device, output):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
     assert not layer.state_dict()
     for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert (clone.iterations, clone.output) == (3, output)
-    assert repr(layer) == f"CovSqrtNorm(iterations=3, output={output!r})"
+        assert (clone.iterations, clone.output, clone.coefficients) == (3, output, "newton_schulz")
+    assert repr(layer) == f"CovSqrtNorm(iterations=3, output={output!r}, coefficients='newton_schulz')"
 
 
 @pytest.mark.parametrize("dynamic", (False, True))
@@ -130,6 +152,18 @@ def test_no_copy_of_x_is_allocated():
         (lambda: matrix_sqrt(torch.zeros(2, 3, 3).long()), RuntimeError, "sigma: expected a float32, .* got Long"),
         (lambda: matrix_inv_sqrt(torch.zeros(2, 3, 3), 0), RuntimeError, "iterations: expected 1 .* got 0"),
         (lambda: triu_vector(torch.zeros(2, 3, 4)), ValueError, r"y: expected .* got \(2, 3, 4\)"),
+        (lambda: cov_sqrt(torch.zeros(2, 3, 4), coefficients="best"), ValueError, "coefficients: .* got 'best'"),
+        (
+            lambda: cov_sqrt(torch.zeros(2, 3, 4), coefficients="minimax", spectrum_floor=0),
+            ValueError,
+            "spectrum_floor: .* got 0",
+        ),
+        (
+            lambda: matrix_sqrt(torch.zeros(2, 3, 3), coefficients="minimax", spectrum_floor=2),
+            RuntimeError,
+            "spectrum_floor: .* got 2",
+        ),
+        (lambda: CovSqrtNorm(coefficients="best"), ValueError, "coefficients: .* got 'best'"),
         (lambda: CovSqrtNorm(iterations=0), ValueError, "iterations: expected 1 or more, got 0"),
         (lambda: CovSqrtNorm(output="all"), ValueError, "output: .* got 'all'"),
         (lambda: plan((2, 3)), ValueError, r"shape: expected .* got \(2, 3\)"),

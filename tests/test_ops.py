@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from common import (
     assert_close,
     covariances,
@@ -12,7 +13,6 @@ from common import (
     skip_unless_fits,
     tolerance,
 )
-
 from isqrt_cov import reference
 from isqrt_cov.ops import OUTPUTS, ROOTS
 
@@ -34,7 +34,7 @@ def test_cov_sqrt_matches_reference(engine, channels, dtype):
         skip_unless_fits(engine, (2, channels, positions), dtype, device)
         output = OUTPUTS[(number + channels) % 3]
         x = feature_maps(2, channels, positions, dtype, device).requires_grad_()
-        y, sigma, mean = ops.cov_sqrt(x, 5, OUTPUTS.index(output), engine_code(engine))
+        y, sigma, mean = ops.cov_sqrt(x, 5, OUTPUTS.index(output), engine=engine_code(engine))
         upstream = torch.randn_like(y)
         (grad,) = torch.autograd.grad(y, x, upstream)
 
@@ -56,7 +56,7 @@ def test_cov_sqrt_matches_reference(engine, channels, dtype):
 def test_iterations_and_outputs(engine, iterations, output, dtype):
     device = engine_device(engine)
     x = feature_maps(3, 20, 50, dtype, device).requires_grad_()
-    y = ops.cov_sqrt(x, iterations, OUTPUTS.index(output), engine_code(engine))[0]
+    y = ops.cov_sqrt(x, iterations, OUTPUTS.index(output), engine=engine_code(engine))[0]
     upstream = torch.randn_like(y)
     (grad,) = torch.autograd.grad(y, x, upstream)
     exact_x = x.detach().double()
@@ -73,7 +73,7 @@ def test_matrix_root_matches_reference(engine, channels, iterations, root, dtype
     device = engine_device(engine)
     skip_unless_fits(engine, (2, channels, 1), dtype, device)
     sigma = covariances(2, channels, dtype, device).requires_grad_()
-    y = ops.matrix_root(sigma, iterations, ROOTS.index(root), engine_code(engine))
+    y = ops.matrix_root(sigma, iterations, ROOTS.index(root), engine=engine_code(engine))
     upstream = torch.randn_like(y)
     (grad,) = torch.autograd.grad(y, sigma, upstream)
     exact = sigma.detach().double().requires_grad_()
@@ -84,6 +84,24 @@ def test_matrix_root_matches_reference(engine, channels, iterations, root, dtype
     assert_close(y, exact_y, bound)
     assert_close(grad, exact_grad, 2 * bound)
     assert torch.equal(y, y.mT) and torch.equal(grad, grad.mT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("iterations", "floor"), ((1, 0.1), (3, 1e-2), (5, 1e-3), (12, 1e-6)))
+@pytest.mark.parametrize("root", ROOTS)
+def test_minimax_steps_match_reference(engine, root, iterations, floor, dtype):
+    sigma = covariances(2, 20, dtype, engine_device(engine)).requires_grad_()
+    y = ops.matrix_root(sigma, iterations, ROOTS.index(root), floor, engine=engine_code(engine))
+    upstream = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, sigma, upstream)
+    exact = sigma.detach().double().requires_grad_()
+    function = {"square": reference.matrix_sqrt, "inverse": reference.matrix_inv_sqrt}[root]
+    exact_y = function(exact, iterations, reference.minimax_steps(iterations, floor))
+    (exact_grad,) = torch.autograd.grad(exact_y, exact, upstream.double())
+    # The first coefficients are larger than the paper's, up to 2.6 / 1.5 a step, and with them the errors.
+    bound = 8 * tolerance(dtype, 20, 1, iterations)
+    assert_close(y, exact_y, bound)
+    assert_close(grad, exact_grad, 2 * bound)
 
 
 def layouts(x):
@@ -111,7 +129,7 @@ def test_layouts_are_read_in_place(engine, channels, dtype):
     source = feature_maps(3, channels, 60, dtype, device).view(3, channels, 6, 10)
     for name, x in layouts(source).items():
         x = x.detach().requires_grad_()
-        y = ops.cov_sqrt(x, 3, 0, engine_code(engine))[0]
+        y = ops.cov_sqrt(x, 3, 0, engine=engine_code(engine))[0]
         upstream = torch.randn_like(y)
         (grad,) = torch.autograd.grad(y, x, upstream)
         exact = x.detach().double()
@@ -132,7 +150,7 @@ def test_half_is_computed_in_float(engine, channels, dtype, output):
     bound = torch.finfo(dtype).eps / 2 + 2 * tolerance(torch.float32, channels, 60)
     for x in layouts(source.to(dtype)).values():
         x = x.detach().requires_grad_()
-        y, sigma, mean = ops.cov_sqrt(x, 5, OUTPUTS.index(output), engine_code(engine))
+        y, sigma, mean = ops.cov_sqrt(x, 5, OUTPUTS.index(output), engine=engine_code(engine))
         upstream = torch.randn_like(y)
         (grad,) = torch.autograd.grad(y, x, upstream)
         exact = x.detach().double()
@@ -188,7 +206,7 @@ def test_half_functions_and_second_order(device, dtype):
 def test_batches(engine):
     device = engine_device(engine)
     x = feature_maps(70, 5, 12, torch.float64, device).requires_grad_()
-    y = ops.cov_sqrt(x, 5, 0, engine_code(engine))[0]
+    y = ops.cov_sqrt(x, 5, 0, engine=engine_code(engine))[0]
     y.sum().backward()
     exact = x.detach().clone().requires_grad_()
     reference.cov_sqrt(exact).sum().backward()
@@ -200,11 +218,11 @@ def test_batches(engine):
 def test_empty_batch(engine, output):
     device = engine_device(engine)
     x = torch.zeros(0, 4, 3, 3, device=device, requires_grad=True)
-    y, sigma, mean = ops.cov_sqrt(x, 5, output, engine_code(engine))
+    y, sigma, mean = ops.cov_sqrt(x, 5, output, engine=engine_code(engine))
     assert [t.shape for t in (y, sigma, mean)] == [((0, 4, 4), (0, 10), (0, 4))[output], (0, 4, 4), (0, 4)]
     y.sum().backward()
     assert x.grad.shape == x.shape
-    assert ops.matrix_root(sigma, 5, 0, engine_code(engine)).shape == (0, 4, 4)
+    assert ops.matrix_root(sigma, 5, 0, engine=engine_code(engine)).shape == (0, 4, 4)
 
 
 @pytest.mark.parametrize("value", (0.0, 0.1, -1 / 3, 1e4 + 0.1, 3e30))
@@ -212,7 +230,7 @@ def test_empty_batch(engine, output):
 def test_constant_map_gives_zero(engine, output, value):
     # A rounded mean differs from the constant by an ulp, which the root would make visible: it has to be exact.
     x = torch.full((2, 6, 3000), value, device=engine_device(engine)).requires_grad_()
-    y, sigma, mean = ops.cov_sqrt(x, 5, output, engine_code(engine))
+    y, sigma, mean = ops.cov_sqrt(x, 5, output, engine=engine_code(engine))
     (grad,) = torch.autograd.grad(y, x, torch.randn_like(y))
     assert torch.equal(mean, x[:, :, 0])
     for zero in (sigma, y, grad):
@@ -222,7 +240,7 @@ def test_constant_map_gives_zero(engine, output, value):
 @pytest.mark.parametrize("root", range(2))
 def test_zero_sigma_gives_zero(engine, root):
     sigma = torch.zeros(1, 7, 7, device=engine_device(engine), requires_grad=True)
-    y = ops.matrix_root(sigma, 5, root, engine_code(engine))
+    y = ops.matrix_root(sigma, 5, root, engine=engine_code(engine))
     (grad,) = torch.autograd.grad(y, sigma, torch.randn_like(y))
     assert torch.count_nonzero(y) == 0 and torch.count_nonzero(grad) == 0
 
@@ -236,7 +254,7 @@ def test_nan_and_inf_stay_in_their_sample(engine, bad):
     results = []
     for x in (clean, dirty):
         x.requires_grad_()
-        y = ops.cov_sqrt(x, 5, 0, engine_code(engine))[0]
+        y = ops.cov_sqrt(x, 5, 0, engine=engine_code(engine))[0]
         (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
         results.append((y, grad))
     others = [0, 1, 3, 4]
@@ -257,7 +275,7 @@ def test_same_bits_each_time_and_for_any_number_of_threads(engine, channels):
         for number in (1, threads, 1 if device == "cuda" else threads + 3):
             torch.set_num_threads(number)
             leaf = x.clone().requires_grad_()
-            y = ops.cov_sqrt(leaf, 5, 0, engine_code(engine))[0]
+            y = ops.cov_sqrt(leaf, 5, 0, engine=engine_code(engine))[0]
             (grad,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
             seen.append((y.detach(), grad))
     finally:
@@ -315,8 +333,12 @@ def test_opcheck_channels_last(name, device):
 
 GRADCHECK = [
     ("covariance_pool", lambda x, e: ops.covariance_pool(x, e)[0], (2, 3, 7)),
-    *((f"cov_sqrt {o}", lambda x, e, o=o: ops.cov_sqrt(x, 3, OUTPUTS.index(o), e)[0], (2, 3, 7)) for o in OUTPUTS),
-    ("cov_sqrt rank-deficient", lambda x, e: ops.cov_sqrt(x, 5, 0, e)[0], (1, 5, 3)),
+    *(
+        (f"cov_sqrt {o}", lambda x, e, o=o: ops.cov_sqrt(x, 3, OUTPUTS.index(o), engine=e)[0], (2, 3, 7))
+        for o in OUTPUTS
+    ),
+    ("cov_sqrt rank-deficient", lambda x, e: ops.cov_sqrt(x, 5, 0, engine=e)[0], (1, 5, 3)),
+    ("cov_sqrt minimax", lambda x, e: ops.cov_sqrt(x, 3, 1, 1e-2, e)[0], (2, 3, 7)),
 ]
 
 
@@ -333,7 +355,7 @@ def test_gradcheck_through_sigma(engine, root):
     sigma = covariances(2, 4, torch.float64, engine_device(engine)).requires_grad_()
 
     def function(sigma):
-        return ops.matrix_root((sigma + sigma.mT) / 2, 3, ROOTS.index(root), engine_code(engine))
+        return ops.matrix_root((sigma + sigma.mT) / 2, 3, ROOTS.index(root), engine=engine_code(engine))
 
     assert torch.autograd.gradcheck(function, (sigma,))
     assert torch.autograd.gradgradcheck(function, (sigma,))
@@ -344,8 +366,11 @@ def test_gradcheck_through_sigma(engine, root):
     [
         (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4, 4), 0, 0), "iterations: expected 1 to 1000, got 0"),
         (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4, 4), 5, 3), "output: expected 0 to 2, got 3"),
-        (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4, 4), 5, 0, 9), "engine: expected 0 to 5, got 9"),
-        (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4, 4), 5, 0, 5), "engine: 'block' runs on CUDA devices only"),
+        (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4, 4), 5, 0, engine=9), "engine: expected 0 to 5, got 9"),
+        (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4, 4), 5, 0, engine=5), "engine: 'block' runs on CUDA devices only"),
+        (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4, 4), 5, 0, 1.0), "spectrum_floor: expected 1e-12 .* got 1"),
+        (lambda: ops.matrix_root(torch.zeros(2, 3, 3), 5, 0, -0.1), "spectrum_floor: expected 1e-12 .* got -0.1"),
+        (lambda: ops.matrix_root(torch.zeros(2, 3, 3), 5, 0, float("nan")), "spectrum_floor: .* got nan"),
         (lambda: ops.matrix_root(torch.zeros(2, 3, 3), 5, -1), "root: expected 0 to 1, got -1"),
         (
             lambda: ops.covariance_pool_backward(torch.zeros(2, 3, 3), torch.zeros(2, 4, 5), torch.zeros(2, 4)),

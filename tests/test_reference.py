@@ -47,18 +47,6 @@ def gradient(function, argument, upstream):
     return torch.autograd.grad(function(argument), argument, upstream)[0]
 
 
-def tuned_steps(iterations, floor):
-    """Minimax (a, b) a step for eigenvalues of A in [floor, 1]; p is odd in the singular value s = sqrt(eigenvalue)."""
-    low, high, steps = math.sqrt(floor), 1.0, []
-    for _ in range(iterations):
-        q = low * low + low * high + high * high
-        p_low, p_max = q * low - low**3, 2 * (q / 3) ** 1.5
-        k = 2 / (p_low + p_max)
-        steps.append((k * q, -k))
-        low, high = k * p_low, k * p_max
-    return steps
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_covariance_is_the_biased_one(shape):
     x = randn(*shape) + 3
@@ -135,7 +123,7 @@ def test_matrix_functions_gradcheck(function, iterations):
     assert_near(grad, grad.mT)
 
 
-@pytest.mark.parametrize("step", [PAPER, tuned_steps(3, 1e-2)], ids=["paper", "tuned"])
+@pytest.mark.parametrize("step", [PAPER, ref.minimax_steps(3, 1e-2)], ids=["paper", "tuned"])
 def test_newton_schulz_gradcheck(step):
     a = with_spectrum([0.5, 0.3, 0.15, 0.05]).requires_grad_()
     assert torch.autograd.gradcheck(lambda s: ref.newton_schulz(s, 3, step), a)
@@ -242,7 +230,7 @@ def test_rewritings_are_the_printed_backward(rewriting, iterations):
 @pytest.mark.parametrize("rewriting", REWRITINGS)
 def test_rewritings_carry_over_to_tuned_steps(rewriting):
     sigma, g = ref.covariance_pool(randn(3, 8, 12)), randn(3, 8, 8, seed=1)
-    a, steps = sigma / trace(sigma), tuned_steps(5, 1e-3)
+    a, steps = sigma / trace(sigma), ref.minimax_steps(5, 1e-3)
     expected = sym(gradient(lambda s: ref.newton_schulz(s, 5, steps)[0], a, g))
     assert_near(rewriting(g, a, steps), expected)
 
@@ -274,7 +262,7 @@ def test_distance_to_the_exact_root(size, spectrum, expected):
     sigma = ref.covariance_pool(randn(1, *size) * scales[:, None])
     root, scale = ref.exact_sqrt(sigma), trace(sigma).sqrt()
     distances = []
-    for steps in ([PAPER] * 5, tuned_steps(3, 1e-2), tuned_steps(5, 1e-3)):
+    for steps in ([PAPER] * 5, ref.minimax_steps(3, 1e-2), ref.minimax_steps(5, 1e-3)):
         y, _ = ref.newton_schulz(sigma / trace(sigma), len(steps), steps)
         distances.append(((scale * y - root).norm() / root.norm()).item())
     print(f"\n{size[0]}x{size[1]} {spectrum}: " + ", ".join(f"{d:.3f}" for d in distances))
