@@ -58,7 +58,8 @@ def matrix_sqrt(
         coefficients: ``"newton_schulz"``, the paper's 3/2 and -1/2 in each step; or ``"minimax"``, in each step the
             pair that is best for eigenvalues of ``sigma`` / trace between ``spectrum_floor`` and 1. The same number of
             products comes several times nearer to the exact root; eigenvalues below the floor stay bounded.
-        spectrum_floor: for ``"minimax"`` only, between 1e-12 and 1.
+        spectrum_floor: for ``"minimax"`` only, between 1e-12 and 1. In float32 below 1e-4 the rounding errors of
+            eigenvalues under the floor show: a rank-deficient ``sigma`` is then better served by more steps.
 
     Returns:
         (B, C, C). Zero, with zero gradient, where ``sigma`` is zero; NaN where its trace is negative.

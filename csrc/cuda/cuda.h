@@ -8,13 +8,13 @@ namespace isqrt::cuda {
 
 /// Each enqueues its kernels on `stream`, a cudaStream_t of the current device, and throws std::runtime_error with
 /// CUDA's own message where a launch fails.
-template <class T> void pool(const PoolTask<T>& task, void* stream);
-template <class T> void pool_backward(const PoolBackwardTask<T>& task, void* stream);
+template <class X> void pool(const PoolTask<X>& task, void* stream);
+template <class X> void pool_backward(const PoolBackwardTask<X>& task, void* stream);
 template <class T> void root(const RootTask<T>& task, void* stream);
 template <class T> void root_backward(const RootBackwardTask<T>& task, void* stream);
 
-/// Shared memory in bytes that one block needs for root or root_backward of a C x C matrix, and the most that a block
-/// of this device can have.
+/// Shared memory in bytes that one block needs for root or root_backward of a C x C matrix, 0 where no kernel is
+/// compiled for so many channels; and the most that a block of this device can have.
 int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward);
 int64_t shared_bytes_limit(int device);
 
