@@ -1,0 +1,53 @@
+"""The processes of one training: those that torchrun started, or this one alone."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .upscale import find_device
+
+
+@dataclass
+class Process:
+    """This process among ``world`` of them."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """In place, over all processes."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process; each waits for all."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Process]:
+    """Joins the process group of torchrun, NCCL on CUDA and gloo elsewhere."""
+    if "WORLD_SIZE" not in os.environ:
+        yield Process(0, 1, find_device(device))
+        return
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    chosen = find_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Process(dist.get_rank(), dist.get_world_size(), chosen)
+    finally:
+        dist.destroy_process_group()

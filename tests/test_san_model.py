@@ -1,0 +1,438 @@
+"""The network against the authors' outputs, its files, and the conditions it has to work under."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("safetensors", reason="san_model needs the extra [san]")
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from san_model import SAN
+from san_model.model import RegionNonLocal, second_order
+
+DATA = Path(os.environ.get("ISQRT_COV_DATA", Path(__file__).parents[2] / "shared" / "data"))
+SMALL = {"n_resgroups": 2, "n_resblocks": 1, "n_feats": 16, "reduction": 4}
+VARIANTS = ["base", "ssc", "foca", "soca"]
+
+
+def small(seed=0, **config):
+    """A small network with no weight at zero: gamma and W start there, which would hide what they multiply."""
+    torch.manual_seed(seed)
+    model = SAN(**(SMALL | config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return model
+
+
+def image(*size, batch=1, dtype=torch.float32, seed=0):
+    return (
+        torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype) * 255
+    )
+
+
+def gradients(model, x):
+    model.zero_grad()
+    model(x).abs().mean().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+# ---- The authors' network --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["san_x2_g2b2f16r4", "san_x3_g2b1f32r8"])
+def test_output_and_gradients_are_the_authors(name, device, tmp_path):
+    path = DATA / "official_san" / f"{name}.safetensors"
+    if not path.exists():
+        pytest.skip(f"{path} is not there; ISQRT_COV_DATA names the folder")
+    tensors = load_file(path)
+    torch.save({key[3:]: tensor for key, tensor in tensors.items() if key.startswith("sd.")}, tmp_path / "official.pt")
+    model = SAN.from_checkpoint(tmp_path / "official.pt").to(device)
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    del config["n_colors"]
+    assert config.items() <= model.config.items()
+
+    x = tensors["x"].to(device).requires_grad_()
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        y = model(x)
+        y.abs().mean().backward()
+    torch.testing.assert_close(y.cpu(), tensors["y"], atol=1e-3, rtol=0)
+    # The authors' float32 centring matrix and printed Eq. 6 cost three digits; float64 is as far from them as float32.
+    grads = {f"grad.{key}": parameter.grad for key, parameter in model.named_parameters()} | {"grad_x": x.grad}
+    expected = {key: tensor for key, tensor in tensors.items() if key.startswith("grad")}
+    assert len(expected) > 5
+    for key, tensor in expected.items():
+        error = (grads[key].cpu() - tensor).abs().max() / tensor.abs().max()
+        assert error < 1e-3, f"{key}: {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    "scale, values, tensors", [(2, 15712800, 965), (3, 15897440, 965), (4, 15860512, 967), (8, 16008224, 969)]
+)
+def test_size_is_the_authors(scale, values, tensors):
+    with torch.device("meta"):
+        model = SAN(scale)
+    state = model.state_dict()
+    assert (sum(tensor.numel() for tensor in state.values()), len(state)) == (values, tensors)
+    unused = 38044  # conv_last, non_local.soca and every RG.i.gamma
+    mean_shifts = 24
+    assert sum(parameter.numel() for parameter in model.parameters()) == values - unused - mean_shifts
+
+
+def test_keys_come_in_the_authors_order():
+    groups = []
+    for i in range(2):
+        groups += [f"RG.{i}.gamma"]
+        modules = ["rcab.0.conv_first.0", "rcab.0.conv_first.2", "soca.conv_du.0", "soca.conv_du.2", "conv_last"]
+        groups += [f"RG.{i}.{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+    modules = ["conv_last", "add_mean", "non_local.soca.conv_du.0", "non_local.soca.conv_du.2"]
+    modules += [f"non_local.non_local.{layer}" for layer in ("g.0", "W", "theta", "phi.0")]
+    modules += ["head.0", "tail.0.0", "tail.0.2", "tail.1"]
+    rest = [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+    assert list(small(scale=4).state_dict()) == ["gamma", "sub_mean.weight", "sub_mean.bias", *groups, *rest]
+
+
+def literal_non_local(module, x):
+    """The authors' quadrants one by one, with the whole matrix of scores."""
+    block, out = module.non_local, torch.zeros_like(x)
+    height, width = x.shape[2] // 2, x.shape[3] // 2
+    for rows in (slice(None, height), slice(height, None)):
+        for columns in (slice(None, width), slice(width, None)):
+            part = x[:, :, rows, columns]
+            g = F.max_pool2d(block.g(part), 2).flatten(2)
+            scores = (block.theta(part).flatten(2).mT @ F.max_pool2d(block.phi(part), 2).flatten(2)).softmax(-1)
+            out[:, :, rows, columns] = block.W((scores @ g.mT).mT.unflatten(2, part.shape[2:])) + part
+    return out
+
+
+def non_local(channels):
+    torch.manual_seed(0)
+    module = RegionNonLocal(channels).double()
+    torch.nn.init.normal_(module.non_local.W.weight)
+    return module
+
+
+@pytest.mark.parametrize("size", [(4, 4), (4, 5), (7, 4), (9, 14)])
+@pytest.mark.parametrize("channels", [8, 24, 64])
+def test_non_local_is_the_authors_at_every_size_they_take(size, channels):
+    module = non_local(channels)
+    x = torch.randn(2, channels, *size, dtype=torch.float64)
+    torch.testing.assert_close(module(x), literal_non_local(module, x))
+
+
+def test_non_local_never_holds_the_scores():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+            return out
+
+    x = torch.randn(1, 16, 64, 64, dtype=torch.float64)
+    with Largest() as largest:
+        non_local(16)(x).sum().backward()
+    assert largest.numel <= x.numel() < (32 * 32) * (16 * 16)
+
+
+@pytest.mark.parametrize("height, width", [(3, 1000), (1000, 3), (1000, 1001), (999, 1002), (1001, 1000), (1007, 2)])
+def test_covariance_is_of_the_centre(height, width):
+    x = torch.rand(1, 1, height, width)
+    (seen,) = second_order(x, lambda x: [x])
+    assert seen.shape == (1, 1, min(height, 1000), min(width, 1000))
+    top, left = (height - seen.shape[2]) // 2, (width - seen.shape[3]) // 2
+    assert seen.data_ptr() == x[:, :, top:, left:].data_ptr()  # a view
+
+
+# ---- Variants --------------------------------------------------------------------------------------------------------
+
+
+def test_share_source_skips_start_at_nothing():
+    outputs = []
+    for variant in ("base", "ssc"):
+        torch.manual_seed(0)
+        outputs.append(SAN(**SMALL, variant=variant)(image(8, 8)))
+    assert torch.equal(*outputs)
+
+
+def test_variants_differ():
+    outputs = [small(variant=variant)(image(8, 8)) for variant in VARIANTS]
+    for i, output in enumerate(outputs):
+        assert all(not torch.allclose(output, other) for other in outputs[:i])
+
+
+def test_enough_iterations_reach_the_exact_root():
+    x = image(24, 24, dtype=torch.float64)
+    eig = small(normalization="eig").double()(x)
+    errors = [(small(iterations=n).double()(x) - eig).abs().max().item() for n in (5, 20)]
+    assert errors[1] < 1e-3 * errors[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("normalization", ["newton_schulz", "eig"])
+def test_every_parameter_is_trained(variant, normalization, device):
+    model = small(variant=variant, normalization=normalization).to(device)
+    for name, grad in gradients(model, image(9, 11, batch=2).to(device)).items():
+        assert grad.isfinite().all() and grad.any(), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("normalization", ["newton_schulz", "eig"])
+@pytest.mark.parametrize("value", [0.0, 255.0])
+def test_constant_image(variant, normalization, value):
+    model = small(variant=variant, normalization=normalization)
+    x = torch.full((1, 3, 8, 8), value, requires_grad=True)
+    y = model(x)
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+# ---- Sizes, dtypes, layouts, compilation -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 1), (2, 3), (3, 2), (7, 4)])
+def test_any_size(scale, size):
+    y = small(scale=scale)(image(*size, batch=2))
+    assert y.shape == (2, 3, scale * size[0], scale * size[1])
+    assert y.isfinite().all()
+
+
+def test_empty_batch():
+    assert small()(image(8, 6, batch=0)).shape == (0, 3, 16, 12)
+
+
+def test_float64():
+    x = image(10, 9, dtype=torch.float64)
+    y = small().double()(x)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(small()(x.float()).double(), y, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("normalization", ["newton_schulz", "eig"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(variant, normalization, dtype, device):
+    model = small(variant=variant, normalization=normalization).to(device)
+    x = image(12, 12).to(device)
+    with torch.autocast(device, dtype):
+        y = model(x)
+    assert y.dtype == torch.float32  # the mean is added last, outside
+    expected = model(x)
+    # Each of some twelve convolutions in a row rounds its input, weights and output by at most half an eps.
+    assert (y - expected).abs().mean() < 3 * torch.finfo(dtype).eps * expected.std()
+    y.abs().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_throughout(dtype):
+    y = small().to(dtype)(image(8, 8, dtype=dtype))
+    assert y.dtype == dtype and y.isfinite().all()
+
+
+def test_channels_last(device):
+    x = image(9, 12, batch=2, dtype=torch.float64).to(device)
+    expected = gradients(small().double().to(device), x)
+    model = small().double().to(device, memory_format=torch.channels_last)
+    for name, grad in gradients(model, x.contiguous(memory_format=torch.channels_last)).items():
+        torch.testing.assert_close(grad, expected[name])
+
+
+def test_compiles_to_one_graph():
+    model, x = small(n_resgroups=1), image(10, 9)
+    expected = gradients(model, x)
+    model.zero_grad()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(x).abs().mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+
+
+DDP = """
+import sys
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
+from san_model import SAN
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+model = DistributedDataParallel(SAN.from_checkpoint(f"{folder}/model.safetensors").double())
+x = load_file(f"{folder}/x.safetensors")["x"]
+for _ in range(2):  # a parameter without a gradient would stop the second step
+    model.zero_grad()
+    model(x[rank : rank + 1]).abs().mean().backward()
+expected = load_file(f"{folder}/grads.safetensors")
+for name, parameter in model.module.named_parameters():
+    torch.testing.assert_close(parameter.grad, expected[name])
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_train_as_one(tmp_path):
+    model, x = small(), image(8, 8, batch=2, dtype=torch.float64)
+    model.save(tmp_path / "model.safetensors")
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    save_file(gradients(model.double(), x), tmp_path / "grads.safetensors")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DDP, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+def assert_same(model, other):
+    assert model.config == other.config
+    state, others = model.state_dict(), other.state_dict()
+    assert state.keys() == others.keys()
+    assert all(torch.equal(state[name], others[name]) for name in state)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pth", "safetensors"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_save_and_load(suffix, variant, tmp_path):
+    model = small(scale=3, variant=variant, iterations=3, normalization="eig", rgb_range=1)
+    model.save(tmp_path / f"model.{suffix}")
+    assert_same(SAN.from_checkpoint(tmp_path / f"model.{suffix}"), model)
+
+
+def test_channels_last_weights_are_saved(tmp_path):
+    model = small().to(memory_format=torch.channels_last)
+    model.save(tmp_path / "model.safetensors")
+    assert_same(SAN.from_checkpoint(tmp_path / "model.safetensors"), model)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model, state: {"params": small(1).state_dict(), "params_ema": state},
+        lambda model, state: {"params": state, "config": model.config},
+        lambda model, state: {"params": state, "config": {"iterations": 100000, "lr": 1e-4}, "params_ema": None},
+        lambda model, state: {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}, "epoch": 3},
+        lambda model, state: torch.nn.DataParallel(model).state_dict(),
+        lambda model, state: torch.compile(model).state_dict(),
+        lambda model, state: torch.optim.swa_utils.AveragedModel(model).state_dict(),
+    ],
+    ids=["params_ema", "params", "other config", "state_dict", "DataParallel", "compile", "AveragedModel"],
+)
+def test_wrapped_checkpoints(wrap, tmp_path):
+    model = small()
+    torch.save(wrap(model, dict(model.state_dict())), tmp_path / "wrapped.pth")
+    assert_same(SAN.from_checkpoint(tmp_path / "wrapped.pth"), model)
+
+
+def test_files_of_old_torch(tmp_path):
+    model = small()
+    torch.save(dict(model.state_dict()), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert_same(SAN.from_checkpoint(tmp_path / "old.pt"), model)
+
+
+def test_config_travels_with_a_saved_state_dict(tmp_path):
+    model = small(variant="foca")
+    torch.save({"ema": torch.optim.swa_utils.AveragedModel(model).state_dict()}, tmp_path / "model.pt")
+    assert_same(SAN.from_checkpoint(tmp_path / "model.pt"), model)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4, 8])
+@pytest.mark.parametrize("variant", ["base", "ssc", "soca"])
+def test_config_is_read_off_the_tensors(scale, variant, tmp_path):
+    model = SAN(
+        scale, n_resgroups=3, n_resblocks=2, n_feats=24, reduction=3 if variant == "soca" else 16, variant=variant
+    )
+    with torch.no_grad():
+        model.add_mean.bias += 0.3  # the authors' code trains it
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    assert_same(SAN.from_checkpoint(tmp_path / "plain.safetensors"), model)
+
+
+def test_overrides(tmp_path):
+    model = small()
+    model.save(tmp_path / "model.pt")
+    loaded = SAN.from_checkpoint(tmp_path / "model.pt", normalization="eig", iterations=7)
+    assert loaded.config == model.config | {"normalization": "eig", "iterations": 7}
+    with pytest.warns(UserWarning, match="is for scale 2: the upsampler for 3 is new"):
+        loaded = SAN.from_checkpoint(tmp_path / "model.pt", scale=3)
+    assert loaded(image(4, 4)).shape == (1, 3, 12, 12)
+    assert torch.equal(loaded.head[0].weight, model.head[0].weight)
+    assert torch.equal(loaded.tail[1].weight, model.tail[1].weight)
+    with pytest.raises(TypeError, match="colour"):
+        SAN.from_checkpoint(tmp_path / "model.pt", colour=3)
+
+
+def test_broken_checkpoints(tmp_path):
+    def refuse(content, match, name="broken.pt"):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(ValueError, match=match):
+            SAN.from_checkpoint(tmp_path / name)
+
+    state = dict(small().state_dict())
+    refuse({k: v for k, v in state.items() if k != "head.0.weight"}, r"broken.pt: .* lacks head\.0\.weight$")
+    refuse({k: v for k, v in state.items() if k != "gamma"}, r"broken.pt: .*: missing gamma$")
+    refuse(state | {"surplus": torch.ones(1)}, r": unexpected surplus$")
+    refuse(state | {"head.0.bias": torch.ones(5)}, r": of another shape head\.0\.bias$")
+    refuse({k: v for k, v in state.items() if "rcab" not in k}, r"n_resblocks: expected .*got 0")
+    refuse({k: v for k, v in state.items() if "bias" not in k} | {"add_mean.bias": torch.ones(3)}, r" and \d+ more$")
+    refuse(state | {"epoch": 3}, "no tensors: epoch")
+    refuse(torch.ones(3), "cannot be read")
+    refuse(state, "path: expected a .pt", name="model.bin")
+    refuse({"params": state, "code": Path("x")}, "cannot be read")  # would run code
+    for name in ("junk.pt", "junk.safetensors"):
+        (tmp_path / name).write_bytes(b"junk" * 100)
+        with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+            SAN.from_checkpoint(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="nowhere.pt"):
+        SAN.from_checkpoint(tmp_path / "nowhere.pt")
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("scale", 5),
+        ("variant", "third"),
+        ("normalization", "svd"),
+        ("n_resgroups", 0),
+        ("n_resblocks", -1),
+        ("iterations", 0),
+        ("iterations", 2.5),
+        ("rgb_range", 0),
+        ("n_feats", 12),
+        ("reduction", 5),
+    ],
+)
+def test_wrong_arguments_are_named(argument, value):
+    with pytest.raises(ValueError, match=rf"^{argument}: .*{value}"):
+        SAN(**(SMALL | {argument: value}))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(3, 8, 8),
+        torch.zeros(1, 1, 8, 8),
+        torch.zeros(1, 3, 0, 8),
+        torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+    ],
+)
+def test_wrong_images_are_named(x):
+    with pytest.raises(ValueError, match=r"^x: expected floating-point images \(B, 3, H, W\), got torch"):
+        small()(x)

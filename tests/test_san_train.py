@@ -1,0 +1,264 @@
+"""Training: it learns, survives a kill at any moment to the bit, is the same distributed, and stops at NaN."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("jsonargparse", reason="san_model needs the extra [san]")
+pytest.importorskip("png", reason="san_model needs the extra [san]")
+pytest.importorskip("tensorboard", reason="san_model needs the extra [san]")
+from safetensors.torch import load_file
+
+from san_model import SAN
+from san_model import train as training
+from san_model.images import InputError, Picture, write
+from san_model.train import PRESETS, TrainingError, TrainOptions, train
+
+TINY = {"n_resgroups": 1, "n_resblocks": 1, "n_feats": 8, "reduction": 4, "patch": 8, "batch": 4, "lr": 1e-3}
+FAST = {"iterations": 9, "validate_every": 4, "checkpoint_every": 3, "log_every": 2, "workers": 0, "device": "cpu"}
+SAN_COMMAND = [sys.executable, "-m", "san_model"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A training and a validation folder of smooth random images."""
+    root = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("train/a", "train/b", "train/c", "val/d", "val/e"):
+        coarse = torch.rand(1, 3, 6, 6, generator=generator) * 255
+        image = torch.nn.functional.interpolate(coarse, size=(40, 44), mode="bicubic").clamp(0, 255)
+        write(root / f"{name}.png", Picture(image[0]))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums of floats depend on the number of threads; and the tests start processes beside this one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def options(images, out, **changes):
+    values = {"data": [str(images / "train")], "val": [str(images / "val")], "out": Path(out)}
+    return TrainOptions(**(values | TINY | FAST | changes))
+
+
+def flags(options_):
+    """The command line of a training."""
+    line = []
+    for name in [*TINY, *FAST, "data", "val", "out", "ema", "clip"]:
+        value = getattr(options_, name)
+        line += [training.flag(name), *map(str, value if isinstance(value, list) else [value])]
+    return line
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def weights(out, name="last"):
+    return load_file(Path(out) / f"{name}.safetensors")
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert torch.equal(value, b[key]), key
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(images, tmp_path_factory):
+    """A finished run that others are compared with."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("run")
+    result = train(options(images, out, ema=0.9, clip=50.0))
+    return out, result
+
+
+def test_a_run_leaves_what_it_says(images, uninterrupted):
+    out, result = uninterrupted
+    assert result["iteration"] == 9
+    assert [entry["iteration"] for entry in result["history"]] == [4, 8, 9]
+    assert json.loads((out / "history.json").read_text()) == {"best": result["best"], "history": result["history"]}
+    assert result["best"]["psnr"] == max(entry["psnr"]["val"] for entry in result["history"])
+    assert list(out.glob("events.out.tfevents.*")) and not list(out.glob("unfinished*"))
+    model = SAN.from_checkpoint(out / "last.safetensors")
+    assert model.config["n_feats"] == 8
+    assert_same_weights(dict(SAN.from_checkpoint(out / "last.pt").state_dict()), weights(out))  # the mean, too
+    assert weights(out, "best").keys() == model.state_dict().keys()
+    own = torch.load(out / "last.pt", weights_only=True)["model"]
+    assert any(not torch.equal(own[key], value) for key, value in weights(out).items())
+
+
+def test_it_learns(images, tmp_path):
+    result = train(options(images, tmp_path, iterations=60, validate_every=30, lr=3e-3))
+    first, last = (entry["loss"] for entry in result["history"])
+    assert last < 0.7 * first
+    assert result["history"][1]["psnr"]["val"] > result["history"][0]["psnr"]["val"]
+
+
+@pytest.mark.parametrize("moment", ["step", "validation", "best", "weights", "history", "state", "rename"])
+def test_it_resumes_to_the_same_bits_wherever_it_dies(images, uninterrupted, tmp_path, monkeypatch, moment):
+    """An exception stands in for the kill: nothing runs after it, and the files are as they are at that moment."""
+
+    class Killed(Exception):
+        pass
+
+    def dies(target, name, call):
+        """Replaces a function by one that dies in its ``call``-th call, having begun to write where it writes."""
+        original, calls = getattr(target, name), []
+
+        def replaced(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                for argument in args:
+                    if isinstance(argument, Path):
+                        argument.write_bytes(b"half a fi")
+                raise Killed
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(target, name, replaced)
+
+    target = {
+        "step": (training.Run, "_step", 6), "validation": (training.Run, "_validate", 2), "best": (SAN, "save", 3),
+        "weights": (SAN, "save", 4), "history": (training.json, "dumps", 3), "state": (torch, "save", 3),
+        "rename": (training.os, "replace", 8),
+    }[moment]  # fmt: skip
+    dies(*target)
+    settings = options(images, tmp_path, ema=0.9, clip=50.0, resume=True)
+    with pytest.raises(Killed):
+        train(settings)
+    monkeypatch.undo()
+    result = train(settings)
+    out, expected = uninterrupted
+    for name in ("last", "best"):
+        assert_same_weights(weights(tmp_path, name), weights(out, name))
+    for mine, theirs in zip(result["history"], expected["history"], strict=True):
+        assert mine | {"seconds": 0} == theirs | {"seconds": 0}
+    assert result["best"] == expected["best"]
+
+
+def test_it_resumes_to_the_same_bits_after_sigkill(images, uninterrupted, tmp_path):
+    settings = options(images, tmp_path, ema=0.9, clip=50.0, iterations=9)
+    line = [*SAN_COMMAND, "train", *flags(settings), "--resume"]
+    process = subprocess.Popen(line, env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "last.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "last.pt").exists()
+    train(options(images, tmp_path, ema=0.9, clip=50.0, resume=True, workers=1))
+    for name in ("last", "best"):
+        assert_same_weights(weights(tmp_path, name), weights(uninterrupted[0], name))
+
+
+def test_a_resumed_run_must_be_the_same_run(images, uninterrupted):
+    out, _ = uninterrupted
+    same = {"ema": 0.9, "clip": 50.0}
+    with pytest.raises(InputError, match="--out .* holds a run already; --resume continues it"):
+        train(options(images, out, **same))
+    with pytest.raises(InputError, match="--lr 0.002: the run in .* has 0.001"):
+        train(options(images, out, **same, resume=True, lr=2e-3))
+    with pytest.raises(InputError, match="--data .*val: not the images that"):
+        train(options(images, out, **same, resume=True, data=[str(images / "val")]))
+
+
+def test_a_damaged_checkpoint_is_named(images, tmp_path):
+    (tmp_path / "last.pt").write_bytes(b"nothing of the sort")
+    with pytest.raises(InputError, match=r"--resume: .*last\.pt cannot be read as a checkpoint"):
+        train(options(images, tmp_path, resume=True))
+
+
+def test_torchrun_gives_the_same_losses(images, uninterrupted, tmp_path):
+    settings = options(images, tmp_path, ema=0.9, clip=50.0)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "san_model"]
+    done = subprocess.run(
+        [*line, "train", *flags(settings)], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    history = json.loads((tmp_path / "history.json").read_text())["history"]
+    for mine, theirs in zip(history, uninterrupted[1]["history"], strict=True):
+        # The same batches; the sums over them are rounded in another order.
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["psnr"]["val"] == pytest.approx(theirs["psnr"]["val"], abs=1e-3)
+
+
+@pytest.mark.parametrize("when", ["loss", "gradient"])
+def test_a_nan_stops_with_the_batch_named(images, tmp_path, monkeypatch, when):
+    settings = options(images, tmp_path, workers=0)
+    run_step = training.Run._step
+
+    def poisoned(self, lr, hr, indices):
+        if self.iteration == 5:
+            if when == "loss":
+                hr = hr.float()
+                hr[2, 0, 3, 3] = float("nan")
+            else:
+                self.model.head[0].weight.register_hook(lambda gradient: gradient * float("inf"))
+        return run_step(self, lr, hr, indices)
+
+    monkeypatch.setattr(training.Run, "_step", poisoned)
+    with pytest.raises(TrainingError) as error:
+        train(settings)
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith(
+        "iteration 6: " + ("the loss is nan" if when == "loss" else "the gradient is not finite")
+    )
+    assert len(lines) == 5 and all(".png: LR rows " in line for line in lines[1:])
+    assert [line.endswith("<- not finite") for line in lines[1:]] == [False, False, when == "loss", False]
+    assert all(value.isfinite().all() for value in weights(tmp_path).values())
+
+
+def test_schedules():
+    step = TrainOptions(data=[], out=Path(), lr=1, lr_step=10, warmup=4)
+    assert [step.learning_rate(i) for i in (0, 1, 3, 9, 10, 20)] == [0.25, 0.5, 1, 1, 0.5, 0.25]
+    cosine = TrainOptions(data=[], out=Path(), lr=1, schedule="cosine", iterations=100)
+    assert cosine.learning_rate(0) == 1 and cosine.learning_rate(50) == pytest.approx(0.5)
+    assert cosine.learning_rate(100) == pytest.approx(0, abs=1e-9)
+
+
+def test_presets_are_options():
+    paper = TrainOptions(data=[], out=Path(), **PRESETS["paper"])
+    assert (paper.patch, paper.batch, paper.lr, paper.lr_step, paper.n_resgroups) == (48, 16, 1e-4, 200_000, 20)
+    paper.check()
+    small = TrainOptions(data=[], out=Path(), **PRESETS["small"])
+    small.check()
+    assert sum(p.numel() for p in small.network().parameters()) < 500_000
+
+
+@pytest.mark.parametrize("change", [{"amp": "bf16"}, {"init": True}, {"scale": 3}, {"variant": "ssc"}, {"cache": True},
+                                    {"channels_last": True}])  # fmt: skip
+def test_options_work(images, uninterrupted, tmp_path, change):
+    if "init" in change:
+        change = {"init": uninterrupted[0] / "last.safetensors", "scale": 4}
+    if "cache" in change:
+        change = {"cache": tmp_path / "cache"}
+    result = train(options(images, tmp_path / "run", **(change | {"iterations": 2})))
+    assert result["iteration"] == 2 and result["best"]["psnr"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": 0}, "--batch 0: expected 1 or more"),
+        ({"ema": 1.0}, "--ema 1.0: expected at least 0 and less than 1"),
+        ({"lr": float("nan")}, "--lr nan"),
+        ({"n_feats": 9}, "--n_feats: expected a multiple of 8"),
+        ({"patch": 64}, r"a\.png: 44 x 40 is too small, 128 a side are needed"),
+        ({"device": "nowhere"}, "--device nowhere: not available"),
+        ({"init": Path("absent.pt")}, r"--init absent\.pt"),
+        ({"data": ["absent"]}, "--data absent: no such folder"),
+    ],
+)
+def test_wrong_options_are_named(images, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        train(options(images, tmp_path, **change))
