@@ -1,0 +1,79 @@
+"""Drop-in for the functions and the layer of fast-MPN-COV and of SAN's ``MPNCOV`` package: same names, argument order,
+defaults, shapes and ``state_dict``, so that an old project changes one import.
+
+What differs is in the numbers: no NaN on a constant map, the gradient of a non-symmetric upstream gradient is exact (the
+original's is transposed), so is a second derivative, float64 is float64, and there is no M x M matrix.
+"""
+
+from torch import Tensor, nn
+
+from .functional import cov_sqrt, covariance_pool, matrix_sqrt, triu_vector
+
+
+def CovpoolLayer(var: Tensor) -> Tensor:
+    """(B, C, H, W) to its covariance, (B, C, C); see :func:`isqrt_cov.covariance_pool`."""
+    return covariance_pool(var)
+
+
+def SqrtmLayer(var: Tensor, iterN: int) -> Tensor:
+    """(B, C, C) to its square root after ``iterN`` Newton-Schulz steps; see :func:`isqrt_cov.matrix_sqrt`."""
+    return matrix_sqrt(var, iterN)
+
+
+def TriuvecLayer(var: Tensor) -> Tensor:
+    """(B, C, C) to its upper triangle row by row, (B, C (C + 1) / 2, 1)."""
+    return triu_vector(var).unsqueeze(-1)
+
+
+class MPNCOV(nn.Module):
+    """Matrix power normalised covariance pooling of fast-MPN-COV.
+
+    Args:
+        iterNum: number of Newton-Schulz steps.
+        is_sqrt: take the square root of the covariance.
+        is_vec: return the upper triangle as a vector instead of the matrix.
+        input_dim: channels of the input.
+        dimension_reduction: if given, a 1 x 1 convolution with batch normalisation and ReLU comes first and leaves that
+            many channels.
+
+    Attributes:
+        output_dim: numbers per sample that come out.
+
+    Shape:
+        (B, input_dim, H, W) to (B, d (d + 1) / 2, 1), or to (B, d, d) without ``is_vec``; d = dimension_reduction or
+        input_dim.
+    """
+
+    def __init__(
+        self,
+        iterNum: int = 3,
+        is_sqrt: bool = True,
+        is_vec: bool = True,
+        input_dim: int = 2048,
+        dimension_reduction: int | None = None,
+    ) -> None:
+        super().__init__()
+        if is_sqrt and iterNum < 1:
+            raise ValueError(f"iterNum: expected 1 or more, got {iterNum}")
+        self.iterNum = iterNum
+        self.is_sqrt = is_sqrt
+        self.is_vec = is_vec
+        self.dr = dimension_reduction
+        if self.dr is not None:
+            self.conv_dr_block = nn.Sequential(
+                nn.Conv2d(input_dim, self.dr, kernel_size=1, stride=1, bias=False),
+                nn.BatchNorm2d(self.dr),
+                nn.ReLU(inplace=True),
+            )
+            nn.init.kaiming_normal_(self.conv_dr_block[0].weight, mode="fan_out", nonlinearity="relu")
+        channels = self.dr or input_dim
+        self.output_dim = channels * (channels + 1) // 2 if is_vec else channels * channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dr is not None:
+            x = self.conv_dr_block(x)
+        if self.is_sqrt:
+            y = cov_sqrt(x, self.iterNum, "triu" if self.is_vec else "matrix")
+            return y.unsqueeze(-1) if self.is_vec else y
+        sigma = covariance_pool(x)
+        return TriuvecLayer(sigma) if self.is_vec else sigma
