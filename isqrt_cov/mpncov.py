@@ -1,8 +1,8 @@
 """Drop-in for the functions and the layer of fast-MPN-COV and of SAN's ``MPNCOV`` package: same names, argument order,
 defaults, shapes and ``state_dict``, so that an old project changes one import.
 
-What differs is in the numbers: no NaN on a constant map, the gradient of a non-symmetric upstream gradient is exact (the
-original's is transposed), so is a second derivative, float64 is float64, and there is no M x M matrix.
+What differs is in the numbers: no NaN on a constant map, the gradient of a non-symmetric upstream gradient is exact
+(that of the original is transposed), so is a second derivative, float64 is float64, and there is no M x M matrix.
 """
 
 from torch import Tensor, nn
