@@ -4,8 +4,8 @@
 //
 // Y_N -> A^{1/2} and Z_N -> A^{-1/2} for a symmetric A with eigenvalues in (0, 1]. Y, Z and T are polynomials in A:
 // they commute and are symmetric, so an engine computes one triangle of each product. The price: rounding errors, which
-// the iteration with full products leaves alone once it has converged, grow by about 1.4 in each further step (measured,
-// condition 100), so that steps beyond some 15 do not come nearer.
+// the iteration with full products leaves alone once it has converged, grow by about 1.4 in each further step
+// (measured, condition 100), so that steps beyond some 15 do not come nearer.
 //
 // An Engine owns the C x C matrices of one sample (or of a batch) and offers
 //     product(D, A, B)                          D = A B

@@ -53,7 +53,7 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
   if (requested != EngineKind::kAuto && requested != EngineKind::kLibrary && requested != EngineKind::kBlock)
     throw std::runtime_error(std::string("engine: '") + engine_name(requested) + "' does not run on a CUDA device");
   const int64_t blocks = 1024;  // several for each of the at most 160 multiprocessors of today's devices
-  return {choose(false), choose(true), EngineKind::kBlock, split(p, blocks, std::max<int64_t>(512, 4 * p.channels)),
+  return {choose(false), choose(true), EngineKind::kBlock, split(p, blocks, std::max<int64_t>(256, 4 * p.channels)),
           split(p, 1 << 20, 64)};
 }
 #endif

@@ -45,7 +45,6 @@ struct Batch {
 Batch operator*(const Batch& a, const Batch& b) { return {multiply(a.value, b.value)}; }
 Batch operator*(double a, const Batch& b) { return {multiply(b.value, number(a))}; }
 Batch operator/(const Batch& a, const Batch& b) { return {divide(a.value, b.value)}; }
-Batch operator/(double a, const Batch& b) { return {divide(number(a), b.value)}; }
 Batch operator-(const Batch& a, const Batch& b) { return {torch::stable::subtract(a.value, b.value)}; }
 Batch sqrt(const Batch& a) { return {call("aten::sqrt", "", a.value)}; }
 Batch nonzero(const Batch& a) {

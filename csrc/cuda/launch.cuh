@@ -1,0 +1,50 @@
+// What the kernels and launchers of this folder ask of CUDA beyond the language. The same source also runs on a CPU:
+// there <cuda_runtime.h> is the emulation's own, and __CUDACC__ is not defined.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+namespace isqrt::cuda {
+
+/// The dynamic shared memory of the running block. Taken anew wherever it is used, so that the compiler always sees
+/// shared memory and never a generic pointer.
+template <class T> __device__ __forceinline__ T* shared_memory() {
+#if defined(__CUDACC__)
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return reinterpret_cast<T*>(bytes);
+#else
+  return static_cast<T*>(emulation::dynamic_shared());
+#endif
+}
+
+/// Throws std::runtime_error with CUDA's own message, and leaves no error behind for the next caller to find.
+inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+/// Enqueues kernel(arguments...) with that many blocks; nothing for 0. `name` is what an error message calls it.
+template <class... Parameters>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+            void* stream, const std::type_identity_t<Parameters>&... arguments) {
+  constexpr int64_t kMaxBlocks = 0x7fffffff, kSharedBytesByDefault = 48 * 1024;
+  if (blocks == 0) return;
+  if (blocks > kMaxBlocks) throw std::runtime_error(std::string(name) + ": more blocks than a grid can have");
+  if (shared_bytes > kSharedBytesByDefault)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(shared_bytes)),
+          name);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+}
+
+}  // namespace isqrt::cuda

@@ -1,0 +1,320 @@
+"""The CUDA kernels and their launchers, unchanged, run on the CPU: results, races, bounds, and what finds those."""
+
+import functools
+import importlib.util
+import platform
+import subprocess
+
+import pytest
+import torch
+
+from common import assert_close, covariances, feature_maps, tolerance
+from emulation.build import EMULATION, build
+from isqrt_cov import reference
+from isqrt_cov.ops import OUTPUTS, ROOTS
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulation switches stacks of x86-64 only")
+
+CHANNELS = (1, 2, 3, 16, 17, 33, 64, 65, 100, 128)
+DTYPES = (torch.float32, torch.float64)
+# One position; one more than a panel has; a tile of a gradient and a tail; odd sides and several tiles.
+IMAGES = ((1, 1), (1, 33), (5, 15), (13, 11))
+ORDERS = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
+
+
+@functools.cache
+def load_kernels():
+    path = build("isqrt_emulation")
+    spec = importlib.util.spec_from_file_location("isqrt_emulation", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def kernels():
+    module = load_kernels()
+    module.set_order("forward", 0)
+    return module
+
+
+def in_layout(x, layout):
+    """x in memory as (B, C, H, W), (B, H, W, C), or as a part of a larger image."""
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "crop":
+        large = torch.full((*x.shape[:2], x.shape[2] + 3, x.shape[3] + 2), float("nan"), dtype=x.dtype)
+        large[:, :, 2:-1, 1:-1] = x
+        return large[:, :, 2:-1, 1:-1]
+    return x
+
+
+def array(t):
+    """A numpy array over the same memory; numpy knows no bfloat16."""
+    return t.detach().view(torch.int16).numpy() if t.element_size() == 2 else t.detach().numpy()
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def pool(kernels, x, chunk):
+    return [torch.from_numpy(result) for result in kernels.pool(array(x), chunk, name_of(x.dtype))]
+
+
+def pool_backward(kernels, grad_sigma, x, mean, chunk):
+    grad_x = torch.full_like(x, float("nan"))
+    kernels.pool_backward(array(grad_sigma), array(x), array(mean), array(grad_x), chunk, name_of(x.dtype))
+    return grad_x
+
+
+def root(kernels, sigma, iterations, root_name, output, floor=0.0):
+    codes = ROOTS.index(root_name), OUTPUTS.index(output)
+    return torch.from_numpy(kernels.root(array(sigma), iterations, *codes, floor))
+
+
+def root_backward(kernels, grad, sigma, iterations, root_name, output, floor=0.0):
+    codes = ROOTS.index(root_name), OUTPUTS.index(output)
+    return torch.from_numpy(kernels.root_backward(array(grad), array(sigma), iterations, *codes, floor))
+
+
+def fits(kernels, sigma, backward):
+    return kernels.root_shared_bytes(sigma.shape[1], sigma.element_size(), backward) > 0
+
+
+def check_pooling(kernels, x, chunk):
+    exact_x = x.double()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    bound = tolerance(dtype, x.shape[1], x[0, 0].numel())
+    sigma, mean = pool(kernels, x, chunk)
+    assert sigma.dtype == mean.dtype == dtype
+    assert_close(mean, exact_x.flatten(2).mean(-1), bound)
+    assert_close(sigma, reference.covariance_pool(exact_x), bound)
+    assert torch.equal(sigma, sigma.mT)
+    grad_sigma = torch.randn(sigma.shape, dtype=dtype)
+    grad_x = pool_backward(kernels, grad_sigma, x, mean, chunk)
+    # Rounding to x's own dtype is off by at most half its spacing.
+    rounding = torch.finfo(x.dtype).eps / 2 if x.dtype != dtype else 0
+    assert_close(grad_x, reference.covariance_pool_backward(grad_sigma.double(), exact_x), bound + rounding)
+
+
+def check_root(kernels, sigma, iterations, root_name, output, floor=0.0):
+    step = reference.minimax_steps(iterations, floor) if floor else reference.PAPER_STEP
+    exact = {"square": reference.matrix_sqrt, "inverse": reference.matrix_inv_sqrt}[root_name]
+    exact_sigma = sigma.double().requires_grad_()
+    expected = reference.convert_output(exact(exact_sigma, iterations, step), output)
+    bound = tolerance(sigma.dtype, sigma.shape[1], 1, iterations)
+    result = root(kernels, sigma, iterations, root_name, output, floor)
+    assert_close(result, expected.detach(), bound)
+    if output == "matrix":
+        assert torch.equal(result, result.mT)
+    if fits(kernels, sigma, backward=True):
+        upstream = torch.randn(result.shape, dtype=sigma.dtype)
+        (grad,) = torch.autograd.grad(expected, exact_sigma, upstream.double())
+        result = root_backward(kernels, upstream, sigma, iterations, root_name, output, floor)
+        # Half of its sums have twice the terms, and it is a product of two such results.
+        assert_close(result, grad, 2 * bound)
+        assert torch.equal(result, result.mT)
+
+
+# ---- Results
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_pooling_matches_reference(kernels, channels, dtype):
+    for number, (height, width) in enumerate(IMAGES):
+        x = feature_maps(2, channels, height * width, dtype).unflatten(2, (height, width))
+        layout = ("contiguous", "channels_last", "crop")[(number + channels) % 3]
+        for chunk in {height * width, 40}:
+            check_pooling(kernels, in_layout(x, layout), chunk)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "crop"))
+@pytest.mark.parametrize("batch", (1, 3))
+def test_layouts(kernels, batch, layout, dtype):
+    x = in_layout(feature_maps(batch, 70, 77, dtype).unflatten(2, (7, 11)), layout)
+    check_pooling(kernels, x, 50)
+    check_pooling(kernels, x.transpose(2, 3), 50)
+    check_pooling(kernels, x.flip(0)[:, ::2], 77)
+    if layout == "contiguous":
+        check_pooling(kernels, x.flatten(2), 50)
+        check_pooling(kernels, x[:, :1].expand(-1, 5, -1, -1), 50)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_root_matches_reference(kernels, channels, dtype):
+    sigma = covariances(2, channels, dtype)
+    if not fits(kernels, sigma, backward=False):
+        pytest.skip("does not fit into a block's shared memory")
+    for number, iterations in enumerate((1, 2, 3, 5)):
+        check_root(kernels, sigma, iterations, "square", OUTPUTS[(number + channels) % 3])
+    check_root(kernels, sigma, 2, "inverse", OUTPUTS[channels % 3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("root_name", ROOTS)
+@pytest.mark.parametrize("batch", (1, 3))
+def test_outputs_and_roots(kernels, batch, root_name, output, dtype):
+    for iterations in (1, 2, 3, 5):
+        check_root(kernels, covariances(batch, 20, dtype), iterations, root_name, output)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("root_name", ROOTS)
+def test_tuned_steps(kernels, root_name, dtype):
+    for iterations in (1, 3, 5):
+        check_root(kernels, covariances(2, 20, dtype), iterations, root_name, "matrix", floor=1e-2)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "crop"))
+def test_half_feature_maps(kernels, layout, dtype):
+    for channels in (3, 70):
+        x = in_layout(feature_maps(2, channels, 77, dtype).unflatten(2, (7, 11)), layout)
+        check_pooling(kernels, x, 50)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_every_half_is_read_and_written(kernels, dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(1024, 64, 1)
+    mean = pool(kernels, every, 1)[1]
+    finite = every[:, :, 0].isfinite()
+    assert torch.equal(mean[finite], every[:, :, 0].float()[finite]) and mean[~finite].isnan().all()
+    # With g at (0, 0) alone, dx[0] = 2 g (x[0] - mean) / M: between two halves each, or beyond the largest.
+    grad_sigma = torch.zeros(512, 1, 1)
+    grad_sigma[:, 0, 0] = torch.randn(512) * torch.exp2(torch.randint(-40, 20, (512,)).float())
+    x = torch.randn(512, 1, 64).to(dtype)
+    grad_x = pool_backward(kernels, grad_sigma, x, torch.zeros(512, 1), 64)
+    assert torch.equal(grad_x, (2 / 64 * grad_sigma * x.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty_batch(kernels, dtype):
+    x, sigma = torch.empty(0, 3, 4, 5, dtype=dtype), torch.empty(0, 3, 3, dtype=dtype)
+    assert [tuple(t.shape) for t in pool(kernels, x, 20)] == [(0, 3, 3), (0, 3)]
+    assert pool_backward(kernels, sigma, x, sigma[:, 0], 20).shape == x.shape
+    for output, shape in zip(OUTPUTS, ((0, 3, 3), (0, 6), (0, 3)), strict=True):
+        result = root(kernels, sigma, 5, "square", output)
+        assert result.shape == shape
+        assert root_backward(kernels, result, sigma, 5, "square", output).shape == (0, 3, 3)
+
+
+def test_zero_and_not_a_number_stay_in_their_sample(kernels):
+    x = feature_maps(3, 20, 50, torch.float32)
+    x[0] = 1e3 * torch.rand(20, 1)
+    x[1, 4, 7] = float("nan")
+    sigma, mean = pool(kernels, x, 30)
+    upstream = torch.randn(sigma.shape)
+    y = root(kernels, sigma, 5, "square", "matrix")
+    grad_sigma = root_backward(kernels, upstream, sigma, 5, "square", "matrix")
+    grad_x = pool_backward(kernels, grad_sigma, x, mean, 30)
+    for result in (sigma, y, grad_sigma, grad_x):
+        assert result[0].count_nonzero() == 0
+        assert result[1].isnan().any()
+        assert result[2].isfinite().all()
+
+
+# ---- Launches
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_in_any_order_of_threads(kernels, dtype):
+    x = in_layout(feature_maps(2, 70, 99, dtype).unflatten(2, (9, 11)), "crop")
+    small = covariances(2, 35, dtype)
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(2, 70, 70, dtype=dtype, generator=generator)
+    runs = []
+    for order, seed in ORDERS:
+        kernels.set_order(order, seed)
+        sigma, mean = pool(kernels, x, 40)
+        runs.append([sigma, mean, pool_backward(kernels, upstream, x, mean, 40)])
+        for output in OUTPUTS:
+            y = root(kernels, small, 3, "square", output)
+            runs[-1] += [y, root_backward(kernels, y, small, 3, "square", output)]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_shared_memory_of_the_matrix_engine(kernels):
+    hopper = kernels.shared_bytes_limit(0)
+    assert 0 < kernels.root_shared_bytes(128, 4, True) <= hopper
+    assert 0 < kernels.root_shared_bytes(128, 8, False) <= hopper
+    assert kernels.root_shared_bytes(129, 4, False) == 0
+    with pytest.raises(RuntimeError, match="root: 129 channels"):
+        root(kernels, torch.eye(129)[None], 5, "square", "matrix")
+
+
+def test_failing_launch_names_the_kernel(kernels):
+    limit = kernels.shared_bytes_limit(0)
+    try:
+        kernels.set_shared_limit(99 * 1024)
+        with pytest.raises(RuntimeError, match="root: invalid argument"):
+            root(kernels, covariances(1, 128, torch.float32), 5, "square", "matrix")
+    finally:
+        kernels.set_shared_limit(limit)
+
+
+# ---- Sanitizers
+
+
+def run(program, mode, *arguments):
+    """Exit status and output."""
+    result = subprocess.run(
+        [build(program, mode), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=600,
+    )
+    if "unexpected memory mapping" in result.stdout:
+        pytest.skip("this kernel's address space layout is not one that ThreadSanitizer knows")
+    return result.returncode, result.stdout
+
+
+@pytest.mark.parametrize(("mode", "channels"), (("address", (1, 3, 17, 64, 100)), ("thread", (1, 17, 65))))
+def test_sanitizers_find_nothing(mode, channels):
+    status, output = run("check", mode, *channels)
+    assert status == 0, output[:4000]
+
+
+# Each fault of faults.cu, a mode that finds it, and what the report says; None where it shows the line of the fault.
+FAULTS = (
+    ("read_too_early", "thread", None),
+    ("write_too_early", "thread", None),
+    ("same_warp", "thread", None),
+    ("block_for_cluster", "thread", None),
+    ("between_blocks", "thread", None),
+    ("global_bounds", "address", None),
+    ("dynamic_bounds", "address", None),
+    ("static_bounds", "address", None),
+    ("misaligned", "address", None),
+    ("divergent_barrier", "plain", None),
+    ("early_return", "plain", None),
+    ("missing_lane", "plain", None),
+    ("uninitialised", "plain", "not finite"),
+    ("copy_without_wait", "plain", "not finite"),
+    ("bulk_without_wait", "plain", "not finite"),
+    ("write_too_early", "plain", "depends on the order"),
+)
+
+
+@pytest.mark.parametrize(("fault", "mode", "expected"), FAULTS, ids=lambda value: value or "")
+def test_seeded_fault_is_found(fault, mode, expected):
+    status, output = run("faults", mode, fault)
+    lines = (EMULATION / "faults.cu").read_text().splitlines()
+    if expected is None:
+        (line,) = (number for number, text in enumerate(lines, 1) if text.endswith(f"fault: {fault}"))
+        expected = f"faults.cu:{line}"
+    assert status != 0
+    assert expected in output, output[:4000]
+
+
+@pytest.mark.parametrize("mode", ("plain", "address", "thread"))
+def test_without_faults_nothing_is_found(mode):
+    status, output = run("faults", mode, "none")
+    assert status == 0, output[:4000]
