@@ -1,0 +1,99 @@
+"""The least time that a covariance square root can take on this machine: work needed over rates measured here.
+
+    floor = max(flops / GEMM rate, bytes / copy rate)
+
+It is the larger of the two, as if arithmetic and memory traffic overlapped perfectly, and it charges nothing for
+launches, reductions and synchronisation. Both rates are the best that torch itself reaches here, at any time in the
+same rounds as the methods: of matrix products of several sizes in the same dtype (under torch's precision setting), and
+of a copy as large as x, which stays in the cache where x does, and a large one. So what disturbs a measurement can only
+make a method look further from the floor.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call on a batch must do at least."""
+
+    flops: int
+    bytes: int
+
+
+def half_products(iterations: int, output: str) -> tuple[int, int]:
+    """Symmetric C x C products of C^3 flops each (one triangle of 2 C^3) that N steps need: (forward, backward).
+
+    All iterates are polynomials in A, hence symmetric, so that one triangle of a product suffices.
+
+    Forward, T = Z Y; Y <- 1.5 Y - 0.5 Y T; Z <- 1.5 Z - 0.5 T Z: 3 products a step, but 1 in the first (Z = I) and 2 in
+    the last (Z_N is not needed): 3 N - 3, and 1 for N = 1.
+
+    Backward, with x, mu and one C x C matrix kept, by the tangent of the forward in the direction of the symmetrised
+    upstream gradient, Tt = Zt Y + Z Yt; Yt <- 1.5 Yt - (Yt T + Y Tt) / 2; Zt <- 1.5 Zt - (Tt Z + T Zt) / 2. A symmetric
+    sum of two products is one triangle of both: 2. A step is then T 1, Tt 2, Yt 2, Y 1, Zt 2, Z 1 = 9. The first is 3:
+    T = A and Tt = G need none, Zt and Z are sums, Yt 2, Y 1. The last is 6: neither Zt nor Z is needed. In all
+    9 (N - 2) + 3 + 6, and 3 for N = 1. (Four products a step on kept iterates are 8 half ones, yet 11 where they are
+    recomputed.)
+
+    Output "mean" needs Y_N v alone: the products of the last forward step become matrix-vector ones, and those of the
+    first tangent with an upstream gradient of rank 2 cost C^2. The rest is counted as it is for a full gradient.
+    """
+    forward = 3 * iterations - 3 if iterations >= 2 else 1
+    backward = 9 * (iterations - 2) + 3 + 6 if iterations >= 2 else 3
+    if output == "mean":
+        forward -= 2 if iterations >= 2 else 1
+        backward -= 2 if iterations >= 2 else 3
+    return forward, backward
+
+
+def work(shape: tuple[int, int, int, int], iterations: int, output: str, itemsize: int) -> tuple[Work, Work]:
+    """Least work of (forward, forward + backward) for feature maps (B, C, H, W) of ``itemsize`` bytes a number.
+
+    Per sample, M = H W; a multiplication and an addition are 2 flops:
+      forward flops   pooling, one triangle of X X': 2 C C M / 2; the half products, C^3 each;
+                      three matrix-vector products, 2 C^2 each, for "mean"
+      backward flops  the half products; dX = (dSigma + dSigma') (X - mu) / M: 2 C C M
+      forward bytes   read x, write the output
+      backward bytes  read x, write dX, read the upstream gradient; and the C x C matrix that is kept for it, written by
+                      the forward and read by the backward, which only a training step pays
+    """
+    batch, channels, height, width = shape
+    m = height * width
+    forward, backward = half_products(iterations, output)
+    forward_flops = channels**2 * m + forward * channels**3 + (3 * 2 * channels**2 if output == "mean" else 0)
+    backward_flops = backward * channels**3 + 2 * channels**2 * m
+    numbers = {"matrix": channels**2, "triu": channels * (channels + 1) // 2, "mean": channels}[output]
+    forward_numbers = channels * m + numbers
+    step_numbers = forward_numbers + 2 * channels * m + numbers + 2 * channels**2
+    return (
+        Work(batch * forward_flops, batch * forward_numbers * itemsize),
+        Work(batch * (forward_flops + backward_flops), batch * step_numbers * itemsize),
+    )
+
+
+def floor_ms(needed: Work, gemm_flops_per_s: float, copy_bytes_per_s: float) -> float:
+    return 1e3 * max(needed.flops / gemm_flops_per_s, needed.bytes / copy_bytes_per_s)
+
+
+class Gemm:
+    """A product of two matrices with ``size`` rows and columns."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device):
+        a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+        out = torch.empty_like(a)
+        self.name = f"{size} x {size}"
+        self.call = lambda: torch.mm(a, b, out=out)
+        self.amount = 2 * size**3  # flops
+
+
+class Copy:
+    """A copy between two buffers of ``size`` bytes; every byte is read once and written once."""
+
+    def __init__(self, size: int, device: torch.device):
+        source = torch.ones(size, dtype=torch.uint8, device=device)
+        target = torch.zeros_like(source)
+        self.name = f"{size} bytes"
+        self.call = lambda: target.copy_(source)
+        self.amount = 2 * size  # bytes

@@ -1,0 +1,331 @@
+"""What the benchmark compares: ways to compute the square root of a covariance, and its gradient, from feature maps.
+
+Every method is given the same x and upstream gradient and is brought into the form that its user would run: what can be
+done once (compilation, capture, a choice) is done in ``prepare``. One that cannot run here says why by Unavailable.
+"""
+
+import importlib
+import importlib.util
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from measure import available_memory
+
+
+class Unavailable(Exception):
+    """A method that cannot run here; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: feature maps (B, C, H, W) that require a gradient, and the upstream gradient of the output."""
+
+    x: Tensor
+    upstream: Tensor
+    iterations: int
+    output: str
+
+
+def make_case(x: Tensor, iterations: int, output: str) -> Case:
+    """The case of x with a fixed random upstream gradient, which is not symmetric."""
+    batch, channels = x.shape[:2]
+    rest = {"matrix": (channels, channels), "triu": (channels * (channels + 1) // 2,), "mean": (channels,)}[output]
+    upstream = torch.randn((batch, *rest), generator=torch.Generator().manual_seed(1), dtype=x.dtype).to(x.device)
+    return Case(x.detach().requires_grad_(), upstream, iterations, output)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A method ready to be called again and again; x may be overwritten in place between calls."""
+
+    forward: Callable[[], Tensor]  # inference: nothing is recorded for a gradient
+    step: Callable[[], tuple[Tensor, Tensor]]  # forward and backward: output, dX, a fresh one each time
+    function: Callable[[Tensor], Tensor] | None = None  # x -> output under autograd, where there is such a thing
+    detail: str = ""  # what was chosen
+    options: dict[str, Any] = field(default_factory=dict)  # makes prepare() choose the same without looking for it
+
+
+def truncated_root(case: Case, x: Tensor) -> Tensor:
+    """N Newton-Schulz steps."""
+    return reference.cov_sqrt(x, case.iterations, case.output)
+
+
+def clamped_root(case: Case, x: Tensor) -> Tensor:
+    """The exact root, where eigenvalues below eps of x's dtype times the trace count as that."""
+    clamp = torch.finfo(case.x.dtype).eps
+    return reference.convert_output(reference.eig_sqrt(reference.covariance_pool(x), floor=clamp), case.output)
+
+
+def exact_root(case: Case, x: Tensor) -> Tensor:
+    return reference.convert_output(reference.exact_sqrt(reference.covariance_pool(x)), case.output)
+
+
+@dataclass(frozen=True)
+class Method:
+    summary: str
+    prepare: Callable[..., Prepared]
+    # What it computes, on the same numbers in float64: its errors are against that. One for each function, not method.
+    target: Callable[[Case, Tensor], Tensor] = truncated_root
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    quick: bool = True  # has a place in a run of seconds
+
+
+def load_reference() -> ModuleType:
+    """``isqrt_cov.reference``, which is plain torch: from the source tree where the compiled package is missing."""
+    try:
+        return importlib.import_module("isqrt_cov.reference")
+    except (ImportError, OSError):
+        name = "isqrt_cov_reference"
+        if name not in sys.modules:
+            path = Path(__file__).resolve().parents[1] / "isqrt_cov" / "reference.py"
+            spec = importlib.util.spec_from_file_location(name, path)
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        return sys.modules[name]
+
+
+reference = load_reference()
+
+
+def load_library() -> ModuleType:
+    try:
+        return importlib.import_module("isqrt_cov")
+    except (ImportError, OSError) as error:
+        raise Unavailable(f"isqrt_cov does not import ({error}): pip install .") from error
+
+
+# ---- Plain torch
+
+
+def covariance(x: Tensor) -> Tensor:
+    """As a user writes it: a centred copy and a batched product. (``reference`` spends one more pass on accuracy.)"""
+    x = x.flatten(2)
+    centred = x - x.mean(2, keepdim=True)
+    return centred.bmm(centred.mT) / x.shape[2]
+
+
+def eager_cov_sqrt(x: Tensor, iterations: int, output: str) -> Tensor:
+    """The usual code of the field, with its 3 N - 3 products by bmm and its sums apart, but no M x M matrix."""
+    sigma = covariance(x)
+    trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    a = sigma / trace
+    eye3 = 3 * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
+    zy = 0.5 * (eye3 - a)
+    y, z = a.bmm(zy), zy
+    for n in range(1, iterations):
+        zy = 0.5 * (eye3 - z.bmm(y))
+        y, z = y.bmm(zy), zy.bmm(z) if n < iterations - 1 else None
+    return reference.convert_output(trace.sqrt() * y, output)
+
+
+def eig_cov_sqrt(x: Tensor, output: str) -> Tensor:
+    return reference.convert_output(reference.eig_sqrt(covariance(x)), output)
+
+
+def _autograd(case: Case, function: Callable[[Tensor], Tensor], **about) -> Prepared:
+    def forward():
+        with torch.no_grad():
+            return function(case.x)
+
+    def step():
+        case.x.grad = None
+        y = function(case.x)
+        y.backward(case.upstream)
+        return y.detach(), case.x.grad
+
+    return Prepared(forward, step, function, **about)
+
+
+def _prepare_ours(case: Case) -> Prepared:
+    library = load_library()
+    plan = library.plan(tuple(case.x.shape), case.x.dtype, case.x.device)
+    detail = "pooling {pooling}, forward {forward}, backward {backward}".format(**plan)
+    return _autograd(case, lambda x: library.cov_sqrt(x, case.iterations, case.output), detail=detail)
+
+
+def _prepare_eig(case: Case) -> Prepared:
+    return _autograd(case, lambda x: eig_cov_sqrt(x, case.output))
+
+
+def _prepare_eager(case: Case) -> Prepared:
+    return _autograd(case, lambda x: eager_cov_sqrt(x, case.iterations, case.output))
+
+
+def _prepare_baddbmm(case: Case) -> Prepared:
+    return _autograd(case, lambda x: reference.baddbmm_cov_sqrt(x, case.iterations, case.output))
+
+
+def mxm_bytes(shape: torch.Size, itemsize: int) -> int:
+    """Memory of the centring matrix and of its copy for every sample."""
+    batch, _, height, width = shape
+    return (batch + 1) * (height * width) ** 2 * itemsize
+
+
+def _prepare_mxm(case: Case) -> Prepared:
+    needed, available = mxm_bytes(case.x.shape, case.x.itemsize), available_memory(case.x.device)
+    if needed > 0.8 * available:
+        raise Unavailable(f"its M x M matrices take {needed / 2**30:.1f} GiB; {available / 2**30:.1f} GiB are free")
+    return _autograd(case, lambda x: reference.mxm_cov_sqrt(x, case.iterations, case.output))
+
+
+def _prepare_matrix_sqrth(case: Case) -> Prepared:
+    if not hasattr(torch.linalg, "matrix_sqrth"):
+        raise Unavailable(f"torch {torch.__version__} has no torch.linalg.matrix_sqrth")
+    root = torch.linalg.matrix_sqrth
+    return _autograd(case, lambda x: reference.convert_output(root(covariance(x)), case.output))
+
+
+# ---- torch.compile
+
+
+def _compiled(case: Case, form: str) -> Prepared:
+    body, _, mode = form.partition(", ")
+    function = {"eager": eager_cov_sqrt, "baddbmm": reference.baddbmm_cov_sqrt}[body]
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode or None)
+
+    def call(x):
+        if mode:  # what CUDA graphs returned last time may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
+        return compiled(x, case.iterations, case.output)
+
+    return _autograd(case, call, detail=f"of {form}", options={"form": form})
+
+
+def _prepare_compile(case: Case, form: str | None = None) -> Prepared:
+    """torch.compile of the form that turns out fastest at forward + backward on this very problem."""
+    on_cuda = case.x.is_cuda
+    forms = ["eager", "baddbmm"] + (["eager, reduce-overhead", "baddbmm, reduce-overhead"] if on_cuda else [])
+    candidates, best, failures = {}, {}, []
+    torch._dynamo.reset()  # each shape is compiled for itself, and none falls back for having been preceded by many
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Inductor's deprecation warnings about itself
+        for name in [form] if form else forms:
+            try:
+                prepared = _compiled(case, name)
+                for _ in range(3 if on_cuda else 1):
+                    prepared.step()
+                candidates[name] = prepared
+            except Exception as error:  # a compiler has many ways to fail; the other forms stand
+                failures.append(f"{name}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}")
+    if not candidates:
+        raise Unavailable("torch.compile failed for " + "; ".join(failures))
+    if len(candidates) == 1:
+        return next(iter(candidates.values()))
+    for _ in range(5):
+        for name, prepared in candidates.items():
+            _synchronize(case)
+            start = time.perf_counter()
+            prepared.step()
+            _synchronize(case)
+            best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
+    return candidates[min(best, key=best.get)]
+
+
+def _synchronize(case: Case) -> None:
+    if case.x.is_cuda:
+        torch.cuda.synchronize(case.x.device)
+
+
+# ---- CUDA
+
+
+def _prepare_graph(case: Case) -> Prepared:
+    """The baddbmm form, captured: one launch replays all kernels. Its results lie in fixed buffers."""
+    plain = _prepare_baddbmm(case)
+    with torch.cuda.device(case.x.device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # library handles and workspaces must exist before the capture
+            for _ in range(3):
+                plain.forward()
+                torch.autograd.grad(plain.function(case.x), case.x, case.upstream)
+        torch.cuda.current_stream().wait_stream(side)
+        inference, training = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(inference):
+            inferred = plain.forward()
+        with torch.cuda.graph(training):
+            y = plain.function(case.x)
+            (dx,) = torch.autograd.grad(y, case.x, case.upstream)
+            y = y.detach()
+
+    def forward():
+        inference.replay()
+        return inferred
+
+    def step():
+        training.replay()
+        return y, dx
+
+    return Prepared(forward, step, detail="of baddbmm")
+
+
+def _prepare_cupy(case: Case) -> Prepared:
+    """EIG with CuPy's eigen-decomposition of the whole batch at once, and the gradient of ``reference``'s EIG."""
+    try:
+        import cupy
+    except Exception as error:  # a CuPy for another CUDA fails in its own ways
+        raise Unavailable(f"CuPy does not import ({error})") from error
+
+    def eigh(a):
+        stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(a.device).cuda_stream)
+        with cupy.cuda.Device(a.device.index or 0), stream:
+            values, vectors = cupy.linalg.eigh(cupy.from_dlpack(a.detach().contiguous()))
+            return torch.from_dlpack(values), torch.from_dlpack(vectors)
+
+    floor = torch.finfo(case.x.dtype).eps
+
+    class Root(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a):
+            values, vectors = eigh(a)
+            root = values.clamp_min(floor).sqrt()
+            ctx.save_for_backward(values, vectors)
+            return (vectors * root[:, None, :]) @ vectors.mT
+
+        @staticmethod
+        def backward(ctx, grad):
+            values, vectors = ctx.saved_tensors
+            clamped = values.clamp_min(floor)
+            root, free = clamped.sqrt(), values > floor
+            between = (clamped[:, :, None] - clamped[:, None, :]) / (values[:, :, None] - values[:, None, :])
+            both = (free[:, :, None] & free[:, None, :]).to(values.dtype)
+            slope = torch.where(free[:, :, None] != free[:, None, :], between, both)
+            k = slope / (root[:, :, None] + root[:, None, :])
+            symmetric = (grad + grad.mT) / 2
+            return vectors @ (k * (vectors.mT @ symmetric @ vectors)) @ vectors.mT
+
+    def function(x):
+        sigma = covariance(x)
+        trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+        return reference.convert_output(trace.sqrt() * Root.apply(sigma / trace), case.output)
+
+    return _autograd(case, function, detail=f"CuPy {cupy.__version__}")
+
+
+METHODS: dict[str, Method] = {
+    "ours": Method("isqrt_cov.cov_sqrt", _prepare_ours),
+    "eig": Method("torch.linalg.eigh, clamped, stable backward", _prepare_eig, clamped_root),
+    "eager": Method("Newton-Schulz, bmm and autograd", _prepare_eager),
+    "baddbmm": Method("Newton-Schulz, fused products, autograd", _prepare_baddbmm),
+    "compile": Method("torch.compile of eager or baddbmm, the faster", _prepare_compile, quick=False),
+    "graph": Method("CUDA graph of baddbmm", _prepare_graph, devices=("cuda",)),
+    "mxm": Method("baddbmm after the published pooling by an M x M matrix", _prepare_mxm),
+    "matrix_sqrth": Method("torch.linalg.matrix_sqrth", _prepare_matrix_sqrth, clamped_root),
+    "cupy": Method("EIG by CuPy's batched eigh", _prepare_cupy, clamped_root, devices=("cuda",)),
+}
+
+
+def prepare(name: str, case: Case, **options) -> Prepared:
+    method = METHODS[name]
+    if case.x.device.type not in method.devices:
+        raise Unavailable(f"runs on {' and '.join(method.devices)} only")
+    return method.prepare(case, **options)

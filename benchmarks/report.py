@@ -1,0 +1,151 @@
+"""What the benchmarks say, and how: progress, tables, figures, and the machine that the numbers belong to."""
+
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Progress:
+    """One line on stderr that is written over; a line for each new stage where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+
+    def stage(self, text: str) -> None:
+        self._write(text, "" if self.terminal else "\n")
+
+    def update(self, text: str) -> None:
+        if self.terminal:
+            self._write(text, "")
+
+    def clear(self) -> None:
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def _write(self, text: str, end: str) -> None:
+        self.clear()
+        print(f"[{time.monotonic() - self.start:4.0f} s] {text}", end=end, file=sys.stderr, flush=True)
+
+
+# ---- Provenance
+
+
+def _command(*arguments: str, cwd: Path | None = None) -> str | None:
+    try:
+        done = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def git_commit() -> dict[str, Any] | None:
+    """Commit of the checkout that this file lies in, and whether it has changes; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    commit = _command("git", "rev-parse", "HEAD", cwd=here)
+    if not commit:
+        return None
+    return {"commit": commit, "uncommitted_changes": bool(_command("git", "status", "--porcelain", cwd=here))}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        cpu = found[1] if found else cpu
+    about = {
+        "cpu": cpu,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_average_at_start": os.getloadavg()[0],
+        "system": platform.platform(),
+        "gpu": None,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        about["gpu"] = {
+            "name": properties.name,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "driver": _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        }
+    return about
+
+
+def software() -> dict[str, Any]:
+    about = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "git": git_commit(),
+        "isqrt_cov": None,
+    }
+    try:
+        import isqrt_cov
+
+        about["isqrt_cov"] = isqrt_cov.build_info()
+    except (ImportError, OSError) as error:
+        about["isqrt_cov_missing"] = str(error)
+    return about
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def write_json(path: str | Path, result: dict[str, Any]) -> None:
+    # NaN is no JSON: a number that does not exist is null.
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    Path(path).write_text(json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
+
+
+# ---- Tables
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """``value`` to so many significant digits, without an exponent from 0.001 to 99999."""
+    if value is None:
+        return "-"
+    if value != value:
+        return "nan"
+    if value == 0:
+        return "0"
+    if not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.{digits - 1}e}".replace("e-0", "e-").replace("e+0", "e+")
+    magnitude = math.floor(math.log10(abs(value))) + 1
+    return f"{value:.{max(digits - magnitude, 0)}f}"
+
+
+def table(rows: list[list[str]], headings: int = 1) -> str:
+    """Columns as wide as their widest cell; the first is flush left. A rule follows the headings."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    lines.insert(headings, "-" * max(map(len, lines)))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def mebibytes(value: int | None) -> str:
+    return "-" if value is None else number(value / 2**20)

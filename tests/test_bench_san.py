@@ -1,0 +1,54 @@
+"""The benchmark of the whole network runs, and says what it has to say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("safetensors", reason="san_model needs the extra [san]")
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "bench_san.py"
+TINY = ["--patch", "8", "--batch", "2", "--image", "12", "--rounds", "2", "--threads", "1"]
+
+
+def run(folder, *arguments):
+    command = [sys.executable, str(SCRIPT), *TINY, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_measures_every_method_and_writes_it_down(tmp_path):
+    done = run(tmp_path, "--json", "result.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["benchmark"] == "bench_san"
+    assert result["network"]["n_resgroups"] == 4 and result["arguments"]["patch"] == 8
+    assert [method["name"] for method in result["methods"]] == ["ours", "eig", "eager", "baddbmm", "mxm"]
+    for method in result["methods"]:
+        assert method["ran"], method
+        assert f"\n{method['name']} " in done.stdout
+        for block in ("training", "inference"):
+            about = method[block]
+            assert len(about["samples_ms"]) == len(about["covariance_samples_ms"]) == 2
+            assert 0 < about["covariance_ms"] < about["median_ms"]
+            assert 0 < about["covariance_percent"] < 100
+            assert about["peak_torch_bytes"] > 0 and about["times_first"] > 0
+        # All but EIG compute the same function; what is left on a scale of 0..255 is float32's rounding.
+        assert method["difference"] < (256 if method["name"] == "eig" else 1e-2)
+
+
+def test_says_why_a_method_does_not_run(tmp_path):
+    # M = 2048 x 2048, and two matrices of M x M floats: 128 TiB.
+    done = run(tmp_path, "--methods", "mxm", "--image", "2048", "--batch", "1")
+    assert done.returncode == 1
+    assert "mxm did not run: its M x M matrices take" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "argument, value", [("--rounds", "0"), ("--preset", "huge"), ("--json", "no/such/folder.json")]
+)
+def test_wrong_arguments_are_named(argument, value, tmp_path):
+    done = run(tmp_path, argument, value)
+    assert done.returncode == 2
+    assert argument in done.stderr and value in done.stderr

@@ -1,0 +1,448 @@
+"""The benchmark measures what it says: work counted by hand, known memory, real input, and a complete record."""
+
+import ctypes
+import json
+import math
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import bench_soca
+import features
+import floor
+import measure
+import methods
+import report
+import soca_report
+
+CPU = torch.device("cpu")
+SHAPE = (2, 8, 6, 6)
+
+
+@pytest.fixture
+def photographs():
+    pytest.importorskip("skimage", reason="photographs need scikit-image")
+
+
+def maps(kind, shape, seed=0):
+    return features.feature_maps(kind, shape, torch.float64, "cpu", seed)
+
+
+def eigenvalues(x):
+    """Spectrum of the covariance, the greatest first, over its sum; (B, C)."""
+    values = torch.linalg.eigvalsh(methods.reference.covariance_pool(x)).flip(1)
+    return values / values.sum(1, keepdim=True)
+
+
+# ---- Work and floor
+
+
+@pytest.mark.parametrize(
+    "iterations, output, expected",
+    [
+        (1, "matrix", (1, 3)),  # A A; then, in direction G, G A + A G, and Y_1 for <G, Y_1>
+        (2, "matrix", (3, 9)),  # 1 + T, Y; 3 + 6
+        (3, "matrix", (6, 18)),
+        (5, "matrix", (12, 36)),
+        (5, "triu", (12, 36)),
+        (5, "mean", (10, 34)),
+        (1, "mean", (0, 0)),
+    ],
+)
+def test_half_products_by_hand(iterations, output, expected):
+    assert floor.half_products(iterations, output) == expected
+
+
+def test_tangent_recurrence_is_what_is_counted():
+    """The gradient in as many half products as the floor charges: the recurrence is run, and its products counted."""
+    torch.manual_seed(0)
+    count = 0
+
+    def product(p, q):  # of symmetric matrices that commute: one triangle
+        nonlocal count
+        count += 1
+        return p @ q
+
+    def symmetric_sum(p, q):  # p q + q p: one triangle of both products
+        nonlocal count
+        count += 2
+        return p @ q + q @ p
+
+    def mixed(p, q, r, s):  # p q + r s, which is symmetric
+        nonlocal count
+        count += 2
+        return p @ q + r @ s
+
+    n, steps = 6, 5
+    a = torch.randn(n, n, dtype=torch.float64)
+    a = (a @ a.mT / (a @ a.mT).trace()).requires_grad_()
+    g = torch.randn(n, n, dtype=torch.float64)
+    y_n, _ = methods.reference.newton_schulz(a[None], steps)
+    (expected,) = torch.autograd.grad(y_n[0], a, g)
+    a = a.detach()
+    g = (g + g.mT) / 2
+
+    # First step, from Z = I and Zt = 0.
+    y, yt = 1.5 * a - 0.5 * product(a, a), 1.5 * g - 0.5 * symmetric_sum(g, a)
+    z, zt = 1.5 * torch.eye(n, dtype=a.dtype) - 0.5 * a, -0.5 * g
+    for step in range(2, steps + 1):
+        t, tt = product(z, y), mixed(zt, y, z, yt)
+        new_y, yt = 1.5 * y - 0.5 * product(y, t), 1.5 * yt - 0.5 * mixed(yt, t, y, tt)
+        if step < steps:
+            z, zt = 1.5 * z - 0.5 * product(t, z), 1.5 * zt - 0.5 * mixed(tt, z, t, zt)
+        y = new_y
+    assert count == floor.half_products(steps, "matrix")[1]
+    torch.testing.assert_close(y, y_n[0].detach())
+    torch.testing.assert_close(yt, (expected + expected.mT) / 2)
+
+
+def test_work_by_hand():
+    # B = 2, C = 3, M = 4 * 5 = 20, N = 5, float32.
+    forward, step = floor.work((2, 3, 4, 5), 5, "matrix", 4)
+    assert forward.flops == 2 * (9 * 20 + 12 * 27)
+    assert step.flops == 2 * (9 * 20 + 12 * 27 + 36 * 27 + 2 * 9 * 20)
+    assert forward.bytes == 2 * 4 * (3 * 20 + 9)
+    # x twice, dX, output, upstream gradient, and the kept matrix written and read.
+    assert step.bytes == 2 * 4 * (3 * 3 * 20 + 4 * 9)
+    forward, step = floor.work((2, 3, 4, 5), 5, "triu", 8)
+    assert forward.bytes == 2 * 8 * (3 * 20 + 6)
+    assert step.bytes == 2 * 8 * (3 * 3 * 20 + 2 * 6 + 2 * 9)
+    forward, _ = floor.work((2, 3, 4, 5), 5, "mean", 4)
+    assert forward.flops == 2 * (9 * 20 + 10 * 27 + 3 * 2 * 9)
+    assert forward.bytes == 2 * 4 * (3 * 20 + 3)
+
+
+def test_floor_is_the_greater_of_arithmetic_and_traffic():
+    work = floor.Work(flops=2_000_000, bytes=3_000_000)
+    assert floor.floor_ms(work, gemm_flops_per_s=1e9, copy_bytes_per_s=1e10) == pytest.approx(2.0)
+    assert floor.floor_ms(work, gemm_flops_per_s=1e9, copy_bytes_per_s=1e9) == pytest.approx(3.0)
+
+
+# ---- Input
+
+
+@pytest.mark.parametrize("kind", features.INPUTS)
+def test_input_is_a_function_of_shape_and_seed(kind, photographs):
+    first, again, other = maps(kind, SHAPE), maps(kind, SHAPE), maps(kind, SHAPE, seed=1)
+    assert first.shape == SHAPE and first.isfinite().all()
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert features.feature_maps(kind, SHAPE, torch.float32, "cpu").dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 32, 40), (2, 24, 6, 6), (1, 4, 1, 400)])
+def test_photographs_give_real_maps(shape, photographs):
+    """Not constant, samples differ, neighbours resemble each other, and few directions carry most of the variance."""
+    x = maps("photo", shape)
+    assert (x.flatten(2).std(2) > 0).all()
+    assert shape[0] == 1 or not torch.equal(x[0], x[1])
+    centred = x - x.mean((2, 3), keepdim=True)
+    assert (centred[..., 1:] * centred[..., :-1]).mean() > 0.2 * centred.square().mean()
+    assert (eigenvalues(x)[:, : max(1, shape[1] // 4)].sum(1) > 0.6).all()
+
+
+def test_photographs_do_not_touch_the_network(monkeypatch, photographs):
+    import socket
+
+    def refuse(*_args, **_options):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert len(features.load_photographs()) >= 3
+
+
+def test_spectra_are_as_named():
+    flat = eigenvalues(maps("randn", (1, 16, 64, 64)))
+    assert flat.max() < 1.3 * flat.min()  # Marchenko-Pastur: ((1 + r) / (1 - r))^2 = 1.28 at r = sqrt(16 / 4096)
+    shape = (2, 16, 8, 8)
+    low = eigenvalues(maps("rank", shape))
+    assert features.rank_of(shape) == 4
+    assert (low[:, 3] > 1e-3).all() and (low[:, 4].abs() < 1e-14).all()
+    falling = eigenvalues(maps("decay", (1, 16, 64, 64)))[0]
+    slope = math.log(falling[0] / falling[15]) / math.log(16)
+    assert slope == pytest.approx(2, abs=0.15)
+
+
+def test_missing_photographs_are_a_message(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    monkeypatch.setitem(sys.modules, "skimage.data", None)
+    assert bench_soca.main(["--quick", "--shape", "1x2x3x3", "--methods", "eager"]) == 2
+    assert "pip install 'isqrt_cov[san]'" in capsys.readouterr().err
+
+
+# ---- Memory, time, error
+
+
+def test_kept_for_backward_of_known_functions():
+    x = torch.randn(64, 64, requires_grad=True)
+    assert measure.kept_for_backward(lambda x: 3 * x, x) == 0
+    assert measure.kept_for_backward(lambda x: x * x, x) == 0  # x itself does not count
+    assert measure.kept_for_backward(lambda x: x[:, :8].sin().sum(), x) == 0  # nor a view of it
+    assert measure.kept_for_backward(lambda x: (3 * x).exp(), x) == x.nbytes
+    assert measure.kept_for_backward(lambda x: (y := 3 * x) * y, x) == x.nbytes  # saved twice, held once
+    part = measure.kept_for_backward(lambda x: (3 * x)[:8].square().sum(), x)
+    assert part == x.nbytes  # a part keeps the whole storage
+
+
+def test_peak_torch_memory_of_known_functions():
+    x = torch.randn(1 << 16)
+
+    def chain():  # y, z = 2 alive; then z, w
+        y = x.neg()
+        z = y.neg()
+        del y
+        w = z.neg()
+        return w
+
+    measured = measure.peak_torch_memory(chain, CPU)
+    assert measured == 2 * x.nbytes
+    assert measure.peak_torch_memory(lambda: [x.neg() for _ in range(5)], CPU) == 5 * x.nbytes
+    assert measure.peak_torch_memory(lambda: None, CPU) == 0
+
+
+def test_peak_process_memory_sees_what_torch_does_not():
+    size = 32 << 20
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+
+    def step():
+        block = libc.malloc(size)
+        ctypes.memset(block, 1, size)
+        libc.free(block)
+
+    try:
+        measured = measure.peak_process_memory(step)
+    except measure.NotMeasured as error:
+        pytest.skip(str(error))
+    assert abs(measured - size) < 2 << 20  # the kernel counts pages in portions of 64 for each thread
+    assert measure.peak_torch_memory(step, CPU) < 1 << 16
+
+
+def test_mxm_memory_is_foreseen():
+    x = torch.randn(3, 4, 24, 24)
+    predicted = methods.mxm_bytes(x.shape, x.itemsize)
+    with torch.no_grad():
+        measured = measure.peak_torch_memory(lambda: methods.reference.mxm_covariance_pool(x), CPU)
+    assert predicted == pytest.approx(measured, rel=0.05)
+
+
+def test_mxm_is_left_out_where_memory_is_short(monkeypatch):
+    monkeypatch.setattr(methods, "available_memory", lambda device: 1 << 20)
+    case = methods.make_case(torch.randn(2, 4, 24, 24), 5, "matrix")
+    with pytest.raises(methods.Unavailable, match="M x M matrices take .* GiB are free"):
+        methods.prepare("mxm", case)
+
+
+def test_every_method_gets_every_place_and_other_neighbours():
+    names = list("abcd")
+    orders = [measure.order(names, index) for index in range(8)]
+    assert all(sorted(order) == names for order in orders)
+    assert {order[0] for order in orders} == set(names)
+    assert len({order[order.index("b") - 1] for order in orders if order[0] != "b"}) > 1
+
+
+def test_load_of_others_is_a_share():
+    load = measure.OtherLoad()
+    deadline = time.monotonic() + 0.3
+    while time.monotonic() < deadline:  # own work does not count
+        pass
+    assert 0 <= load.percent() <= 100
+
+
+def test_ratios_are_those_of_the_rounds():
+    # A machine that is ten times slower in the last round: each round says 2.
+    assert measure.median_ratio([2, 4, 60], [1, 2, 30]) == 2
+
+
+def test_relative_error_is_that_of_the_worst_sample():
+    expected = torch.ones(3, 2, 2, dtype=torch.float64)
+    actual = expected.clone()
+    actual[1] *= 1.5
+    assert measure.relative_error(actual, expected) == pytest.approx(0.5)
+    actual[2, 0, 0] = math.nan
+    assert math.isnan(measure.relative_error(actual, expected))
+    assert measure.relative_error(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.float64)) == 0
+
+
+@pytest.mark.parametrize("output", ["matrix", "triu", "mean"])
+@pytest.mark.parametrize("iterations", [1, 2, 5])
+def test_eager_is_the_function_of_the_oracle(iterations, output):
+    case = methods.make_case(maps("decay", SHAPE), iterations, output)
+    expected = measure.value_and_gradient(
+        lambda x: methods.reference.cov_sqrt(x, iterations, output), case.x, case.upstream
+    )
+    for actual, oracle in zip(methods.prepare("eager", case).step(), expected, strict=True):
+        torch.testing.assert_close(actual, oracle, rtol=1e-10, atol=1e-12)
+
+
+def test_upstream_gradient_is_not_symmetric():
+    upstream = methods.make_case(torch.randn(SHAPE), 5, "matrix").upstream
+    assert not torch.allclose(upstream, upstream.mT)
+
+
+# ---- Arguments
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--shape", "16x64x48"], "argument --shape: expected BxCxHxW of positive integers.*got '16x64x48'"),
+        (["--shape", "0x4x4x4"], "argument --shape:.*'0x4x4x4'"),
+        (["--shape", "1x-4x4x4"], "argument --shape:.*'1x-4x4x4'"),
+        (["--iterations", "0"], "argument --iterations: expected a positive integer, got '0'"),
+        (["--rounds", "few"], "argument --rounds: expected a positive integer, got 'few'"),
+        (["--threads", "-1"], "argument --threads"),
+        (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
+        (["--methods", "ours", "magic"], "argument --methods: invalid choice: 'magic'"),
+        (["--input", "noise"], "argument --input: invalid choice: 'noise'"),
+        (["--output", "half"], "argument --output: invalid choice: 'half'"),
+        (["--json", "/nowhere/at/all.json"], "argument --json: expected a file in an existing folder.*nowhere"),
+    ],
+)
+def test_wrong_arguments_are_named(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench_soca.parse(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+
+
+def test_cuda_without_a_gpu_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench_soca.parse(["--device", "cuda"])
+    assert "argument --device: 'cuda' needs a GPU" in capsys.readouterr().err
+
+
+# ---- A run
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """A tiny run with a method that fails at once, one that fails in the rounds, and two that cannot run here."""
+    folder = tmp_path_factory.mktemp("bench")
+    calls = 0
+
+    def prepare_late(case):
+        prepared = methods.prepare("eager", case)
+
+        def step():
+            nonlocal calls
+            calls += 1
+            if calls > 4:  # preparation 1, calls per sample 2, round 1
+                raise RuntimeError("too late")
+            return prepared.step()
+
+        return methods.Prepared(prepared.forward, step, prepared.function)
+
+    def prepare_never(case):
+        raise ValueError("never\nat all")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(methods.METHODS, "late", methods.Method("fails in the rounds", prepare_late))
+        patch.setitem(methods.METHODS, "never", methods.Method("fails at once", prepare_never))
+        patch.setattr(bench_soca, "SAMPLE_MS", 0.0)
+        argv = "--quick --shape 2x8x6x6 --rounds 3 --input decay rank --methods eager eig late never graph".split()
+        status = bench_soca.main([*argv, "--json", str(folder / "r.json"), "--plot", str(folder / "r.png")])
+    assert status == 0
+    return json.loads((folder / "r.json").read_text()), folder
+
+
+def test_record_tells_where_it_comes_from(record):
+    result, _ = record
+    assert {"benchmark", "format", "date", "machine", "software", "arguments", "meaning", "shapes"} == result.keys()
+    assert {"cpu", "cores_usable", "threads", "memory_bytes", "gpu", "system"} <= result["machine"].keys()
+    assert {"python", "torch", "git", "isqrt_cov", "float32_matmul_precision"} <= result["software"].keys()
+    assert result["software"]["torch"] == torch.__version__
+    assert result["arguments"]["rounds"] == 3 and result["arguments"]["dtype"] == "float32"
+
+
+def test_record_holds_every_sample_and_its_summary(record):
+    (entry,) = record[0]["shapes"]
+    ran = {method["name"]: method for method in entry["methods"] if method["ran"]}
+    assert list(ran) == ["eager", "eig"]
+    for method in ran.values():
+        for block in ("forward", "forward_backward"):
+            timing = method[block]
+            assert len(timing["samples_ms"]) == 3 and min(timing["samples_ms"]) > 0
+            assert timing["median_ms"] == statistics.median(timing["samples_ms"])
+            assert timing["times_floor"] == pytest.approx(timing["median_ms"] / entry["floor"][block]["ms"])
+            other = ran["eig"][block]["samples_ms"]
+            ratio = measure.median_ratio(other, timing["samples_ms"])
+            assert timing["speedup_over"]["eig"] == pytest.approx(ratio)
+        assert method["memory"]["peak_torch_bytes"] > 2 * 8 * 36 * 4  # dX at least
+        assert method["memory"]["kept_for_backward_bytes"] > 0
+    assert ran["eig"]["forward"]["speedup_over"]["eig"] == 1
+    rates = entry["floor"]
+    size, fastest = int(rates["gemm_fastest"].split()[0]), min(rates["gemm_samples_ms"][rates["gemm_fastest"]])
+    assert rates["gemm_flops_per_s"] == pytest.approx(2 * size**3 / (fastest / 1e3))
+    assert rates["copy_bytes_per_s"] > 0
+
+
+def test_record_holds_errors_on_every_input(record):
+    (entry,) = record[0]["shapes"]
+    eager, eig = (method["accuracy"] for method in entry["methods"][:2])
+    for kind in ("decay", "rank"):
+        # 13 products of 8 terms, each rounded to eps / 2, in random directions: far below 13 * 8 * eps = 1.3e-5.
+        assert 0 < eager[kind]["value"] < 1.3e-5 and 0 < eager[kind]["gradient"] < 1.3e-5
+        # The clamp raises each of 6 null eigenvalues of A to eps: sqrt(6 eps) = 8e-4 of a root with norm sqrt(t) = 1.
+        assert eig[kind]["distance_to_exact_root"] < 1.7e-3
+        assert eig[kind]["value_against_truncated"] == pytest.approx(eager[kind]["distance_to_exact_root"], abs=1.7e-3)
+    assert eager["decay"]["distance_to_exact_root"] > 1e-2  # 5 steps are not the root
+
+
+def test_methods_that_do_not_run_are_listed_with_their_reasons(record):
+    (entry,) = record[0]["shapes"]
+    reasons = {method["name"]: method["reason"] for method in entry["methods"] if not method["ran"]}
+    assert reasons == {
+        "late": "failed in round 2: RuntimeError: too late",
+        "never": "ValueError: never",
+        "graph": "runs on cuda only",
+    }
+    text = soca_report.text(entry)
+    assert all(f"{name} did not run: {reason}" in text for name, reason in reasons.items())
+
+
+def test_figure_is_drawn(record):
+    pytest.importorskip("matplotlib")
+    assert (record[1] / "r.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_compile_is_left_out_of_a_quick_run_unless_asked_for():
+    arguments = bench_soca.parse(["--quick"])
+    assert "compile" in arguments.methods and not arguments.asked_methods
+    assert not methods.METHODS["compile"].quick
+
+
+# ---- Text
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (None, "-"),
+        (math.nan, "nan"),
+        (0.0, "0"),
+        (0.1234, "0.123"),
+        (0.001234, "0.00123"),
+        (1.0, "1.00"),
+        (12.345, "12.3"),
+        (1234.5, "1234"),
+        (1.234e-6, "1.23e-6"),
+        (1.234e7, "1.23e+7"),
+    ],
+)
+def test_numbers_are_rounded_to_three_digits(value, text):
+    assert report.number(value) == text
+
+
+def test_json_has_no_nan(tmp_path):
+    report.write_json(tmp_path / "a.json", {"a": [math.nan, 1.5, math.inf], "b": {"c": (1, "x")}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [None, 1.5, None], "b": {"c": [1, "x"]}}
