@@ -91,9 +91,8 @@ def ours_line(entry: dict[str, Any]) -> str | None:
     for method in _ran(entry):
         if method["name"] == "ours":
             faster = method["forward_backward"]["speedup_over"].items()
-            return "ours, forward + backward, in times as fast: " + ", ".join(
-                f"{number(value)} x {name}" for name, value in faster if name != "ours"
-            )
+            others = [f"{number(value)} x {name}" for name, value in faster if name != "ours"]
+            return "ours, forward + backward, in times as fast: " + ", ".join(others) if others else None
     return None
 
 
