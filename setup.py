@@ -51,15 +51,17 @@ def extension(cpp_extension):
     import torch
 
     cuda_home = find_cuda_home()
-    forced = os.environ.get("FORCE_CUDA") == "1"
-    if forced and cuda_home is None:
+    forced = os.environ.get("FORCE_CUDA")
+    if forced not in (None, "0", "1"):
+        raise SystemExit(f"FORCE_CUDA: expected 0 or 1, got {forced!r}")
+    if forced == "1" and cuda_home is None:
         raise SystemExit("FORCE_CUDA=1, but no nvcc was found: set CUDA_HOME to the folder of the CUDA toolkit")
-    with_cuda = forced or (torch.version.cuda is not None and cuda_home is not None)
+    with_cuda = forced == "1" or (forced is None and torch.version.cuda is not None and cuda_home is not None)
     debug = os.environ.get("DEBUG") == "1"
 
     common = ["-std=c++20", "-O0" if debug else "-O3", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     host = [*common, "-fvisibility=hidden", "-Wall"] + (["-g"] if debug else [])
-    sources = [p for p in sorted(Path("csrc").rglob("*.cpp"))]
+    sources = sorted(Path("csrc").rglob("*.cpp"))
     options = {"extra_compile_args": {"cxx": [*host, "-ffp-contract=fast"]}}
     # libtorch.so must stay needed, whatever the linker's default: torch's CUDA symbols are found only through it.
     options["extra_link_args"] = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]

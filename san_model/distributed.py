@@ -1,5 +1,6 @@
 """The processes of one training: those that torchrun started, or this one alone."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,5 +50,7 @@ def processes(device: str) -> Iterator[Process]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Process(dist.get_rank(), dist.get_world_size(), chosen)
+        dist.barrier()  # nobody leaves while another still talks to it
     finally:
+        gc.collect()  # what holds the group, in a cycle perhaps, goes first: its threads must not outlive Python
         dist.destroy_process_group()
