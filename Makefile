@@ -25,7 +25,7 @@ test: .venv/test
 
 .venv/torch:
 	if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages .venv; \
-	else $(PYTHON) -m venv .venv && $(BIN)/pip install "$(TORCH)"; fi
+	else $(PYTHON) -m venv .venv && $(BIN)/pip install $(TORCH); fi
 	touch $@
 
 # .venv/san and .venv/test: the package with that extra.

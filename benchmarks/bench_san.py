@@ -70,19 +70,6 @@ EXPLANATION = {
 # ---- Arguments
 
 
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
-
-
-def _writable(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a file in an existing folder, got {text!r}")
-    return path
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -90,14 +77,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--preset", choices=tuple(NETWORKS), default="small", help="the network (default: small)")
     add("--scale", type=int, choices=(2, 3, 4, 8), default=2, help="upscaling factor (default: 2)")
-    add("--iterations", type=_positive, default=5, metavar="N", help="Newton-Schulz steps (default: 5)")
-    add("--patch", type=_positive, metavar="SIDE", help="training patch in low resolution (default: by preset, device)")
-    add("--batch", type=_positive, metavar="N", help="patches in a training step (default: by preset, device)")
-    add("--image", type=_positive, metavar="SIDE", help="image of the inference (default: by preset, device)")
-    add("--rounds", type=_positive, metavar="N", help="default: by preset, device")
+    add("--iterations", type=report.positive, default=5, metavar="N", help="Newton-Schulz steps (default: 5)")
+    add(
+        "--patch",
+        type=report.positive,
+        metavar="SIDE",
+        help="training patch in low resolution (default: by preset, device)",
+    )
+    add("--batch", type=report.positive, metavar="N", help="patches in a training step (default: by preset, device)")
+    add("--image", type=report.positive, metavar="SIDE", help="image of the inference (default: by preset, device)")
+    add("--rounds", type=report.positive, metavar="N", help="default: by preset, device")
     add("--methods", nargs="+", choices=tuple(METHODS), metavar="METHOD", help=f"default: all. {listed}")
-    add("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
-    add("--json", type=_writable, metavar="FILE", help="write everything measured, each sample included")
+    add("--threads", type=report.positive, metavar="N", help="CPU threads (default: torch's choice)")
+    add("--json", type=report.writable, metavar="FILE", help="write everything measured, each sample included")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: 'cuda' needs a GPU and a torch built for it; this torch finds none")

@@ -51,19 +51,6 @@ def _shape(text: str) -> tuple[int, int, int, int]:
     return tuple(map(int, parts))
 
 
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
-
-
-def _writable(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a file in an existing folder, got {text!r}")
-    return path
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -71,16 +58,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--shape", type=_shape, nargs="+", metavar="BxCxHxW", help="default: those of the device, fewer with --quick")
     add("--dtype", choices=("float32", "float64"), default="float32")
-    add("--iterations", type=_positive, default=5, metavar="N", help="Newton-Schulz steps (default: 5)")
+    add("--iterations", type=report.positive, default=5, metavar="N", help="Newton-Schulz steps (default: 5)")
     add("--output", choices=("matrix", "triu", "mean"), default="matrix")
     add("--methods", nargs="+", choices=tuple(methods.METHODS), metavar="METHOD", help=f"default: all. {listed}")
     kinds = f"of {', '.join(features.INPUTS)}: timed on the first, accuracy on each (default: all, photo with --quick)"
     add("--input", nargs="+", choices=tuple(features.INPUTS), metavar="KIND", help=kinds)
-    add("--rounds", type=_positive, metavar="N", help="default: 21 on a CPU, 51 on a GPU, fewer with --quick")
-    add("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
+    add("--rounds", type=report.positive, metavar="N", help="default: 21 on a CPU, 51 on a GPU, fewer with --quick")
+    add("--threads", type=report.positive, metavar="N", help="CPU threads (default: torch's choice)")
     add("--quick", action="store_true", help="small shapes, few rounds, one kind of input, no torch.compile")
-    add("--json", type=_writable, metavar="FILE", help="write everything measured, each sample included")
-    add("--plot", type=_writable, metavar="FILE", help="draw the comparison (PNG, or what the name's ending says)")
+    add("--json", type=report.writable, metavar="FILE", help="write everything measured, each sample included")
+    add(
+        "--plot", type=report.writable, metavar="FILE", help="draw the comparison (PNG, or what the name's ending says)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: 'cuda' needs a GPU and a torch built for it; this torch finds none")

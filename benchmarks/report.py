@@ -1,5 +1,6 @@
 """What the benchmarks say, and how: progress, tables, figures, and the machine that the numbers belong to."""
 
+import argparse
 import datetime
 import json
 import math
@@ -13,6 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def positive(text: str) -> int:
+    """A command-line argument that counts something."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def writable(text: str) -> Path:
+    """A command-line argument that names a file to write: refused before hours of measuring, not after."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in an existing folder, got {text!r}")
+    return path
 
 
 class Progress:

@@ -1,6 +1,7 @@
 """Where the tests run."""
 
 import pytest
+import torch
 
 from common import missing_cuda
 from isqrt_cov import build_info
@@ -21,3 +22,12 @@ def engine(request):
     if request.param in ("avx2", "avx512") and request.param not in build_info()["simd_usable"]:
         pytest.skip(f"this CPU has no {request.param}")
     return request.param
+
+
+@pytest.fixture
+def one_thread():
+    """Sums of floats depend on the number of threads; and small images gain nothing from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

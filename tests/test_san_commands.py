@@ -20,6 +20,8 @@ from san_model.evaluate import EvaluateOptions, evaluate
 from san_model.images import Picture, bicubic, read, read_uint8, to_uint8, write
 from san_model.upscale import load_model, super_resolve
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = Path(os.environ.get("ISQRT_COV_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TINY = {"n_resgroups": 1, "n_resblocks": 1, "n_feats": 8, "reduction": 4}
 needs_data = pytest.mark.skipif(not (DATA / "expected.json").is_file(), reason="the benchmark images are not here")
@@ -59,15 +61,6 @@ def refused(capsys, *arguments):
         status = exit_.code
     assert status == 2
     return " ".join(capsys.readouterr().err.split())
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small images gain nothing from more, and lose much where other processes want the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- the command line itself

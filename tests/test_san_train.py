@@ -21,6 +21,8 @@ from san_model import train as training
 from san_model.images import InputError, Picture, write
 from san_model.train import PRESETS, TrainingError, TrainOptions, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = {"n_resgroups": 1, "n_resblocks": 1, "n_feats": 8, "reduction": 4, "patch": 8, "batch": 4, "lr": 1e-3}
 FAST = {"iterations": 9, "validate_every": 4, "checkpoint_every": 3, "log_every": 2, "workers": 0, "device": "cpu"}
 SAN_COMMAND = [sys.executable, "-m", "san_model"]
@@ -36,15 +38,6 @@ def images(tmp_path_factory):
         image = torch.nn.functional.interpolate(coarse, size=(40, 44), mode="bicubic").clamp(0, 255)
         write(root / f"{name}.png", Picture(image[0]))
     return root
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums of floats depend on the number of threads; and the tests start processes beside this one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def options(images, out, **changes):
