@@ -17,7 +17,8 @@ CXX_FILES := $(shell git ls-files '*.h' '*.cuh' '*.cpp' '*.cu' 2>/dev/null)
 .PHONY: demo test lint format clean
 
 demo: .venv/san
-	$(BIN)/python -m isqrt_cov
+	$(BIN)/python -P -m isqrt_cov
+	mkdir -p out
 	$(BIN)/python benchmarks/bench_soca.py --quick --plot out/bench_soca.png --json out/bench_soca.json
 
 test: .venv/test
