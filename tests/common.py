@@ -44,13 +44,25 @@ def tolerance(dtype, channels, positions=1, iterations=5):
     return 4 * unit * (math.sqrt(positions) + 2 * iterations * math.sqrt(channels))
 
 
-def assert_close(actual, expected, bound):
-    """Relative Frobenius distance per batch at most ``bound``; what is expected to be zero has to be zero."""
+def assert_close(actual, expected, bound, size=0.0):
+    """Relative Frobenius distance per batch at most ``bound``; what is expected to be zero has to be zero.
+
+    ``size``: what the terms of the result amount to where they may cancel, beside the result itself.
+    """
     assert actual.shape == expected.shape
     expected = expected.to(torch.float64)
     distance = (actual.to(torch.float64) - expected).norm().item()
-    size = expected.norm().item()
+    size += expected.norm().item()
     assert distance <= bound * size, f"error {distance:.2e} of {size:.2e}, bound {bound:.2e}"
+
+
+def gradient_size(upstream, y, argument):
+    """Size of the gradient's terms: y is homogeneous in its argument, so its slope is about |y| / |argument|."""
+    argument = argument.detach().double().flatten(2)
+    if argument.shape[1] != argument.shape[2] or not torch.equal(argument, argument.mT):  # feature maps, of any mean
+        argument = argument - argument.mean(2, keepdim=True)
+    size = upstream.double().norm() * y.detach().double().norm() / argument.norm()
+    return size.item() if size.isfinite() else 0.0
 
 
 def feature_maps(batch, channels, positions, dtype, device="cpu", seed=0):

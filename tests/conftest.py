@@ -24,6 +24,11 @@ def engine(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_each_time():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def one_thread():
     """Sums of floats depend on the number of threads; and small images gain nothing from more."""
