@@ -286,15 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    result: dict[str, Any] = {
-        "benchmark": "bench_san",
-        "format": 1,
-        "date": report.now(),
-        "machine": report.machine(torch.device(arguments.device)),
-        "software": report.software(),
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
-        "meaning": EXPLANATION,
-    }
+    result = report.record("bench_san", arguments, EXPLANATION)
     machine = result["machine"]
     print(
         f"{machine['cpu']}, {machine['threads']} threads of {machine['cores_usable']} cores"

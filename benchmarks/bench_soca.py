@@ -302,17 +302,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    result: dict[str, Any] = {
-        "benchmark": "bench_soca",
-        "format": 1,
-        "date": report.now(),
-        "machine": report.machine(torch.device(arguments.device)),
-        "software": report.software(),
-        "arguments": shown,
-        "meaning": soca_report.EXPLANATION,
-        "shapes": [],
-    }
+    result = report.record("bench_soca", arguments, soca_report.EXPLANATION) | {"shapes": []}
     machine, software = result["machine"], result["software"]
     print(
         f"{machine['cpu']}, {machine['threads']} threads of {machine['cores_usable']} cores"

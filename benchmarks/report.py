@@ -31,6 +31,20 @@ def writable(text: str) -> Path:
     return path
 
 
+def record(benchmark: str, arguments: argparse.Namespace, meaning: dict[str, str]) -> dict[str, Any]:
+    """What every result file says before its numbers: of what, when, where and how they were measured."""
+    shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    return {
+        "benchmark": benchmark,
+        "format": 1,
+        "date": now(),
+        "machine": machine(torch.device(arguments.device)),
+        "software": software(),
+        "arguments": shown,
+        "meaning": meaning,
+    }
+
+
 class Progress:
     """One line on stderr that is written over; a line for each new stage where stderr is no terminal."""
 

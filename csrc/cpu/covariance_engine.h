@@ -167,12 +167,9 @@ template <class X> class MergeEngine {
   }
 
   void finish(double alpha) const {
-    constexpr int64_t kBlock = 16;
-    for (int64_t i0 = 0; i0 < C_; i0 += kBlock)
-      for (int64_t j0 = i0; j0 < C_; j0 += kBlock)
-        for (int64_t i = i0; i < minimum(i0 + kBlock, C_); ++i)
-          for (int64_t j = j0 > i ? j0 : i; j < minimum(j0 + kBlock, C_); ++j)
-            sigma_[i * C_ + j] = sigma_[j * C_ + i] = T(alpha) * partial_moment_[i * C_ + j];
+    for_upper_triangle(C_, [&](int64_t i, int64_t j) {
+      sigma_[i * C_ + j] = sigma_[j * C_ + i] = T(alpha) * partial_moment_[i * C_ + j];
+    });
   }
 
  private:
@@ -206,12 +203,9 @@ template <class X> class PoolBackwardEngine {
     const int64_t C = x_.channels;
     const T* g = task.grad_sigma + sample * C * C;
     const T share = T(1) / T(x_.positions());
-    constexpr int64_t kBlock = 16;
-    for (int64_t i0 = 0; i0 < C; i0 += kBlock)
-      for (int64_t j0 = i0; j0 < C; j0 += kBlock)
-        for (int64_t i = i0; i < minimum(i0 + kBlock, C); ++i)
-          for (int64_t j = j0 > i ? j0 : i; j < minimum(j0 + kBlock, C); ++j)
-            weight_[i * ld_ + j] = weight_[j * ld_ + i] = (g[i * C + j] + g[j * C + i]) * share;
+    for_upper_triangle(C, [&](int64_t i, int64_t j) {
+      weight_[i * ld_ + j] = weight_[j * ld_ + i] = (g[i * C + j] + g[j * C + i]) * share;
+    });
   }
 
   int64_t tile_positions() const { return tile_positions_; }

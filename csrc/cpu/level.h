@@ -76,7 +76,7 @@ template <class T> void root(const RootTask<T>& task, int64_t begin, int64_t end
   for (int64_t sample = begin; sample < end; ++sample) {
     MatrixEngine<T> engine(C, storage.get());
     auto Y = engine.matrix(), Z = engine.matrix(), products = engine.matrix();
-    const auto& result = matrix_root(engine, task.sigma.sample(sample), Y, Z, products, task.steps, task.root);
+    const auto result = matrix_root(engine, task.sigma.sample(sample), Y, Z, products, task.steps, task.root);
     write_root(engine, result, task.result.sample(sample));
   }
 }
@@ -88,8 +88,8 @@ template <class T> void root_backward(const RootBackwardTask<T>& task, int64_t b
     MatrixEngine<T> engine(C, storage.get());
     auto Y = engine.matrix(), Z = engine.matrix(), ZY = engine.matrix();
     auto dY = engine.matrix(), dZ = engine.matrix(), dZY = engine.matrix();
-    const auto& gradient = matrix_root_backward(engine, task.sigma.sample(sample), task.grad.sample(sample), Y, Z, ZY,
-                                                dY, dZ, dZY, task.steps, task.root);
+    const auto gradient = matrix_root_backward(engine, task.sigma.sample(sample), task.grad.sample(sample), Y, Z, ZY,
+                                               dY, dZ, dZY, task.steps, task.root);
     write_root(engine, gradient, task.grad_sigma.sample(sample));
   }
 }

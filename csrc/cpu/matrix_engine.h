@@ -30,7 +30,7 @@ template <class T> class MatrixEngine {
   const T* row(const Matrix& A, int64_t i) const { return A.data + i * ld_; }
 
   template <class Source> void load(Matrix& A, const Source& source) const {
-    for_upper_blocks([&](int64_t i, int64_t j) {
+    for_upper_triangle(channels_, [&](int64_t i, int64_t j) {
       const T value = source.symmetric(i, j);
       A.data[i * ld_ + j] = value;
       A.data[j * ld_ + i] = value;
@@ -125,15 +125,6 @@ template <class T> class MatrixEngine {
       for (int64_t j = i + W; j < channels_; j += W)
         transpose_block(A.data + j * ld_ + i, ld_, A.data + i * ld_ + j, ld_);
     }
-  }
-
-  /// f(i, j) for i <= j, in blocks that keep both (i, j) and (j, i) in cache.
-  template <class F> void for_upper_blocks(const F& f) const {
-    constexpr int64_t kBlock = 16;
-    for (int64_t i0 = 0; i0 < channels_; i0 += kBlock)
-      for (int64_t j0 = i0; j0 < channels_; j0 += kBlock)
-        for (int64_t i = i0; i < minimum(i0 + kBlock, channels_); ++i)
-          for (int64_t j = j0 > i ? j0 : i; j < minimum(j0 + kBlock, channels_); ++j) f(i, j);
   }
 
   int64_t channels_, ld_;

@@ -46,6 +46,15 @@ inline void store_vector(BFloat16* p, Vector<float> v) { store_words(p, v); }
 template <class Int> inline Int minimum(Int a, Int b) { return a < b ? a : b; }
 template <class Int> inline Int round_up(Int a, Int b) { return (a + b - 1) / b * b; }
 
+/// f(i, j) for i <= j < n, in blocks that keep both (i, j) and (j, i) of a matrix in cache.
+template <class F> inline void for_upper_triangle(int64_t n, const F& f) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t i0 = 0; i0 < n; i0 += kBlock)
+    for (int64_t j0 = i0; j0 < n; j0 += kBlock)
+      for (int64_t i = i0; i < minimum(i0 + kBlock, n); ++i)
+        for (int64_t j = j0 > i ? j0 : i; j < minimum(j0 + kBlock, n); ++j) f(i, j);
+}
+
 /// Columns of a row of n elements padded to whole register tiles and an odd number of cache lines: a power of two
 /// would send every row to the same few sets of the cache.
 template <class T> inline int64_t padded(int64_t n) {
