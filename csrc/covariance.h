@@ -64,7 +64,7 @@ template <class Engine> ISQRT_FN void merge_covariances(Engine& e, const Chunks&
   e.finish(1.0 / double(chunks.positions));
 }
 
-/// Eq. 9 over the positions [first, last). The Engine holds W = (dSigma + dSigma^T) / M and offers
+/// Eq. 9 over the positions [first, last), for a symmetric dSigma. The Engine holds W = 2 dSigma / M and offers
 ///     load_centered(m, n)     tile = X[:, m : m + n] - mu 1^T
 ///     store_gradient(m, n)    dX[:, m : m + n] = W tile
 template <class Engine> ISQRT_FN void covariance_backward(Engine& e, int64_t first, int64_t last) {

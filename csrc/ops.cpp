@@ -282,7 +282,8 @@ Tensor covariance_pool_backward(const Tensor& grad, const Tensor& x, const Tenso
   const int64_t B = x.size(0), C = x.size(1);
   check_beside(grad, "grad", {B, C, C}, x.scalar_type(), x);
   check_beside(mean, "mean", {B, C}, compute_dtype(x.scalar_type()), x);
-  return Engine<Device>(x, positions_of(x), check_engine(engine)).pool_backward(matrices(grad), x, matrices(mean));
+  const Engine<Device> chosen(x, positions_of(x), check_engine(engine));
+  return chosen.pool_backward(library::symmetric_part(matrices(grad)), x, matrices(mean));
 }
 
 template <class Device>

@@ -10,13 +10,13 @@
 namespace isqrt {
 namespace {
 
-/// Enough pieces to occupy the workers when the batch does not, none shorter than `shortest`. The numbers are fixed:
-/// a count of threads here would make results depend on it.
-Chunks split(const Problem& p, int64_t pieces, int64_t shortest) {
+/// Enough pieces to occupy the workers when the batch does not, none shorter than `shortest` and all but the last a
+/// multiple of `multiple`. The numbers are fixed: a count of threads here would make results depend on it.
+Chunks split(const Problem& p, int64_t pieces, int64_t shortest, int64_t multiple = 1) {
   const int64_t wanted = std::max<int64_t>(1, pieces / std::max<int64_t>(1, p.batch));
   const int64_t possible = std::max<int64_t>(1, p.positions / shortest);
   const int64_t count = std::min(wanted, possible);
-  const int64_t length = (p.positions + count - 1) / count;
+  const int64_t length = ((p.positions + count - 1) / count + multiple - 1) / multiple * multiple;
   return {p.positions, length, (p.positions + length - 1) / length};
 }
 
@@ -52,9 +52,10 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
   };
   if (requested != EngineKind::kAuto && requested != EngineKind::kLibrary && requested != EngineKind::kBlock)
     throw std::runtime_error(std::string("engine: '") + engine_name(requested) + "' does not run on a CUDA device");
-  const int64_t blocks = 1024;  // several for each of the at most 160 multiprocessors of today's devices
-  return {choose(false), choose(true), EngineKind::kBlock, split(p, blocks, std::max<int64_t>(256, 4 * p.channels)),
-          split(p, 1 << 20, 64)};
+  // Several blocks for each of the at most 160 multiprocessors of today's devices; whole tiles, aligned where x is.
+  constexpr int64_t kBlocks = 1024, kTile = 64;
+  return {choose(false), choose(true), EngineKind::kBlock,
+          split(p, kBlocks, std::max<int64_t>(256, 4 * p.channels), kTile), split(p, kBlocks, kTile, kTile)};
 }
 #endif
 

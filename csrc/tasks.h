@@ -20,7 +20,7 @@ template <class X> struct PoolBackwardTask {
   FeatureMaps<const X> x;
   Chunks chunks;
   const Compute<X>* mean;        // [B, C]
-  const Compute<X>* grad_sigma;  // [B, C, C], not necessarily symmetric
+  const Compute<X>* grad_sigma;  // [B, C, C], symmetric
   FeatureMaps<X> grad_x;
 };
 

@@ -92,6 +92,7 @@ def check_pooling(kernels, x, chunk):
     assert_close(sigma, reference.covariance_pool(exact_x), bound)
     assert torch.equal(sigma, sigma.mT)
     grad_sigma = torch.randn(sigma.shape, dtype=dtype)
+    grad_sigma += grad_sigma.mT.clone()
     grad_x = pool_backward(kernels, grad_sigma, x, mean, chunk)
     # Rounding to x's own dtype is off by at most half its spacing.
     rounding = torch.finfo(x.dtype).eps / 2 if x.dtype != dtype else 0
@@ -186,7 +187,9 @@ def test_every_half_is_read_and_written(kernels, dtype):
     assert torch.equal(mean[finite], every[:, :, 0].float()[finite]) and mean[~finite].isnan().all()
     # With g at (0, 0) alone, dx[0] = 2 g (x[0] - mean) / M: between two halves each, or beyond the largest.
     grad_sigma = torch.zeros(512, 1, 1)
-    grad_sigma[:, 0, 0] = torch.randn(512) * torch.exp2(torch.randint(-40, 20, (512,)).float())
+    # Of 11 bits, as the halves are: then the products are exact.
+    factors = torch.randint(-1024, 1024, (512,)).float()
+    grad_sigma[:, 0, 0] = factors * torch.exp2(torch.randint(-50, 10, (512,)).float())
     x = torch.randn(512, 1, 64).to(dtype)
     grad_x = pool_backward(kernels, grad_sigma, x, torch.zeros(512, 1), 64)
     assert torch.equal(grad_x, (2 / 64 * grad_sigma * x.float()).to(dtype))

@@ -177,7 +177,7 @@ template <class X> class MergeEngine {
   T *partial_mean_, *partial_moment_, *mean_, *sigma_;
 };
 
-/// dX = W (X - mu 1^T) for one chunk.
+/// dX = W (X - mu 1^T), W = 2 dSigma / M, for one chunk.
 template <class X> class PoolBackwardEngine {
   using T = Compute<X>;
   using S = Simd<T>;
@@ -202,10 +202,9 @@ template <class X> class PoolBackwardEngine {
         result_(tile_ + ld_ * ld_tile_) {
     const int64_t C = x_.channels;
     const T* g = task.grad_sigma + sample * C * C;
-    const T share = T(1) / T(x_.positions());
-    for_upper_triangle(C, [&](int64_t i, int64_t j) {
-      weight_[i * ld_ + j] = weight_[j * ld_ + i] = (g[i * C + j] + g[j * C + i]) * share;
-    });
+    const T share = T(2) / T(x_.positions());
+    for (int64_t i = 0; i < C; ++i)
+      for (int64_t j = 0; j < C; ++j) weight_[i * ld_ + j] = share * g[i * C + j];
   }
 
   int64_t tile_positions() const { return tile_positions_; }

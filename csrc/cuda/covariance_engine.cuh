@@ -1,179 +1,193 @@
-// The Engines of covariance.h on one thread block. 64 x 64 results lie in registers, 4 x 4 in each of 256 threads.
-// Their operands pass through shared memory in panels of 32 x 64 elements, whose row is the index that is summed over.
+// The Engines of covariance.h on one thread block: 64 x 64 results on tensor cores, whose operands pass through panels
+// in shared memory. While one panel is multiplied, the next is on its way.
 #pragma once
 #include "../tasks.h"
-#include "block.cuh"
-#include "number.cuh"
+#include "panel.cuh"
 
 namespace isqrt::cuda {
 
-constexpr int kPanelRows = 32, kPanelColumns = 64, kPanelThreads = 256;
+/// Feature maps of one sample, as panels read them: along positions where kPositionsInRows, else along channels.
+template <class X, bool kPositionsInRows> struct MapsReader {
+  FeatureMaps<const X> x;
+  const X* sample;
+  bool packets;  // of 16 bytes may be read: they are aligned, and what they hold follows each other in memory
 
-/// A panel row and 16 bytes more: 16-byte accesses of one column by neighbouring rows then meet no bank conflict.
-template <class T> constexpr int kPanelPitch = kPanelColumns + Packet<T>::kSize;
-template <class T> constexpr int kPanelSize = kPanelRows * kPanelPitch<T>;
-
-/// panel[r][c] = value(r, c), or += where kAdd is set. What value reads is coalesced for either memory order: it is
-/// called by neighbouring threads for neighbouring rows, or else for neighbouring columns.
-template <bool kAdd = false, class T, class Value>
-__device__ __forceinline__ void fill_panel(T* panel, bool neighbours_in_rows, const Value& value) {
-  if (neighbours_in_rows) {
-    const int r = threadIdx.x % kPanelRows;
-#pragma unroll
-    for (int c = threadIdx.x / kPanelRows * 4; c < kPanelColumns; c += kPanelThreads / kPanelRows * 4) {
-      T* at = panel + r * kPanelPitch<T> + c;
-      T quad[4] = {};
-      if (kAdd) load4(quad, at);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) quad[e] += value(r, c + e);
-      store4(at, quad);
-    }
-  } else {
-    const int c = threadIdx.x % kPanelColumns;
-#pragma unroll
-    for (int r = threadIdx.x / kPanelColumns; r < kPanelRows; r += kPanelThreads / kPanelColumns) {
-      T& at = panel[r * kPanelPitch<T> + c];
-      at = (kAdd ? at : T(0)) + value(r, c);
-    }
+  __device__ MapsReader(const FeatureMaps<const X>& maps, int64_t number, int64_t first_position)
+      : x(maps), sample(maps.sample(number)) {
+    constexpr int64_t kPacket = kPacketBytes / sizeof(X);
+    const bool contiguous = kPositionsInRows ? x.height == 1 && x.stride_w == 1 : x.stride_c == 1;
+    const int64_t between_rows = kPositionsInRows ? x.stride_c | first_position : x.stride_w | x.stride_h;
+    packets = contiguous && (between_rows | x.stride_b) % kPacket == 0 &&
+              reinterpret_cast<uintptr_t>(x.data) % kPacketBytes == 0;
   }
-}
 
-/// The 4 x 4 elements of a 64 x 64 result that belong to this thread begin at (row, column). A warp has 16 x 32.
-struct MicroTile {
-  int row, column;
-  __device__ MicroTile() {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    row = 4 * (warp / 2 * 4 + morton_row(lane % 16));
-    column = 4 * (warp % 2 * 8 + lane / 16 * 4 + morton_column(lane % 16));
+  /// Channels from `channel` on and n positions from m on.
+  template <bool kTermsInRows>
+  __device__ __forceinline__ void load(const Panel<X, kTermsInRows>& panel, int64_t channel, int64_t m, int n) const {
+    using Target = Panel<X, kTermsInRows>;
+    constexpr int kChannels = kPositionsInRows ? Target::kRows : Target::kColumns;
+    const int channels = int(x.channels - channel < kChannels ? x.channels - channel : kChannels);
+    const X* first = sample + channel * x.stride_c;
+    if constexpr (kPositionsInRows) {
+      if (packets)
+        panel.load_packets([&](int c) { return first + c * x.stride_c + m; }, channels, n);
+      else
+        panel.load_each([&](int c, int p) { return first[c * x.stride_c + x.offset(m + p)]; }, channels, n);
+    } else {
+      if (packets)
+        panel.load_packets([&](int p) { return first + x.offset(m + p); }, n, channels);
+      else
+        panel.load_each([&](int p, int c) { return first[c * x.stride_c + x.offset(m + p)]; }, n, channels);
+    }
   }
 };
 
-/// sum += A' B for this thread's micro tile, A and B being panels of which only `rows` rows count.
-template <class T>
-__device__ __forceinline__ void multiply_panels(T (&sum)[4][4], const MicroTile& own, const T* A, const T* B,
-                                                int rows) {
-#pragma unroll 4
-  for (int k = 0; k < rows; ++k) {
-    T a[4], b[4];
-    load4(a, A + k * kPanelPitch<T> + own.row);
-    load4(b, B + k * kPanelPitch<T> + own.column);
-#pragma unroll
-    for (int r = 0; r < 4; ++r)
-#pragma unroll
-      for (int c = 0; c < 4; ++c) sum[r][c] += a[r] * b[c];
-  }
-}
-
-/// True where neighbouring positions lie nearer to each other than neighbouring channels.
-template <class T> __device__ __forceinline__ bool along_positions(const FeatureMaps<T>& x) {
-  const int64_t w = x.stride_w < 0 ? -x.stride_w : x.stride_w, c = x.stride_c < 0 ? -x.stride_c : x.stride_c;
-  return w <= c;
-}
-
-/// Pools a chunk of positions for the channels of tiles I and J, I <= J, 64 each: a 64 x 64 part of M2.
-template <class X> class PoolEngine {
+/// Pools a chunk of positions for the channels of tiles I and J, I <= J, 64 each: a 64 x 64 part of M2. The positions
+/// are the terms; they are contiguous where kPositionsInRows, else the channels are.
+template <class X, bool kPositionsInRows> class PoolEngine {
   using T = Compute<X>;
-  static constexpr int kParts = kPanelThreads / kPanelColumns;
+  using Maps = Panel<X, kPositionsInRows>;
+  static constexpr int kParts = kPanelThreads / kPanelVectors;
 
  public:
-  static constexpr int64_t kSharedBytes =
-      kPanelRows * sizeof(int64_t) + 2 * (kPanelSize<T> + (kParts + 2) * kPanelColumns) * sizeof(T);
+  static constexpr int kTilePositions = kPanelTerms<X>;
 
-  __device__ PoolEngine(const FeatureMaps<const X>& x, int64_t sample, int64_t I, int64_t J)
-      : x_(x), sample_(x.sample(sample)), first_row_(I * kPanelColumns), first_column_(J * kPanelColumns) {
+  /// Two stages of one panel where I = J, else of two.
+  static ISQRT_FN constexpr int64_t shared_bytes(bool diagonal) {
+    return (diagonal ? 2 : 4) * Maps::kBytes + 4 * kPanelVectors * int(sizeof(T));
+  }
+
+  __device__ PoolEngine(const FeatureMaps<const X>& x, int64_t sample, int64_t I, int64_t J, int64_t first,
+                        int64_t last)
+      : maps_(x, sample, first), first_row_(I * kPanelVectors), first_column_(J * kPanelVectors), last_(last) {
     if (part() == 0)
       for (int side = 0; side < sides(); ++side)
-        mean(side)[column()] = holds(side, column()) ? to_number(sample_[channel(side, column()) * x_.stride_c]) : T(0);
+        mean(side)[vector()] =
+            holds(side, vector()) ? to_number(maps_.sample[channel(side, vector()) * maps_.x.stride_c]) : T(0);
+    start_loading(first);
   }
 
-  __device__ int64_t tile_positions() const { return kPanelRows; }
+  __device__ int64_t tile_positions() const { return kTilePositions; }
 
-  __device__ void load_tile(int64_t m, int64_t n) const {  // panels: [position, channel]
-    if (threadIdx.x < n) offsets()[threadIdx.x] = x_.offset(m + threadIdx.x);
-    __syncthreads();  // and nobody reads the panels any more
-    for (int side = 0; side < sides(); ++side)
-      fill_panel(panel(side), along_positions(x_), [&](int r, int c) {
-        return r < n && holds(side, c)
-                   ? to_number(sample_[offsets()[r] + channel(side, c) * x_.stride_c]) - mean(side)[c]
-                   : T(0);
-      });
-    __syncthreads();
+  __device__ void load_tile(int64_t m, int64_t n) {
+    copy_async_wait<0>();
+    __syncthreads();  // this tile is there, and nobody reads the one before it any more
+    stage_ ^= 1;
+    if (m + kTilePositions < last_) start_loading(m + kTilePositions);
     for (int side = 0; side < sides(); ++side) {
+      const Maps tile = panel(side, stage_);
+      const T shift = mean(side)[vector()];
       T sum = 0;
-#pragma unroll
-      for (int r = part(); r < kPanelRows; r += kParts) sum += panel(side)[r * kPanelPitch<T> + column()];
-      part_sum(side, part())[column()] = sum;
+      for (int term = part(); term < n; term += kParts) sum += to_number(tile.at(vector(), term)) - shift;
+      for (int distance = 1; distance < kParts; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+      if (part() == 0) delta(side)[vector()] = sum / T(n);
     }
     __syncthreads();
-    if (part() == 0)
-      for (int side = 0; side < sides(); ++side) {
-        T sum = 0;
-        for (int p = 0; p < kParts; ++p) sum += part_sum(side, p)[column()];
-        delta(side)[column()] = sum / T(n);
-      }
-    __syncthreads();
   }
 
-  __device__ void center_tile(int64_t n) const {
-    for (int side = 0; side < sides(); ++side)
-      for (int r = part(); r < n; r += kParts) panel(side)[r * kPanelPitch<T> + column()] -= delta(side)[column()];
-    __syncthreads();
+  __device__ void center_tile(int64_t) const {
     move_mean(1.0);
     if (part() == 0)
-      for (int side = 0; side < sides(); ++side) delta(side)[column()] = 0;
+      for (int side = 0; side < sides(); ++side) delta(side)[vector()] = 0;
     __syncthreads();
   }
 
+  /// What the tile holds is taken relative to the mean on its way to the product.
   __device__ void accumulate(int64_t n, double weight) {
-    T sum[4][4] = {}, rows[4], columns[4];
-    multiply_panels(sum, own_, panel(0), panel(sides() - 1), int(n));
-    load4(rows, delta(0) + own_.row);
-    load4(columns, delta(sides() - 1) + own_.column);
+    Accumulator<T> sum[2];
+    T means[3][2];
 #pragma unroll
-    for (int r = 0; r < 4; ++r)
+    for (int v = 0; v < 3; ++v)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) moment_[r][c] += sum[r][c] - T(weight) * rows[r] * columns[c];
+      for (int h = 0; h < 2; ++h)
+        means[v][h] = v == 0 ? mean(0)[own_.row + lane_.group + 8 * h]
+                             : mean(sides() - 1)[own_.column + kTile * (v - 1) + lane_.group + 8 * h];
+    const int whole = int(n) / kTerms * kTerms;
+#pragma unroll 1
+    for (int term = 0; term < whole; term += kTerms) multiply<false>(sum, means, term, int(n));
+    if (whole < n) multiply<true>(sum, means, whole, int(n));
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      if (!upper(v)) continue;
+      WarpTile<T> total = sum[v].total();
+      total.for_each([&](T& a, int r, int c) {
+        a -= T(weight) * delta(0)[own_.row + r] * delta(sides() - 1)[own_.column + kTile * v + c];
+      });
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) moment_[v].sum[h][e] += total.sum[h][e];
+    }
+    __syncthreads();  // before the means move
   }
 
   __device__ void move_mean(double share) const {
     if (part() == 0)
-      for (int side = 0; side < sides(); ++side) mean(side)[column()] += T(share) * delta(side)[column()];
+      for (int side = 0; side < sides(); ++side) mean(side)[vector()] += T(share) * delta(side)[vector()];
   }
 
   /// Mean [C] and M2 [C, C] of the chunk; of M2 the upper triangle.
-  __device__ void write(T* chunk_mean, T* chunk_moment) const {
-    const int64_t C = x_.channels;
-    if (sides() == 1 && part() == 0 && holds(0, column())) chunk_mean[channel(0, column())] = mean(0)[column()];
+  __device__ void write(T* chunk_mean, T* chunk_moment) {
+    const int64_t C = maps_.x.channels;
+    if (sides() == 1 && part() == 0 && holds(0, vector())) chunk_mean[channel(0, vector())] = mean(0)[vector()];
 #pragma unroll
-    for (int r = 0; r < 4; ++r)
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int64_t i = channel(0, own_.row + r), j = channel(1, own_.column + c);
-        if (i <= j && j < C) chunk_moment[i * C + j] = moment_[r][c];
-      }
+    for (int v = 0; v < 2; ++v)
+      moment_[v].for_each([&](T a, int r, int c) {
+        const int64_t i = channel(0, own_.row + r), j = channel(1, own_.column + kTile * v + c);
+        if (i <= j && j < C) chunk_moment[i * C + j] = a;
+      });
   }
 
  private:
   /// Where I = J both operands are one panel.
   __device__ int sides() const { return first_row_ == first_column_ ? 1 : 2; }
-  __device__ int64_t channel(int side, int c) const { return (side == 0 ? first_row_ : first_column_) + c; }
-  __device__ bool holds(int side, int c) const { return channel(side, c) < x_.channels; }
+  __device__ int64_t channel(int side, int v) const { return (side == 0 ? first_row_ : first_column_) + v; }
+  __device__ bool holds(int side, int v) const { return channel(side, v) < maps_.x.channels; }
+  /// Whether anything of this warp's tile v belongs to the upper triangle.
+  __device__ bool upper(int v) const { return sides() == 2 || own_.row <= own_.column + kTile * v; }
 
-  /// Each channel of a panel has kParts threads, which share its positions; the first one has its mean.
-  __device__ static int column() { return threadIdx.x % kPanelColumns; }
-  __device__ static int part() { return threadIdx.x / kPanelColumns; }
+  /// Each channel of a panel has kParts neighbouring threads, which share its positions; the first one has its mean.
+  __device__ static int vector() { return threadIdx.x / kParts; }
+  __device__ static int part() { return threadIdx.x % kParts; }
 
-  __device__ static int64_t* offsets() { return shared_memory<int64_t>(); }  // of the tile's positions in their sample
-  __device__ static T* panel(int side) { return reinterpret_cast<T*>(offsets() + kPanelRows) + side * kPanelSize<T>; }
-  __device__ static T* part_sum(int side, int p) { return panel(2) + (side * kParts + p) * kPanelColumns; }
-  __device__ static T* mean(int side) { return part_sum(2, side); }
-  __device__ static T* delta(int side) { return part_sum(2, 2 + side); }
+  __device__ void start_loading(int64_t m) const {
+    const int n = int(last_ - m < kTilePositions ? last_ - m : kTilePositions);
+    for (int side = 0; side < sides(); ++side) maps_.load(panel(side, stage_ ^ 1), channel(side, 0), m, n);
+    copy_async_commit();
+  }
 
-  FeatureMaps<const X> x_;
-  const X* sample_;
-  int64_t first_row_, first_column_;
-  MicroTile own_;
-  T moment_[4][4] = {};
+  /// sum += tile tile^T, 8 positions of it; where kTail is set, of those only the ones before n.
+  template <bool kTail>
+  __device__ __forceinline__ void multiply(Accumulator<T> (&sum)[2], const T (&means)[3][2], int term, int n) const {
+    using Factor = typename Accumulator<T>::Factor;
+    if (!upper(1)) return;
+    const auto load = [&](int side, int vector, const T(&mean)[2]) {
+      const Maps tile = panel(side, stage_);
+      return Factor(operand<T>(vector, term, [&](int v, int t, int h, int) {
+        return kTail && t >= n ? T(0) : to_number(tile.at(v, t)) - mean[h];
+      }));
+    };
+    const Factor rows = load(0, own_.row, means[0]);
+#pragma unroll
+    for (int v = 0; v < 2; ++v)
+      if (upper(v)) sum[v].multiply_add(rows, load(sides() - 1, own_.column + kTile * v, means[1 + v]));
+  }
+
+  __device__ Maps panel(int side, int stage) const {
+    return {reinterpret_cast<X*>(shared_memory<char>() + (stage * sides() + side) * Maps::kBytes)};
+  }
+  __device__ T* vectors(int number) const {
+    return reinterpret_cast<T*>(shared_memory<char>() + 2 * sides() * Maps::kBytes) + number * kPanelVectors;
+  }
+  __device__ T* mean(int side) const { return vectors(side); }
+  __device__ T* delta(int side) const { return vectors(2 + side); }
+
+  MapsReader<X, kPositionsInRows> maps_;
+  int64_t first_row_, first_column_, last_;
+  int stage_ = 1;  // of the tile before the first one
+  Lane lane_;
+  WarpPlace own_;
+  WarpTile<T> moment_[2];
 };
 
 /// Merges the chunks of one sample for tile (I, J) of Sigma, I <= J, 32 x 32. Each thread has four of a column.
@@ -248,107 +262,115 @@ template <class X> class MergeEngine {
   T row_mean_[kRows], column_mean_, moment_[kRows];
 };
 
-/// dX = W (X - mu 1^T) for the 64 channels of tile I, 64 positions at a time.
-template <class X> class PoolBackwardEngine {
+/// dX = W (X - mu 1^T), W = 2 dSigma / M, for the 64 channels of tile I, 64 positions at a time. The terms are
+/// channels; they are contiguous unless kPositionsInRows.
+template <class X, bool kPositionsInRows> class PoolBackwardEngine {
   using T = Compute<X>;
+  using Maps = Panel<X, !kPositionsInRows>;
+  using Weights = Panel<T, true>;
+  static constexpr int kPanelChannels = kPanelTerms<T>;
+  static_assert(kPanelTerms<X> == kPanelTerms<T>);
 
  public:
-  static constexpr int64_t kSharedBytes = 2 * (kPanelColumns * sizeof(int64_t) + kPanelSize<T> * sizeof(T));
+  static constexpr int64_t kSharedBytes = 2 * (Maps::kBytes + Weights::kBytes + kPanelChannels * int(sizeof(T)));
 
-  __device__ PoolBackwardEngine(const PoolBackwardTask<X>& task, int64_t sample, int64_t I)
-      : x_(task.x),
+  __device__ PoolBackwardEngine(const PoolBackwardTask<X>& task, int64_t sample, int64_t I, int64_t first, int64_t last)
+      : maps_(task.x, sample, first),
         dx_(task.grad_x),
-        sample_(x_.sample(sample)),
         gradient_(dx_.sample(sample)),
-        mean_(task.mean + sample * x_.channels),
-        grad_sigma_(task.grad_sigma + sample * x_.channels * x_.channels),
-        first_channel_(I * kPanelColumns) {}
-
-  __device__ int64_t tile_positions() const { return kPanelColumns; }
-
-  /// All channels of a tile are more than shared memory holds. Here it is noted where its positions lie, and
-  /// store_gradient loads it panel by panel.
-  __device__ void load_centered(int64_t m, int64_t n) const {
-    if (threadIdx.x < n) {
-      offsets()[threadIdx.x] = x_.offset(m + threadIdx.x);
-      gradient_offsets()[threadIdx.x] = dx_.offset(m + threadIdx.x);
-    }
-    __syncthreads();
+        mean_(task.mean + sample * dx_.channels),
+        grad_sigma_(task.grad_sigma + sample * dx_.channels * dx_.channels),
+        first_channel_(I * kPanelVectors),
+        last_(last) {
+    start_loading(first, 0);
   }
 
-  __device__ void store_gradient(int64_t, int64_t n) const {
-    const int64_t C = x_.channels;
-    T sum[4][4] = {};
-    for (int64_t k0 = 0; k0 < C; k0 += kPanelRows) {
-      const int rows = int(C - k0 < kPanelRows ? C - k0 : kPanelRows);
-      load_panels(n, k0, rows);
-      multiply_panels(sum, own_, weight(), tile(), rows);
-      __syncthreads();
+  __device__ int64_t tile_positions() const { return kPanelVectors; }
+
+  /// All channels of a tile are more than shared memory holds: store_gradient loads it panel by panel.
+  __device__ void load_centered(int64_t, int64_t) const {}
+
+  __device__ void store_gradient(int64_t m, int64_t n) {
+    const int64_t C = dx_.channels;
+    Accumulator<T> sum[2];
+    for (int64_t k = 0; k < C; k += kPanelChannels) {
+      copy_async_wait<0>();
+      __syncthreads();  // these panels are there, and nobody reads the ones before them any more
+      stage_ ^= 1;
+      if (k + kPanelChannels < C)
+        start_loading(m, k + kPanelChannels);
+      else if (m + kPanelVectors < last_)
+        start_loading(m + kPanelVectors, 0);
+      const int terms = int(C - k < kPanelChannels ? C - k : kPanelChannels);
+#pragma unroll 1
+      for (int term = 0; term < terms; term += kTerms) multiply(sum, term);
     }
-    const T share = T(1) / T(x_.positions());
 #pragma unroll
-    for (int r = 0; r < 4; ++r)
-#pragma unroll
-      for (int c = 0; c < 4; ++c) sum[r][c] *= share;
-    store(sum, n);
+    for (int v = 0; v < 2; ++v) {
+      WarpTile<T> total = sum[v].total();
+      store(total, m, int(n), v);
+    }
   }
 
  private:
-  /// Rows k0, k0 + 1, ... of dSigma + dSigma^T, its columns being this tile's channels, and of X - mu 1^T.
-  __device__ __forceinline__ void load_panels(int64_t n, int64_t k0, int rows) const {
-    const int64_t C = x_.channels;
-    fill_panel(weight(), false, [&](int k, int c) {
-      return k < rows && first_channel_ + c < C ? grad_sigma_[(k0 + k) * C + first_channel_ + c] : T(0);
-    });
-    fill_panel(tile(), !along_positions(x_), [&](int k, int c) {
-      return k < rows && c < n ? to_number(sample_[offsets()[c] + (k0 + k) * x_.stride_c]) - mean_[k0 + k] : T(0);
-    });
-    __syncthreads();
-    fill_panel<true>(weight(), true, [&](int k, int c) {
-      return k < rows && first_channel_ + c < C ? grad_sigma_[(first_channel_ + c) * C + k0 + k] : T(0);
-    });
-    __syncthreads();
+  __device__ void start_loading(int64_t m, int64_t k) const {
+    const int stage = stage_ ^ 1;
+    const int64_t C = dx_.channels;
+    const int n = int(last_ - m < kPanelVectors ? last_ - m : kPanelVectors);
+    maps_.load(maps(stage), k, m, n);
+    const int rows = int(C - first_channel_ < kPanelVectors ? C - first_channel_ : kPanelVectors);
+    const int columns = int(C - k < kPanelChannels ? C - k : kPanelChannels);
+    const T* W = grad_sigma_ + first_channel_ * C + k;
+    if (C % Weights::kPacket == 0)
+      weights(stage).load_packets([&](int r) { return W + r * C; }, rows, columns);
+    else
+      weights(stage).load_each([&](int r, int c) { return W[r * C + c]; }, rows, columns);
+    if (threadIdx.x < kPanelChannels) mean(stage)[threadIdx.x] = k + threadIdx.x < C ? mean_[k + threadIdx.x] : T(0);
+    copy_async_commit();
   }
 
-  /// Through shared memory, 64 x 64 in the place of the panels, in the order in which dX lies in memory.
-  __device__ __forceinline__ void store(const T (&gradient)[4][4], int64_t n) const {
-    T* result = weight();
-    const bool positions_in_rows = !along_positions(dx_);
+  /// sum += W (X - mu 1^T), 8 channels of it.
+  __device__ __forceinline__ void multiply(Accumulator<T> (&sum)[2], int term) const {
+    using Factor = typename Accumulator<T>::Factor;
+    const Weights W = weights(stage_);
+    const Maps X_ = maps(stage_);
+    const T means[2] = {mean(stage_)[term + lane_.quad], mean(stage_)[term + lane_.quad + 4]};
+    const Factor rows = Factor(operand<T>(own_.row, term, [&](int v, int t, int, int) { return W.at(v, t); }));
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      if (positions_in_rows) {
-        const T column[4] = {gradient[0][r], gradient[1][r], gradient[2][r], gradient[3][r]};
-        store4(result + (own_.column + r) * kPanelPitch<T> + own_.row, column);
-      } else {
-        store4(result + (own_.row + r) * kPanelPitch<T> + own_.column, gradient[r]);
-      }
-    }
-    __syncthreads();
-    const int column = threadIdx.x % kPanelColumns;
-    for (int row = threadIdx.x / kPanelColumns; row < 2 * kPanelRows; row += kPanelThreads / kPanelColumns) {
-      const int position = positions_in_rows ? row : column;
-      const int64_t channel = first_channel_ + (positions_in_rows ? column : row);
-      if (position < n && channel < dx_.channels)
-        store_number(&gradient_[gradient_offsets()[position] + channel * dx_.stride_c],
-                     result[row * kPanelPitch<T> + column]);
-    }
-    __syncthreads();
+    for (int v = 0; v < 2; ++v)
+      sum[v].multiply_add(rows, Factor(operand<T>(own_.column + kTile * v, term, [&](int p, int t, int, int s) {
+                            return to_number(X_.at(p, t)) - means[s];
+                          })));
   }
 
-  /// Of the tile's positions in their sample of x and of dX.
-  __device__ static int64_t* offsets() { return shared_memory<int64_t>(); }
-  __device__ static int64_t* gradient_offsets() { return offsets() + kPanelColumns; }
-  /// [channel k, channel of tile I] and [channel k, position]
-  __device__ static T* weight() { return reinterpret_cast<T*>(offsets() + 2 * kPanelColumns); }
-  __device__ static T* tile() { return weight() + kPanelSize<T>; }
+  __device__ __forceinline__ void store(WarpTile<T>& total, int64_t m, int n, int v) const {
+    const T share = T(2) / T(dx_.positions());
+    total.for_each([&](T a, int r, int c) {
+      const int position = own_.column + kTile * v + c;
+      const int64_t channel = first_channel_ + own_.row + r;
+      if (position < n && channel < dx_.channels)
+        store_number(&gradient_[dx_.offset(m + position) + channel * dx_.stride_c], share * a);
+    });
+  }
 
-  FeatureMaps<const X> x_;
+  __device__ static Maps maps(int stage) {
+    return {reinterpret_cast<X*>(shared_memory<char>() + stage * Maps::kBytes)};
+  }
+  __device__ static Weights weights(int stage) {
+    return {reinterpret_cast<T*>(shared_memory<char>() + 2 * Maps::kBytes + stage * Weights::kBytes)};
+  }
+  __device__ static T* mean(int stage) {
+    return reinterpret_cast<T*>(shared_memory<char>() + 2 * (Maps::kBytes + Weights::kBytes)) + stage * kPanelChannels;
+  }
+
+  MapsReader<X, kPositionsInRows> maps_;
   FeatureMaps<X> dx_;
-  const X* sample_;
   X* gradient_;
   const T *mean_, *grad_sigma_;
-  int64_t first_channel_;
-  MicroTile own_;
+  int64_t first_channel_, last_;
+  int stage_ = 1;  // of the panels before the first ones
+  Lane lane_;
+  WarpPlace own_;
 };
 
 }  // namespace isqrt::cuda

@@ -1,81 +1,89 @@
 // The Engine of newton_schulz.h and normalization.h on one thread block: symmetric C x C matrices in its shared memory.
 //
 // Only the 16 x 16 tiles of the upper triangle are stored, column by column: tile (I, J), I <= J, is the one numbered
-// J (J + 1) / 2 + I, and six matrices of 128 channels in float32 fit into the 227 KiB of a Hopper block. A tile has
-// 4 x 4 sub-blocks of 4 x 4 elements, sub-block (p, q) at 16 (4 p + q), and row r of a sub-block lies at slot r ^ p ^ q
-// of its four: the 16 threads of a tile, which read along a row or a column of sub-blocks, then meet no bank conflict.
+// J (J + 1) / 2 + I, and six matrices of 128 channels in float32 fit into the 227 KiB of a Hopper block. Within a tile,
+// element (r, c) lies at 16 r + (c ^ s(r)) with s(r) = 8 (bit 1 of r) + 4 (bit 2 of r): a warp that reads an operand of
+// tensor.cuh, along rows or along columns, meets no bank conflict in float32.
 //
-// Each tile belongs to 16 threads, each with one 4 x 4 sub-block of it in registers. An operation of the engine begins
-// with all threads at one place and ends with a barrier, so that the next one may read what any thread has written.
+// Each warp has up to kSlots tiles of every result. An operation of the engine begins with all threads at one place and
+// ends with a barrier, so that the next one may read what any thread has written.
 #pragma once
 #include "../normalization.h"
 #include "block.cuh"
+#include "tensor.cuh"
 
 namespace isqrt::cuda {
 
-constexpr int kTile = 16, kTileSize = kTile * kTile;
+constexpr int kTileSize = kTile * kTile;
 
 /// Tiles in each direction, and of the whole upper triangle.
 ISQRT_FN constexpr int tile_rows(int channels) { return (channels + kTile - 1) / kTile; }
 ISQRT_FN constexpr int tile_count(int channels) { return tile_rows(channels) * (tile_rows(channels) + 1) / 2; }
 
-/// One thread for each sub-block, in whole warps.
-constexpr int matrix_threads(int channels) { return (tile_count(channels) * 16 + kWarp - 1) / kWarp * kWarp; }
-
-/// Elements of shared memory before the matrices: for block_sum, and for the tiles' columns.
-constexpr int kSums = 32, kColumns = 48;
-
-constexpr int64_t matrix_shared_bytes(int channels, int64_t element_size, int matrices) {
-  return element_size * (kSums + kColumns + int64_t(matrices) * tile_count(channels) * kTileSize);
+/// Tiles of one warp: three warps for each of a multiprocessor's schedulers are enough, and leave each thread the
+/// registers to hold three tiles.
+constexpr int kMaxSlots = 3, kMaxWarps = 12;
+ISQRT_FN constexpr int matrix_slots(int channels) { return (tile_count(channels) + kMaxWarps - 1) / kMaxWarps; }
+ISQRT_FN constexpr int matrix_threads(int channels) {
+  return (tile_count(channels) + matrix_slots(channels) - 1) / matrix_slots(channels) * kWarp;
 }
 
-/// The most channels for which that many matrices fit into the shared memory of any device, and one thread a sub-block
-/// leaves each of them enough registers.
+/// Elements of shared memory before the matrices, for block_sum.
+constexpr int kSums = 32;
+
+ISQRT_FN constexpr int64_t matrix_shared_bytes(int channels, int64_t element_size, int matrices) {
+  return element_size * (kSums + int64_t(matrices) * tile_count(channels) * kTileSize);
+}
+
+/// The most channels for which that many matrices fit into the shared memory of any device, and their tiles into the
+/// warps of a block.
 constexpr int max_matrix_channels(int64_t element_size, int matrices) {
   constexpr int64_t kLargestSharedBytes = 227 * 1024;
   int channels = 128;
   while (matrix_shared_bytes(channels, element_size, matrices) > kLargestSharedBytes) channels -= kTile;
   return channels;
 }
-static_assert(tile_count(max_matrix_channels(4, 1)) < kColumns);  // one more for a half warp without a tile
+static_assert(matrix_slots(max_matrix_channels(4, 1)) <= kMaxSlots);
 
-template <class T> class MatrixEngine {
+template <class T, int kSlots> class MatrixEngine {
  public:
-  /// Where a matrix begins in shared memory, in elements.
+  /// Where a matrix begins in shared memory, in bytes.
   struct Matrix {
     int first;
   };
 
   __device__ explicit MatrixEngine(int channels) : channels_(channels), tiles_(tile_rows(channels)) {
-    const int tile = threadIdx.x / 16;
-    if (threadIdx.x % 16 == 0) {
-      int column = 0;
-      while ((column + 1) * (column + 2) / 2 <= tile) ++column;
-      columns()[tile] = column;
+    const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      const int number = warp + s * warps;
+      int J = 0;
+      while ((J + 1) * (J + 2) / 2 <= number) ++J;
+      own_[s] = {number - J * (J + 1) / 2, J};
     }
-    __syncthreads();
   }
 
   __device__ Matrix matrix() {
     const Matrix m{next_};
-    next_ += tile_count(channels_) * kTileSize;
+    next_ += tile_count(channels_) * kTileBytes;
     return m;
   }
 
   template <class Source> __device__ void load(Matrix A, const Source& source) const {
-    for_own_rows([&](const Place& own, int r) {
-      T row[4];
-#pragma unroll
-      for (int c = 0; c < 4; ++c) row[c] = symmetric(source, own.i() + r, own.j() + c);
-      store4(row_of(A, own, r), row);
+    for_own_tiles([&](const Place& own, int) {
+      WarpTile<T> tile;
+      tile.for_each([&](T& a, int r, int c) { a = symmetric(source, own.i(r), own.j(c)); });
+      write_tile(A, own, tile);
     });
     __syncthreads();
   }
 
   __device__ T trace(Matrix A) const {
     T sum = 0;
-    for_own_rows([&](const Place& own, int r) {
-      if (own.i() == own.j()) sum += row_of(A, own, r)[r];
+    for_own_tiles([&](const Place& own, int) {
+      if (own.I != own.J) return;
+      WarpTile<T> tile = read_tile(A, own);
+      tile.for_each([&](T a, int r, int c) { sum += r == c ? a : T(0); });
     });
     return block_sum(sum, shared_memory<T>());
   }
@@ -83,12 +91,10 @@ template <class T> class MatrixEngine {
   /// <sym(source), A>
   template <class Source> __device__ T inner(const Source& source, Matrix A) const {
     T sum = 0;
-    for_own_rows([&](const Place& own, int r) {
+    for_own_tiles([&](const Place& own, int) {
       const T times = own.I < own.J ? 2 : 1;  // tile (J, I) is not stored
-      T row[4];
-      load4(row, row_of(A, own, r));
-#pragma unroll
-      for (int c = 0; c < 4; ++c) sum += times * (symmetric(source, own.i() + r, own.j() + c) * row[c]);
+      WarpTile<T> tile = read_tile(A, own);
+      tile.for_each([&](T a, int r, int c) { sum += times * (symmetric(source, own.i(r), own.j(c)) * a); });
     });
     return block_sum(sum, shared_memory<T>());
   }
@@ -123,53 +129,39 @@ template <class T> class MatrixEngine {
     const bool upper = result.output == Output::kTriu;
     for (int i = threadIdx.x / kWarp; i < channels_; i += blockDim.x / kWarp) {
       T* row = result.data + (upper ? triu_index(i, i, channels_) - i : int64_t(i) * channels_);
-      for (int j = threadIdx.x % kWarp; j < channels_; j += kWarp) {
-        if (upper && j < i) continue;
-        row[j] = i / kTile <= j / kTile ? *element(tile(A, i / kTile, j / kTile), i % kTile, j % kTile)
-                                        : *element(tile(A, j / kTile, i / kTile), j % kTile, i % kTile);
-      }
+      for (int j = threadIdx.x % kWarp; j < channels_; j += kWarp)
+        if (!upper || j >= i) row[j] = element(A, i, j);
     }
   }
 
  private:
-  /// A thread's tile (I, J) and its sub-block (p, q) in there, whose first element is (i, j) of the matrix.
+  /// A tile (I, J) and the indices in the matrix of its rows and columns.
   struct Place {
-    int I, J, p, q;
-    __device__ int i() const { return kTile * I + 4 * p; }
-    __device__ int j() const { return kTile * J + 4 * q; }
+    int I, J;
+    __device__ int i(int row) const { return kTile * I + row; }
+    __device__ int j(int column) const { return kTile * J + column; }
   };
 
-  static __device__ int* columns() { return reinterpret_cast<int*>(shared_memory<T>() + kSums); }
+  static constexpr int kTileBytes = kTileSize * sizeof(T);
 
-  /// This thread's place. Its tile's column is read from shared memory at each operation: kept in registers, it and all
-  /// the addresses that follow from it would stay there throughout the kernel, at the expense of the products.
-  __device__ __forceinline__ Place place() const {
-    const int tile = threadIdx.x / 16, J = columns()[tile];
-    return {tile - J * (J + 1) / 2, J, morton_row(threadIdx.x % 16), morton_column(threadIdx.x % 16)};
+  /// Where tile (I, J) begins, in bytes; and what lies at such a place. Addresses are sums of bytes up to the last
+  /// moment, which takes the fewest instructions.
+  static __device__ int tile(Matrix A, int I, int J) { return A.first + (J * (J + 1) / 2 + I) * kTileBytes; }
+  static __device__ T& at(int bytes) { return *reinterpret_cast<T*>(shared_memory<char>() + bytes); }
+
+  static __device__ int swizzle(int row) { return (row << 2 & 8) | (row & 4); }
+  static __device__ T& in_tile(int tile, int row, int column) {
+    return at(tile + int(sizeof(T)) * (kTile * row + (column ^ swizzle(row))));
   }
-
-  /// False in the half warp that has no tile where their number is odd.
-  __device__ bool active(const Place& own) const { return own.J < tiles_; }
-
-  static __device__ int tile(Matrix A, int I, int J) { return A.first + (J * (J + 1) / 2 + I) * kTileSize; }
-
-  static __device__ T* row_of_block(int tile, int p, int q, int r) {
-    return shared_memory<T>() + tile + 16 * (4 * p + q) + 4 * (r ^ p ^ q);
-  }
-  static __device__ T* row_of(Matrix A, const Place& own, int r) {
-    return row_of_block(tile(A, own.I, own.J), own.p, own.q, r);
-  }
-  static __device__ T* element(int tile, int row, int column) {
-    return row_of_block(tile, row / 4, column / 4, row % 4) + column % 4;
+  static __device__ T& element(Matrix A, int i, int j) {
+    const bool above = i / kTile <= j / kTile;
+    return above ? in_tile(tile(A, i / kTile, j / kTile), i % kTile, j % kTile)
+                 : in_tile(tile(A, j / kTile, i / kTile), j % kTile, i % kTile);
   }
 
   __device__ T column_sum(Matrix A, int j) const {
-    const int J = j / kTile, column = j % kTile;
     T sum = 0;
-    for (int I = 0; I < tiles_; ++I)
-#pragma unroll
-      for (int row = 0; row < kTile; ++row)
-        sum += I <= J ? *element(tile(A, I, J), row, column) : *element(tile(A, J, I), column, row);
+    for (int i = 0; i < channels_; ++i) sum += element(A, i, j);
     return sum;
   }
 
@@ -179,107 +171,116 @@ template <class T> class MatrixEngine {
     return i <= j ? source.symmetric(i, j) : source.symmetric(j, i);
   }
 
-  /// f(own, r) for each row r of this thread's sub-block.
-  template <class F> __device__ __forceinline__ void for_own_rows(const F& f) const {
-    const Place own = place();
-    if (!active(own)) return;
+  /// f(own, s) for this warp's tiles, the s-th one in slot s. The compiler shall not remember where they are: kept in
+  /// registers, all the addresses that follow would stay there throughout the kernel, at the expense of the products.
+  template <class F> __device__ __forceinline__ void for_own_tiles(const F& f) const {
 #pragma unroll
-    for (int r = 0; r < 4; ++r) f(own, r);
+    for (int s = 0; s < kSlots; ++s) {
+      const Place own{opaque(own_[s].I), opaque(own_[s].J)};
+      if (own.J < tiles_) f(own, s);
+    }
+  }
+
+  static __device__ __forceinline__ WarpTile<T> read_tile(Matrix A, const Place& own) {
+    WarpTile<T> result;
+    const int from = tile(A, own.I, own.J);
+    result.for_each([&](T& a, int r, int c) { a = in_tile(from, r, c); });
+    return result;
+  }
+
+  /// Of a tile on the diagonal the upper triangle counts, so that both sides are the same bits.
+  static __device__ __forceinline__ void write_tile(Matrix D, const Place& own, WarpTile<T>& result) {
+    const int to = tile(D, own.I, own.J);
+    if (own.I < own.J) {
+      result.for_each([&](T a, int r, int c) { in_tile(to, r, c) = a; });
+    } else {
+      result.for_each([&](T a, int r, int c) {
+        if (r <= c) in_tile(to, r, c) = in_tile(to, c, r) = a;
+      });
+    }
   }
 
   /// D = f(A, i, j) elementwise.
   template <class F> __device__ __forceinline__ void map(Matrix D, Matrix A, const F& f) const {
-    for_own_rows([&](const Place& own, int r) {
-      T row[4];
-      load4(row, row_of(A, own, r));
-#pragma unroll
-      for (int c = 0; c < 4; ++c) row[c] = f(row[c], own.i() + r, own.j() + c);
-      store4(row_of(D, own, r), row);
+    for_own_tiles([&](const Place& own, int) {
+      WarpTile<T> result = read_tile(A, own);
+      result.for_each([&](T& a, int r, int c) { a = f(a, own.i(r), own.j(c)); });
+      __syncwarp();  // D may be A, and on the diagonal other lanes' elements are written
+      write_tile(D, own, result);
     });
     __syncthreads();
   }
 
-  /// sum += A B for one pair of tiles, A being the stored tile or its transpose, and B likewise. Sub-blocks of a
-  /// transposed tile are read as they lie; all indices of their elements are constants, so that transposing them costs
-  /// nothing. Among sub-blocks (own, k) or (k, own), row r is at first ^ 4 (r ^ k) + (16 or 64) k, where `first`
-  /// depends on the thread and r ^ k is a constant.
-  template <bool kTransposedA, bool kTransposedB>
-  static __device__ __forceinline__ void multiply_tiles(T (&sum)[4][4], const Place& own, int A, int B) {
-    const int a_first = A + (kTransposedA ? 16 + 4 : 64 + 4) * own.p;
-    const int b_first = B + (kTransposedB ? 64 + 4 : 16 + 4) * own.q;
+  /// Of a tile the operands for both halves of its 16 terms, its rows being the vectors with kAlongRows, else its
+  /// columns. What depends on the lane is a sum that is computed once; the rest is exclusive or with constants.
+  template <bool kAlongRows> static __device__ __forceinline__ void read(Operand<T> (&terms)[2], int tile) {
+    const Lane lane;
+    const int first = kAlongRows ? kTile * lane.group + (lane.quad ^ swizzle(lane.group))
+                                 : kTile * lane.quad + (lane.group ^ (lane.quad << 2 & 8));
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      T a[4][4], b[4][4];
+    for (int k = 0; k < 2; ++k)
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        load4(a[r], shared_memory<T>() + (a_first ^ 4 * (r ^ k)) + (kTransposedA ? 64 : 16) * k);
-        load4(b[r], shared_memory<T>() + (b_first ^ 4 * (r ^ k)) + (kTransposedB ? 16 : 64) * k);
-      }
+      for (int h = 0; h < 2; ++h)
 #pragma unroll
-      for (int s = 0; s < 4; ++s)
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-#pragma unroll
-          for (int c = 0; c < 4; ++c)
-            sum[r][c] += (kTransposedA ? a[s][r] : a[r][s]) * (kTransposedB ? b[c][s] : b[s][c]);
-    }
+        for (int s = 0; s < 2; ++s) {
+          const int term = 8 * k + 4 * s, flipped = kAlongRows ? term : 8 * h + 4 * s, rows = kAlongRows ? 8 * h : term;
+          terms[k].value[h][s] = at(tile + int(sizeof(T)) * (first ^ flipped) + int(sizeof(T)) * kTile * rows);
+        }
   }
 
-  /// sum += A B in this thread's sub-block. Below the diagonal, A(I, K) is A(K, I)' and B(K, J) is B(J, K)'.
-  __device__ __forceinline__ void multiply(T (&sum)[4][4], const Place& own, Matrix A, Matrix B) const {
-    const int I = own.I, J = own.J;
-    int K = 0;
+  /// 16 terms of A's rows in tile row I and of B's columns in tile column J.
+  struct Terms {
+    Operand<T> a[2], b[2];
+  };
+
+  static __device__ __forceinline__ void read_terms(Terms& terms, Matrix A, Matrix B, const Place& own, int K) {
+    if (K < own.I)
+      read<false>(terms.a, tile(A, K, own.I));
+    else
+      read<true>(terms.a, tile(A, own.I, K));
+    if (K <= own.J)
+      read<false>(terms.b, tile(B, K, own.J));
+    else
+      read<true>(terms.b, tile(B, own.J, K));
+  }
+
+  /// sum += A B in one tile. The next terms are on their way while these are multiplied.
+  __device__ __forceinline__ void multiply(Accumulator<T>& sum, Matrix A, Matrix B, const Place& own) const {
+    using Factor = typename Accumulator<T>::Factor;
+    Terms terms;
+    read_terms(terms, A, B, own, 0);
 #pragma unroll 1
-    for (; K < I; ++K) multiply_tiles<true, false>(sum, own, tile(A, K, I), tile(B, K, J));
-#pragma unroll 1
-    for (; K <= J; ++K) multiply_tiles<false, false>(sum, own, tile(A, I, K), tile(B, K, J));
-#pragma unroll 1
-    for (; K < tiles_; ++K) multiply_tiles<false, true>(sum, own, tile(A, I, K), tile(B, J, K));
+    for (int K = 1; K <= tiles_; ++K) {
+      Terms next = terms;
+      if (K < tiles_) read_terms(next, A, B, own, K);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) sum.multiply_add(Factor(terms.a[k]), Factor(terms.b[k]));
+      terms = next;
+    }
   }
 
   /// D = alpha D + beta (A1 B1 + A2 B2), without alpha D where kAddD is false and without A2 B2 where terms = 1.
   template <bool kAddD>
   __device__ __forceinline__ void combine(Matrix D, T alpha, T beta, Matrix A1, Matrix B1, Matrix A2, Matrix B2,
                                           int terms) const {
-    const Place own = place();
-    T sum[4][4] = {};
-    if (active(own)) {
+    WarpTile<T> result[kSlots];
+    for_own_tiles([&](const Place& own, int s) {
+      Accumulator<T> sum;
 #pragma unroll 1
-      for (int term = 0; term < terms; ++term) multiply(sum, own, term == 0 ? A1 : A2, term == 0 ? B1 : B2);
-    }
+      for (int term = 0; term < terms; ++term) multiply(sum, term == 0 ? A1 : A2, term == 0 ? B1 : B2, own);
+      result[s] = sum.total();
+      const int previous = tile(D, own.I, own.J);
+      result[s].for_each(
+          [&](T& a, int r, int c) { a = kAddD ? alpha * in_tile(previous, r, c) + beta * a : beta * a; });
+    });
     __syncthreads();  // D may be an operand
-    const bool diagonal = own.I == own.J;
-    if (active(own) && !(diagonal && own.p > own.q)) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        T previous[4] = {};
-        if (kAddD) load4(previous, row_of(D, own, r));
-#pragma unroll
-        for (int c = 0; c < 4; ++c) sum[r][c] = kAddD ? alpha * previous[c] + beta * sum[r][c] : beta * sum[r][c];
-      }
-      if (!diagonal || own.p < own.q) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) store4(row_of(D, own, r), sum[r]);
-      }
-      if (diagonal) mirror(D, own, sum);
-    }
+    for_own_tiles([&](const Place& own, int s) { write_tile(D, own, result[s]); });
     __syncthreads();
   }
 
-  /// Sub-block (q, p) of a diagonal tile from sub-block (p, q), and for p = q its lower triangle from its upper one:
-  /// both sides of the diagonal are the same bits.
-  static __device__ __forceinline__ void mirror(Matrix D, const Place& own, const T (&block)[4][4]) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      T row[4];
-#pragma unroll
-      for (int c = 0; c < 4; ++c) row[c] = own.p == own.q && r <= c ? block[r][c] : block[c][r];
-      store4(row_of_block(tile(D, own.I, own.J), own.q, own.p, r), row);
-    }
-  }
-
   int channels_, tiles_;
-  int next_ = kSums + kColumns;
+  Place own_[kSlots];
+  int next_ = kSums * sizeof(T);
 };
 
 }  // namespace isqrt::cuda

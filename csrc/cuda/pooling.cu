@@ -1,4 +1,6 @@
 // Kernels and launchers of covariance pooling and its gradient.
+#include <cstdlib>
+
 #include "covariance_engine.cuh"
 #include "cuda.h"
 
@@ -7,6 +9,9 @@ namespace {
 
 constexpr int64_t tiles_along(int64_t channels, int64_t side) { return (channels + side - 1) / side; }
 constexpr int64_t triangle(int64_t n) { return n * (n + 1) / 2; }
+
+/// Blocks that a multiprocessor's registers shall hold, so that some multiply while others wait for memory.
+template <class X> constexpr int kBlocks = sizeof(X) == 8 ? 1 : 2;
 
 /// Which tile (I, J), I <= J, of which chunk and sample a block has. Grids are flat: only x may exceed 65535.
 struct BlockOfTriangle {
@@ -21,11 +26,13 @@ struct BlockOfTriangle {
   }
 };
 
-template <class X> __global__ void __launch_bounds__(kPanelThreads) pool_kernel(const PoolTask<X> task, int64_t tiles) {
+template <class X, bool kPositionsInRows>
+__global__ void __launch_bounds__(kPanelThreads, kBlocks<X>) pool_kernel(const PoolTask<X> task, int64_t tiles) {
   const BlockOfTriangle block(tiles, task.chunks.count);
   const int64_t C = task.x.channels, part = block.sample * task.chunks.count + block.chunk;
-  PoolEngine<X> engine(task.x, block.sample, block.I, block.J);
-  accumulate_covariance(engine, task.chunks.first(block.chunk), task.chunks.last(block.chunk));
+  const int64_t first = task.chunks.first(block.chunk), last = task.chunks.last(block.chunk);
+  PoolEngine<X, kPositionsInRows> engine(task.x, block.sample, block.I, block.J, first, last);
+  accumulate_covariance(engine, first, last);
   engine.write(task.partial_mean + part * C, task.partial_moment + part * C * C);
 }
 
@@ -36,28 +43,48 @@ __global__ void __launch_bounds__(MergeEngine<X>::kThreads) merge_kernel(const P
   merge_covariances(engine, task.chunks);
 }
 
-template <class X>
-__global__ void __launch_bounds__(kPanelThreads) pool_backward_kernel(const PoolBackwardTask<X> task, int64_t tiles) {
+template <class X, bool kPositionsInRows>
+__global__ void __launch_bounds__(kPanelThreads, kBlocks<X>)
+    pool_backward_kernel(const PoolBackwardTask<X> task, int64_t tiles) {
   const int64_t block = blockIdx.x, chunk = block / tiles % task.chunks.count;
-  PoolBackwardEngine<X> engine(task, block / tiles / task.chunks.count, block % tiles);
-  covariance_backward(engine, task.chunks.first(chunk), task.chunks.last(chunk));
+  const int64_t first = task.chunks.first(chunk), last = task.chunks.last(chunk);
+  PoolBackwardEngine<X, kPositionsInRows> engine(task, block / tiles / task.chunks.count, block % tiles, first, last);
+  covariance_backward(engine, first, last);
+}
+
+/// True where neighbouring positions lie nearer to each other than neighbouring channels.
+template <class X> bool positions_in_rows(const FeatureMaps<const X>& x) {
+  return std::abs(x.stride_w) <= std::abs(x.stride_c);
 }
 
 }  // namespace
 
 template <class X> void pool(const PoolTask<X>& task, void* stream) {
   const int64_t batch = task.x.batch, C = task.x.channels;
-  const int64_t pool_tiles = tiles_along(C, kPanelColumns), merge_tiles = tiles_along(C, MergeEngine<X>::kTile);
-  launch("pool", pool_kernel<X>, triangle(pool_tiles) * task.chunks.count * batch, kPanelThreads,
-         PoolEngine<X>::kSharedBytes, stream, task, pool_tiles);
+  const int64_t pool_tiles = tiles_along(C, kPanelVectors), merge_tiles = tiles_along(C, MergeEngine<X>::kTile);
+  const auto run = [&](auto kernel, int64_t shared_bytes) {
+    launch("pool", kernel, triangle(pool_tiles) * task.chunks.count * batch, kPanelThreads, shared_bytes, stream, task,
+           pool_tiles);
+  };
+  const bool diagonal = pool_tiles == 1;
+  if (positions_in_rows(task.x))
+    run(pool_kernel<X, true>, PoolEngine<X, true>::shared_bytes(diagonal));
+  else
+    run(pool_kernel<X, false>, PoolEngine<X, false>::shared_bytes(diagonal));
   launch("merge", merge_kernel<X>, triangle(merge_tiles) * batch, MergeEngine<X>::kThreads,
          MergeEngine<X>::kSharedBytes, stream, task, merge_tiles);
 }
 
 template <class X> void pool_backward(const PoolBackwardTask<X>& task, void* stream) {
-  const int64_t channel_tiles = tiles_along(task.x.channels, kPanelColumns);
-  launch("pool_backward", pool_backward_kernel<X>, channel_tiles * task.chunks.count * task.x.batch, kPanelThreads,
-         PoolBackwardEngine<X>::kSharedBytes, stream, task, channel_tiles);
+  const int64_t channel_tiles = tiles_along(task.x.channels, kPanelVectors);
+  const auto run = [&](auto kernel, int64_t shared_bytes) {
+    launch("pool_backward", kernel, channel_tiles * task.chunks.count * task.x.batch, kPanelThreads, shared_bytes,
+           stream, task, channel_tiles);
+  };
+  if (positions_in_rows(task.x))
+    run(pool_backward_kernel<X, true>, PoolBackwardEngine<X, true>::kSharedBytes);
+  else
+    run(pool_backward_kernel<X, false>, PoolBackwardEngine<X, false>::kSharedBytes);
 }
 
 #define ISQRT_INSTANTIATE(X)                     \

@@ -8,20 +8,17 @@ namespace {
 
 constexpr int kMatrices = 3, kMatricesBackward = 6;
 
-template <class T>
-__global__ void __launch_bounds__(matrix_threads(max_matrix_channels(sizeof(T), kMatrices)))
-    root_kernel(const RootTask<T> task) {
-  MatrixEngine<T> engine(int(task.sigma.channels));
+template <class T, int kSlots> __global__ void __launch_bounds__(kMaxWarps* kWarp) root_kernel(const RootTask<T> task) {
+  MatrixEngine<T, kSlots> engine(int(task.sigma.channels));
   auto Y = engine.matrix(), Z = engine.matrix(), ZY = engine.matrix();
   const int64_t sample = blockIdx.x;
   const auto result = matrix_root(engine, task.sigma.sample(sample), Y, Z, ZY, task.steps, task.root);
   engine.write(result, task.result.sample(sample));
 }
 
-template <class T>
-__global__ void __launch_bounds__(matrix_threads(max_matrix_channels(sizeof(T), kMatricesBackward)))
-    root_backward_kernel(const RootBackwardTask<T> task) {
-  MatrixEngine<T> engine(int(task.sigma.channels));
+template <class T, int kSlots>
+__global__ void __launch_bounds__(kMaxWarps* kWarp) root_backward_kernel(const RootBackwardTask<T> task) {
+  MatrixEngine<T, kSlots> engine(int(task.sigma.channels));
   auto Y = engine.matrix(), Z = engine.matrix(), ZY = engine.matrix();
   auto dY = engine.matrix(), dZ = engine.matrix(), dZY = engine.matrix();
   const int64_t sample = blockIdx.x;
@@ -30,25 +27,30 @@ __global__ void __launch_bounds__(matrix_threads(max_matrix_channels(sizeof(T), 
   engine.write(gradient, task.grad_sigma.sample(sample));
 }
 
-/// Threads of a block for that many channels.
-template <class T> int threads(int64_t channels, int matrices) {
-  if (channels > max_matrix_channels(sizeof(T), matrices))
-    throw std::runtime_error("root: " + std::to_string(channels) + " channels are more than a block can hold");
-  return matrix_threads(int(channels));
+/// One block a sample: `kernel` where each warp has one tile, else `kernel_of_more`.
+template <class Task>
+void launch_blocks(const char* name, void (*kernel)(Task), void (*kernel_of_more)(Task), int64_t channels,
+                   int64_t shared_bytes, void* stream, const Task& task) {
+  if (shared_bytes == 0)
+    throw std::runtime_error(std::string(name) + ": " + std::to_string(channels) +
+                             " channels are more than a block can hold");
+  const int C = int(channels);
+  launch(name, matrix_slots(C) == 1 ? kernel : kernel_of_more, task.batch, matrix_threads(C), shared_bytes, stream,
+         task);
 }
 
 }  // namespace
 
 template <class T> void root(const RootTask<T>& task, void* stream) {
   const int64_t C = task.sigma.channels;
-  launch("root", root_kernel<T>, task.batch, threads<T>(C, kMatrices), root_shared_bytes(C, sizeof(T), false), stream,
-         task);
+  launch_blocks<RootTask<T>>("root", root_kernel<T, 1>, root_kernel<T, kMaxSlots>, C,
+                             root_shared_bytes(C, sizeof(T), false), stream, task);
 }
 
 template <class T> void root_backward(const RootBackwardTask<T>& task, void* stream) {
   const int64_t C = task.sigma.channels;
-  launch("root_backward", root_backward_kernel<T>, task.batch, threads<T>(C, kMatricesBackward),
-         root_shared_bytes(C, sizeof(T), true), stream, task);
+  launch_blocks<RootBackwardTask<T>>("root_backward", root_backward_kernel<T, 1>, root_backward_kernel<T, kMaxSlots>, C,
+                                     root_shared_bytes(C, sizeof(T), true), stream, task);
 }
 
 template void root(const RootTask<float>&, void*);

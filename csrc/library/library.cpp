@@ -33,10 +33,6 @@ Tensor multiply(const Tensor& a, const Tensor& b) { return call("aten::mul", "Te
 Tensor divide(const Tensor& a, const Tensor& b) { return call("aten::div", "Tensor", a, b); }
 Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
 Tensor transpose(const Tensor& a) { return torch::stable::transpose(a, -2, -1); }
-Tensor symmetric_part(const Tensor& a) {
-  const Tensor half = multiply(a, number(0.5));
-  return add(half, transpose(half));
-}
 
 /// One number per sample.
 struct Batch {
@@ -160,6 +156,11 @@ Tensor from_output(const Tensor& grad, int64_t channels, Output output) {
 }
 
 }  // namespace
+
+Tensor symmetric_part(const Tensor& A) {
+  const Tensor half = multiply(A, number(0.5));
+  return add(half, transpose(half));
+}
 
 Tensor root(const Tensor& sigma, const Steps& steps, Root root, Output output) {
   LibraryEngine engine(sigma);

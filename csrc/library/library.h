@@ -14,4 +14,7 @@ Tensor root(const Tensor& sigma, const Steps& steps, Root root, Output output);
 /// grad: upstream gradient in the layout `output`, sigma: [B, C, C] -> dL/dSigma, [B, C, C], symmetric.
 Tensor root_backward(const Tensor& grad, const Tensor& sigma, const Steps& steps, Root root, Output output);
 
+/// (A + A^T) / 2 of each matrix.
+Tensor symmetric_part(const Tensor& A);
+
 }  // namespace isqrt::library
