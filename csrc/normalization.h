@@ -4,6 +4,7 @@
 //     load(A, source)            A = sym(source), the source being a sample of Sigma or of the upstream gradient
 //     trace(A), inner(source, A), inner products and traces as its Scalar
 //     divide(A, s)               A = A / s
+//     load(g, source), dot(g, u) a mean's upstream gradient as a vector, inner products of vectors
 // A Scalar is a number, or a class with arithmetic, sqrt(s) and nonzero(s) of its own.
 #pragma once
 #include <cmath>
@@ -36,27 +37,60 @@ ISQRT_FN Matrix matrix_root(Engine& e, const Source& sigma, Matrix& Y, Matrix& Z
   return result;
 }
 
-/// Eqs. 4-8 for the upstream gradient G = dL/dYhat. With s(t) the compensation, P = Y_N or Z_N, D = P'(A)[sym G], and
-/// t s'(t) = s / 2 or -s / 2,
+/// Eqs. 1-3 for the mean of Yhat over its first channel index. Returns the vector that holds it.
+template <class Engine, class Matrix, class Column, class Source>
+ISQRT_FN Column matrix_root_mean(Engine& e, const Source& sigma, Matrix& Y, Matrix& Z, Matrix& T, Column& sums,
+                                 Column& u, Column& v, const Steps& steps, int64_t channels) {
+  e.load(Y, sigma);
+  const auto t = e.trace(Y);
+  e.divide(Y, nonzero(t));
+  newton_schulz_sums(e, Y, Z, T, steps, sums, u, v);
+  e.add(sums, compensation(t, Root::kSquare) / channels, 0, sums);
+  return sums;
+}
+
+/// Eqs. 5 and 8, the end of both gradients: D = dL/dA becomes dL/dSigma. <G, P> is the inner product of the upstream
+/// gradient and P = Y_N or Z_N; with s(t) the compensation, t s'(t) = s / 2 or -s / 2, and
 ///     dL/dSigma = s / t (D + (<G, P> t s'(t) / s - <D, A>) I)
 /// Nothing is divided by t^2, which would leave the range of float32 long before the result does.
-/// Returns the matrix that holds dL/dSigma, symmetric.
+template <class Engine, class Matrix, class Source, class Scalar>
+ISQRT_FN void normalization_backward(Engine& e, Matrix& D, const Source& sigma, const Scalar& t,
+                                     const Scalar& inner_product, Root root) {
+  const auto divisor = nonzero(t);
+  const auto factor = compensation(t, root) / divisor;
+  const auto of_compensation = (root == Root::kSquare ? 0.5 : -0.5) * inner_product;  // Eq. 5
+  const auto of_trace = e.inner(sigma, D) / divisor;                                  // <D, A>
+  e.identity_plus(D, factor * (of_compensation - of_trace), factor, D);               // Eq. 8
+}
+
+/// Eqs. 4-8 for the upstream gradient G = dL/dYhat. Returns the matrix that holds dL/dSigma, symmetric.
 template <class Engine, class Matrix, class SigmaSource, class GradSource>
 ISQRT_FN Matrix matrix_root_backward(Engine& e, const SigmaSource& sigma, const GradSource& grad, Matrix& Y, Matrix& Z,
                                      Matrix& T, Matrix& dY, Matrix& dZ, Matrix& dT, const Steps& steps, Root root) {
   e.load(Y, sigma);
   e.load(dY, grad);
   const auto t = e.trace(Y);
-  const auto divisor = nonzero(t);
-  e.divide(Y, divisor);                                        // A = Sigma / t
+  e.divide(Y, nonzero(t));                                     // A = Sigma / t
   newton_schulz_tangent(e, Y, Z, T, dY, dZ, dT, steps, root);  // Eqs. 6-7
   const Matrix P = root == Root::kSquare ? Y : Z;
   Matrix D = root == Root::kSquare ? dY : dZ;
-  const auto factor = compensation(t, root) / divisor;
-  const auto of_compensation = (root == Root::kSquare ? 0.5 : -0.5) * e.inner(grad, P);  // Eqs. 4-5
-  const auto of_trace = e.inner(sigma, D) / divisor;                                     // <D, A>
-  e.identity_plus(D, factor * (of_compensation - of_trace), factor, D);                  // Eq. 8
+  normalization_backward(e, D, sigma, t, e.inner(grad, P), root);
   return D;
+}
+
+/// The same for the upstream gradient g of the mean of Yhat.
+template <class Engine, class Matrix, class Column, class SigmaSource, class GradSource>
+ISQRT_FN Matrix matrix_root_mean_backward(Engine& e, const SigmaSource& sigma, const GradSource& grad, Matrix& Y,
+                                          Matrix& Z, Matrix& T, Matrix& dY, Matrix& dZ, Matrix& dT, Column& g,
+                                          Column& sums, Column& u, Column& v, const Steps& steps, int64_t channels) {
+  e.load(Y, sigma);
+  e.load(dY, grad);
+  e.load(g, grad);
+  const auto t = e.trace(Y);
+  e.divide(Y, nonzero(t));
+  newton_schulz_tangent_sums(e, Y, Z, T, dY, dZ, dT, steps, g, 0.5 / channels, sums, u, v);
+  normalization_backward(e, dY, sigma, t, e.dot(g, sums) / channels, Root::kSquare);  // <G, Y_N> = g' Y_N 1 / C
+  return dY;
 }
 
 }  // namespace isqrt

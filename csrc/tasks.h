@@ -24,7 +24,7 @@ template <class X> struct PoolBackwardTask {
   FeatureMaps<X> grad_x;
 };
 
-/// Sigma -> Yhat, or the inverse root.
+/// Sigma -> Yhat, or the inverse root; the mean is that of the square root.
 template <class T> struct RootTask {
   int64_t batch;
   RootView<const T> sigma;

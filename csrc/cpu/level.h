@@ -51,18 +51,11 @@ template <class X> void pool_backward(const PoolBackwardTask<X>& task, int64_t b
   }
 }
 
-/// Copies a root out of its padded matrix in the layout that was asked for.
+/// Copies a root out of its padded matrix, the whole of it or its upper triangle.
 template <class T>
 void write_root(const MatrixEngine<T>& engine, const typename MatrixEngine<T>::Matrix& A, const RootView<T>& result) {
   const int64_t C = result.channels;
   T* out = result.data;
-  if (result.output == Output::kMean) {
-    for (int64_t j = 0; j < C; ++j) out[j] = 0;
-    for (int64_t i = 0; i < C; ++i)
-      for (int64_t j = 0; j < C; ++j) out[j] += engine.row(A, i)[j];
-    for (int64_t j = 0; j < C; ++j) out[j] /= T(C);
-    return;
-  }
   for (int64_t i = 0; i < C; ++i) {
     const int64_t first = result.output == Output::kTriu ? i : 0;
     copy_strided(out, C, int64_t(1), engine.row(A, i) + first, C, int64_t(1), int64_t(1), C - first);
@@ -71,26 +64,36 @@ void write_root(const MatrixEngine<T>& engine, const typename MatrixEngine<T>::M
 }
 
 template <class T> void root(const RootTask<T>& task, int64_t begin, int64_t end) {
-  const int64_t C = task.sigma.channels, size = MatrixEngine<T>::matrix_size(C);
-  const Scratch<T> storage(4 * size);
+  const int64_t C = task.sigma.channels;
+  const Scratch<T> storage(MatrixEngine<T>::storage_size(C, 3, 3));
   for (int64_t sample = begin; sample < end; ++sample) {
-    MatrixEngine<T> engine(C, storage.get());
-    auto Y = engine.matrix(), Z = engine.matrix(), products = engine.matrix();
-    const auto result = matrix_root(engine, task.sigma.sample(sample), Y, Z, products, task.steps, task.root);
-    write_root(engine, result, task.result.sample(sample));
+    MatrixEngine<T> e(C, storage.get());
+    auto Y = e.matrix(), Z = e.matrix(), ZY = e.matrix();
+    auto sums = e.column(), u = e.column(), v = e.column();
+    const auto sigma = task.sigma.sample(sample);
+    const auto result = task.result.sample(sample);
+    if (result.output == Output::kMean) {
+      const auto mean = matrix_root_mean(e, sigma, Y, Z, ZY, sums, u, v, task.steps, C);
+      copy_strided(result.data, C, int64_t(1), mean.data, C, int64_t(1), int64_t(1), C);
+    } else {
+      write_root(e, matrix_root(e, sigma, Y, Z, ZY, task.steps, task.root), result);
+    }
   }
 }
 
 template <class T> void root_backward(const RootBackwardTask<T>& task, int64_t begin, int64_t end) {
-  const int64_t C = task.sigma.channels, size = MatrixEngine<T>::matrix_size(C);
-  const Scratch<T> storage(7 * size);
+  const int64_t C = task.sigma.channels;
+  const Scratch<T> storage(MatrixEngine<T>::storage_size(C, 6, 4));
   for (int64_t sample = begin; sample < end; ++sample) {
-    MatrixEngine<T> engine(C, storage.get());
-    auto Y = engine.matrix(), Z = engine.matrix(), ZY = engine.matrix();
-    auto dY = engine.matrix(), dZ = engine.matrix(), dZY = engine.matrix();
-    const auto gradient = matrix_root_backward(engine, task.sigma.sample(sample), task.grad.sample(sample), Y, Z, ZY,
-                                               dY, dZ, dZY, task.steps, task.root);
-    write_root(engine, gradient, task.grad_sigma.sample(sample));
+    MatrixEngine<T> e(C, storage.get());
+    auto Y = e.matrix(), Z = e.matrix(), ZY = e.matrix(), dY = e.matrix(), dZ = e.matrix(), dZY = e.matrix();
+    auto g = e.column(), sums = e.column(), u = e.column(), v = e.column();
+    const auto sigma = task.sigma.sample(sample), grad = task.grad.sample(sample);
+    const auto gradient =
+        grad.output == Output::kMean
+            ? matrix_root_mean_backward(e, sigma, grad, Y, Z, ZY, dY, dZ, dZY, g, sums, u, v, task.steps, C)
+            : matrix_root_backward(e, sigma, grad, Y, Z, ZY, dY, dZ, dZY, task.steps, task.root);
+    write_root(e, gradient, task.grad_sigma.sample(sample));
   }
 }
 

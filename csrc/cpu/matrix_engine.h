@@ -14,9 +14,17 @@ template <class T> class MatrixEngine {
     T* data;
   };
 
-  static int64_t matrix_size(int64_t channels) { return padded<T>(channels) * padded<T>(channels); }
+  /// A vector of C elements, and zeros.
+  struct Column {
+    T* data;
+  };
 
-  /// `storage` holds one matrix more than the caller takes with matrix(), all zero.
+  /// Storage for that many matrices and vectors, and the one matrix more that the engine needs.
+  static int64_t storage_size(int64_t channels, int matrices, int vectors) {
+    return padded<T>(channels) * (padded<T>(channels) * (matrices + 1) + vectors);
+  }
+
+  /// `storage` is all zero.
   MatrixEngine(int64_t channels, T* storage) : channels_(channels), ld_(padded<T>(channels)), next_(storage) {
     spare_ = matrix();
   }
@@ -25,6 +33,12 @@ template <class T> class MatrixEngine {
     Matrix m{next_};
     next_ += ld_ * ld_;
     return m;
+  }
+
+  Column column() {
+    Column v{next_};
+    next_ += ld_;
+    return v;
   }
 
   const T* row(const Matrix& A, int64_t i) const { return A.data + i * ld_; }
@@ -70,6 +84,32 @@ template <class T> class MatrixEngine {
     for (int64_t i = 0; i < channels_; ++i) D.data[i * ld_ + i] += alpha;
   }
 
+  template <class Source> void load(Column& u, const Source& source) const {
+    for (int64_t i = 0; i < channels_; ++i) u.data[i] = source.data[i];
+  }
+  T dot(const Column& u, const Column& v) const {
+    T sum = 0;
+    for (int64_t i = 0; i < channels_; ++i) sum += u.data[i] * v.data[i];
+    return sum;
+  }
+  void add(Column& u, T alpha, T beta, const Column& v) const {
+    for (int64_t i = 0; i < ld_; ++i) u.data[i] = alpha * u.data[i] + beta * v.data[i];
+  }
+  void sums(Column& u, const Matrix& A) const {
+    multiply_rows(u, A, [](int64_t) { return T(1); });
+  }
+  void multiply(Column& u, const Matrix& A, const Column& v) const {
+    multiply_rows(u, A, [&](int64_t i) { return v.data[i]; });
+  }
+  void rank_two(Matrix& D, T alpha, T beta, const Column& u, const Column& v, const Column& w) const {
+    const T *U = u.data, *V = v.data, *W = w.data;
+    for_upper_triangle(channels_, [&](int64_t i, int64_t j) {
+      const T value = alpha * D.data[i * ld_ + j] + beta * (U[i] * V[j] + V[i] * U[j] + W[i] + W[j]);
+      D.data[i * ld_ + j] = value;
+      D.data[j * ld_ + i] = value;
+    });
+  }
+
   void product(Matrix& D, const Matrix& A, const Matrix& B) {
     combine<false>(D, T(0), T(1), [&](Tile<T>& t, int64_t i, int64_t j) { add(t, A, B, i, j); });
   }
@@ -86,6 +126,15 @@ template <class T> class MatrixEngine {
   }
 
  private:
+  /// u = sum_i factor(i) A[i, :], A being symmetric.
+  template <class Factor> void multiply_rows(Column& u, const Matrix& A, const Factor& factor) const {
+    for (int64_t j = 0; j < ld_; ++j) u.data[j] = 0;
+    for (int64_t i = 0; i < channels_; ++i) {
+      const T f = factor(i);
+      for (int64_t j = 0; j < ld_; ++j) u.data[j] += f * A.data[i * ld_ + j];
+    }
+  }
+
   inline __attribute__((always_inline)) void add(Tile<T>& tile, const Matrix& A, const Matrix& B, int64_t i,
                                                  int64_t j) const {
     multiply_add(tile, A.data + i, ld_, B.data + j, ld_, channels_);

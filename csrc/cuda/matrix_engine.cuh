@@ -28,11 +28,12 @@ ISQRT_FN constexpr int matrix_threads(int channels) {
   return (tile_count(channels) + matrix_slots(channels) - 1) / matrix_slots(channels) * kWarp;
 }
 
-/// Elements of shared memory before the matrices, for block_sum.
-constexpr int kSums = 32;
+/// Elements of shared memory before the matrices: for block_sum, and for vectors.
+constexpr int kSums = 32, kVectors = 4;
 
 ISQRT_FN constexpr int64_t matrix_shared_bytes(int channels, int64_t element_size, int matrices) {
-  return element_size * (kSums + int64_t(matrices) * tile_count(channels) * kTileSize);
+  return element_size *
+         (kSums + kVectors * kTile * tile_rows(channels) + int64_t(matrices) * tile_count(channels) * kTileSize);
 }
 
 /// The most channels for which that many matrices fit into the shared memory of any device, and their tiles into the
@@ -52,7 +53,13 @@ template <class T, int kSlots> class MatrixEngine {
     int first;
   };
 
+  /// Where a vector of C elements begins, in bytes.
+  struct Column {
+    int first;
+  };
+
   __device__ explicit MatrixEngine(int channels) : channels_(channels), tiles_(tile_rows(channels)) {
+    next_ = int(sizeof(T)) * (kSums + kVectors * kTile * tiles_);
     const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
@@ -67,6 +74,12 @@ template <class T, int kSlots> class MatrixEngine {
     const Matrix m{next_};
     next_ += tile_count(channels_) * kTileBytes;
     return m;
+  }
+
+  __device__ Column column() {
+    const Column u{next_column_};
+    next_column_ += kTile * tiles_ * int(sizeof(T));
+    return u;
   }
 
   template <class Source> __device__ void load(Matrix A, const Source& source) const {
@@ -120,12 +133,37 @@ template <class T, int kSlots> class MatrixEngine {
     combine<true>(D, alpha, beta, A1, B1, A2, B2, 2);
   }
 
-  /// Copies a matrix out in the layout that was asked for; neighbouring threads write neighbouring elements.
+  template <class Source> __device__ void load(Column u, const Source& source) const {
+    map(u, [&](int i) { return source.data[i]; });
+  }
+  __device__ void add(Column u, T alpha, T beta, Column v) const {
+    map(u, [&](int i) { return alpha * element(u, i) + beta * element(v, i); });
+  }
+  __device__ T dot(Column u, Column v) const {
+    T sum = 0;
+    for (int i = threadIdx.x; i < channels_; i += blockDim.x) sum += element(u, i) * element(v, i);
+    return block_sum(sum, shared_memory<T>());
+  }
+  __device__ void sums(Column u, Matrix A) const {
+    sum_rows(u, A, [](int) { return T(1); });
+  }
+  __device__ void multiply(Column u, Matrix A, Column v) const {
+    sum_rows(u, A, [&](int j) { return element(v, j); });
+  }
+  __device__ void rank_two(Matrix D, T alpha, T beta, Column u, Column v, Column w) const {
+    map(D, D, [&](T d, int i, int j) {
+      if (i >= channels_ || j >= channels_) return T(0);
+      return alpha * d +
+             beta * (element(u, i) * element(v, j) + element(v, i) * element(u, j) + element(w, i) + element(w, j));
+    });
+  }
+
+  __device__ void write(Column u, const RootView<T>& result) const {
+    for (int i = threadIdx.x; i < channels_; i += blockDim.x) result.data[i] = element(u, i);
+  }
+
+  /// Copies a matrix out, or its upper triangle; neighbouring threads write neighbouring elements.
   __device__ void write(Matrix A, const RootView<T>& result) const {
-    if (result.output == Output::kMean) {
-      for (int j = threadIdx.x; j < channels_; j += blockDim.x) result.data[j] = column_sum(A, j) / T(channels_);
-      return;
-    }
     const bool upper = result.output == Output::kTriu;
     for (int i = threadIdx.x / kWarp; i < channels_; i += blockDim.x / kWarp) {
       T* row = result.data + (upper ? triu_index(i, i, channels_) - i : int64_t(i) * channels_);
@@ -159,10 +197,30 @@ template <class T, int kSlots> class MatrixEngine {
                  : in_tile(tile(A, j / kTile, i / kTile), j % kTile, i % kTile);
   }
 
-  __device__ T column_sum(Matrix A, int j) const {
-    T sum = 0;
-    for (int i = 0; i < channels_; ++i) sum += element(A, i, j);
-    return sum;
+  static __device__ T& element(Column u, int i) { return at(u.first + int(sizeof(T)) * i); }
+
+  /// u_i = f(i)
+  template <class F> __device__ __forceinline__ void map(Column u, const F& f) const {
+    for (int i = threadIdx.x; i < channels_; i += blockDim.x) element(u, i) = f(i);
+    __syncthreads();
+  }
+
+  /// u_i = sum_j A_ij factor(j). Four neighbouring threads share a row, and meet no bank conflict: they and those of
+  /// the next rows read as for an Operand.
+  template <class Factor> __device__ __forceinline__ void sum_rows(Column u, Matrix A, const Factor& factor) const {
+    for (int i = threadIdx.x / 4; i < kTile * tiles_; i += blockDim.x / 4) {
+      const int I = i / kTile;
+      T sum = 0;
+      for (int J = 0; J < tiles_; ++J) {
+        const int from = I <= J ? tile(A, I, J) : tile(A, J, I);
+        for (int c = threadIdx.x % 4; c < kTile && kTile * J + c < channels_; c += 4)
+          sum += (I <= J ? in_tile(from, i % kTile, c) : in_tile(from, c, i % kTile)) * factor(kTile * J + c);
+      }
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      if (threadIdx.x % 4 == 0 && i < channels_) element(u, i) = sum;
+    }
+    __syncthreads();
   }
 
   /// Element (i, j) of sym(source), 0 outside C x C.
@@ -280,7 +338,7 @@ template <class T, int kSlots> class MatrixEngine {
 
   int channels_, tiles_;
   Place own_[kSlots];
-  int next_ = kSums * sizeof(T);
+  int next_, next_column_ = kSums * int(sizeof(T));
 };
 
 }  // namespace isqrt::cuda

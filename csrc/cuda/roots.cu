@@ -8,6 +8,8 @@ namespace {
 
 constexpr int kMatrices = 3, kMatricesBackward = 6;
 
+template <class T, int kMatrices> constexpr int kMostSlots = matrix_slots(max_matrix_channels(sizeof(T), kMatrices));
+
 template <class T, int kSlots> __global__ void __launch_bounds__(kMaxWarps* kWarp) root_kernel(const RootTask<T> task) {
   MatrixEngine<T, kSlots> engine(int(task.sigma.channels));
   auto Y = engine.matrix(), Z = engine.matrix(), ZY = engine.matrix();
@@ -16,41 +18,67 @@ template <class T, int kSlots> __global__ void __launch_bounds__(kMaxWarps* kWar
   engine.write(result, task.result.sample(sample));
 }
 
-template <class T, int kSlots>
-__global__ void __launch_bounds__(kMaxWarps* kWarp) root_backward_kernel(const RootBackwardTask<T> task) {
-  MatrixEngine<T, kSlots> engine(int(task.sigma.channels));
-  auto Y = engine.matrix(), Z = engine.matrix(), ZY = engine.matrix();
-  auto dY = engine.matrix(), dZ = engine.matrix(), dZY = engine.matrix();
-  const int64_t sample = blockIdx.x;
-  const auto gradient = matrix_root_backward(engine, task.sigma.sample(sample), task.grad.sample(sample), Y, Z, ZY, dY,
-                                             dZ, dZY, task.steps, task.root);
-  engine.write(gradient, task.grad_sigma.sample(sample));
+template <class T, int kSlots, bool kMean>
+__global__ void __launch_bounds__(kMaxWarps* kWarp) root_kernel(const RootTask<T> task) {
+  const int64_t C = task.sigma.channels;
+  MatrixEngine<T, kSlots> e{int(C)};
+  auto Y = e.matrix(), Z = e.matrix(), ZY = e.matrix();
+  const auto sigma = task.sigma.sample(blockIdx.x);
+  const auto result = task.result.sample(blockIdx.x);
+  if constexpr (kMean) {
+    auto sums = e.column(), u = e.column(), v = e.column();
+    e.write(matrix_root_mean(e, sigma, Y, Z, ZY, sums, u, v, task.steps, C), result);
+  } else {
+    e.write(matrix_root(e, sigma, Y, Z, ZY, task.steps, task.root), result);
+  }
 }
 
-/// One block a sample: `kernel` where each warp has one tile, else `kernel_of_more`.
-template <class Task>
-void launch_blocks(const char* name, void (*kernel)(Task), void (*kernel_of_more)(Task), int64_t channels,
-                   int64_t shared_bytes, void* stream, const Task& task) {
+template <class T, int kSlots, bool kMean>
+__global__ void __launch_bounds__(kMaxWarps* kWarp) root_backward_kernel(const RootBackwardTask<T> task) {
+  const int64_t C = task.sigma.channels;
+  MatrixEngine<T, kSlots> e{int(C)};
+  auto Y = e.matrix(), Z = e.matrix(), ZY = e.matrix(), dY = e.matrix(), dZ = e.matrix(), dZY = e.matrix();
+  const auto sigma = task.sigma.sample(blockIdx.x);
+  const auto grad = task.grad.sample(blockIdx.x);
+  const auto result = task.grad_sigma.sample(blockIdx.x);
+  if constexpr (kMean) {
+    auto g = e.column(), sums = e.column(), u = e.column(), v = e.column();
+    e.write(matrix_root_mean_backward(e, sigma, grad, Y, Z, ZY, dY, dZ, dZY, g, sums, u, v, task.steps, C), result);
+  } else {
+    e.write(matrix_root_backward(e, sigma, grad, Y, Z, ZY, dY, dZ, dZY, task.steps, task.root), result);
+  }
+}
+
+/// One block a sample, of the kernel that choose(slots, mean) returns, both as types; kSlots where one is not enough.
+template <int kSlots, class Task, class Choose>
+void launch_blocks(const char* name, const Choose& choose, int64_t channels, bool mean, int64_t shared_bytes,
+                   void* stream, const Task& task) {
   if (shared_bytes == 0)
     throw std::runtime_error(std::string(name) + ": " + std::to_string(channels) +
                              " channels are more than a block can hold");
   const int C = int(channels);
-  launch(name, matrix_slots(C) == 1 ? kernel : kernel_of_more, task.batch, matrix_threads(C), shared_bytes, stream,
-         task);
+  const auto choose_slots = [&](auto mean_type) {
+    return matrix_slots(C) == 1 ? choose(std::integral_constant<int, 1>(), mean_type)
+                                : choose(std::integral_constant<int, kSlots>(), mean_type);
+  };
+  void (*const kernel)(Task) = mean ? choose_slots(std::true_type()) : choose_slots(std::false_type());
+  launch(name, kernel, task.batch, matrix_threads(C), shared_bytes, stream, task);
 }
 
 }  // namespace
 
 template <class T> void root(const RootTask<T>& task, void* stream) {
   const int64_t C = task.sigma.channels;
-  launch_blocks<RootTask<T>>("root", root_kernel<T, 1>, root_kernel<T, kMaxSlots>, C,
-                             root_shared_bytes(C, sizeof(T), false), stream, task);
+  const auto choose = [](auto slots, auto mean) { return root_kernel<T, slots, mean>; };
+  launch_blocks<kMostSlots<T, kMatrices>>("root", choose, C, task.result.output == Output::kMean,
+                                          root_shared_bytes(C, sizeof(T), false), stream, task);
 }
 
 template <class T> void root_backward(const RootBackwardTask<T>& task, void* stream) {
   const int64_t C = task.sigma.channels;
-  launch_blocks<RootBackwardTask<T>>("root_backward", root_backward_kernel<T, 1>, root_backward_kernel<T, kMaxSlots>, C,
-                                     root_shared_bytes(C, sizeof(T), true), stream, task);
+  const auto choose = [](auto slots, auto mean) { return root_backward_kernel<T, slots, mean>; };
+  launch_blocks<kMostSlots<T, kMatricesBackward>>("root_backward", choose, C, task.grad.output == Output::kMean,
+                                                  root_shared_bytes(C, sizeof(T), true), stream, task);
 }
 
 template void root(const RootTask<float>&, void*);
