@@ -98,7 +98,7 @@ template <class Enum> Enum check_enum(int64_t value, Enum last, const char* name
 }
 Output check_output(int64_t value) { return check_enum(value, Output::kMean, "output"); }
 Root check_root(int64_t value) { return check_enum(value, Root::kInverse, "root"); }
-EngineKind check_engine(int64_t value) { return check_enum(value, EngineKind::kBlock, "engine"); }
+EngineKind check_engine(int64_t value) { return check_enum(value, EngineKind::kGrid, "engine"); }
 
 // ---- views --------------------------------------------------------------------------------------------------------
 
@@ -169,6 +169,7 @@ struct Cpu {
   template <class T> void root_backward(const RootBackwardTask<T>& task, EngineKind kind) const {
     cpu::root_backward(task, kind);
   }
+  static int64_t workspace_size(EngineKind, const Tensor&, bool) { return 0; }
 };
 
 #ifdef ISQRT_WITH_CUDA
@@ -183,9 +184,17 @@ struct Cuda {
   template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKind) const {
     cuda::pool_backward(task, stream);
   }
-  template <class T> void root(const RootTask<T>& task, EngineKind) const { cuda::root(task, stream); }
-  template <class T> void root_backward(const RootBackwardTask<T>& task, EngineKind) const {
-    cuda::root_backward(task, stream);
+  template <class T> void root(const RootTask<T>& task, EngineKind kind) const {
+    kind == EngineKind::kGrid ? cuda::grid_root(task, stream) : cuda::root(task, stream);
+  }
+  template <class T> void root_backward(const RootBackwardTask<T>& task, EngineKind kind) const {
+    kind == EngineKind::kGrid ? cuda::grid_root_backward(task, stream) : cuda::root_backward(task, stream);
+  }
+  /// Elements that the engine needs beside sigma.
+  static int64_t workspace_size(EngineKind kind, const Tensor& sigma, bool backward) {
+    return kind == EngineKind::kGrid
+               ? cuda::grid_workspace_size(sigma.size(0), sigma.size(1), int64_t(sigma.element_size()), backward)
+               : 0;
   }
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
@@ -244,9 +253,11 @@ template <class Device> struct Engine {
     if (choice.forward == EngineKind::kLibrary && B > 0) return library::root(sigma, steps, root, output);
     const Tensor result = torch::stable::new_empty(sigma, output_shape(B, C, output));
     if (B == 0) return result;
+    const Tensor workspace = torch::stable::new_empty(sigma, {device.workspace_size(choice.forward, sigma, false)});
     dispatch_matrices(sigma, [&](auto zero) {
       using T = decltype(zero);
-      device.root(RootTask<T>{B, source<T>(sigma, Output::kMatrix, C), steps, root, target<T>(result, output, C)},
+      device.root(RootTask<T>{B, source<T>(sigma, Output::kMatrix, C), steps, root, target<T>(result, output, C),
+                              workspace.mutable_data_ptr<T>()},
                   choice.forward);
     });
     return result;
@@ -258,11 +269,13 @@ template <class Device> struct Engine {
       return library::root_backward(grad, sigma, steps, root, output);
     const Tensor result = torch::stable::new_empty(sigma, {B, C, C});
     if (B == 0) return result;
+    const Tensor workspace = torch::stable::new_empty(sigma, {device.workspace_size(choice.backward, sigma, true)});
     dispatch_matrices(sigma, [&](auto zero) {
       using T = decltype(zero);
-      device.root_backward(RootBackwardTask<T>{B, source<T>(grad, output, C), source<T>(sigma, Output::kMatrix, C),
-                                               steps, root, target<T>(result, Output::kMatrix, C)},
-                           choice.backward);
+      device.root_backward(
+          RootBackwardTask<T>{B, source<T>(grad, output, C), source<T>(sigma, Output::kMatrix, C), steps, root,
+                              target<T>(result, Output::kMatrix, C), workspace.mutable_data_ptr<T>()},
+          choice.backward);
     });
     return result;
   }

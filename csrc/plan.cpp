@@ -45,13 +45,20 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
   const auto choose = [&](bool backward) {
     const int64_t bytes = cuda::root_shared_bytes(p.channels, p.element_size, backward);
     const bool fits = bytes > 0 && bytes <= cuda::shared_bytes_limit(p.device);
-    if (requested == EngineKind::kBlock && !fits)
-      throw std::runtime_error("engine: 'block' needs more shared memory than this device has for " +
-                               std::to_string(p.channels) + " channels");
-    return fits && requested != EngineKind::kLibrary ? EngineKind::kBlock : EngineKind::kLibrary;
+    switch (requested) {
+      case EngineKind::kAuto:
+        return fits ? EngineKind::kBlock : EngineKind::kGrid;
+      case EngineKind::kBlock:
+        if (fits) return requested;
+        throw std::runtime_error("engine: 'block' needs more shared memory than this device has for " +
+                                 std::to_string(p.channels) + " channels");
+      case EngineKind::kGrid:
+      case EngineKind::kLibrary:
+        return requested;
+      default:
+        throw std::runtime_error(std::string("engine: '") + engine_name(requested) + "' does not run on a CUDA device");
+    }
   };
-  if (requested != EngineKind::kAuto && requested != EngineKind::kLibrary && requested != EngineKind::kBlock)
-    throw std::runtime_error(std::string("engine: '") + engine_name(requested) + "' does not run on a CUDA device");
   // Several blocks for each of the at most 160 multiprocessors of today's devices; whole tiles, aligned where x is.
   constexpr int64_t kBlocks = 1024, kTile = 64;
   return {choose(false), choose(true), EngineKind::kBlock,
@@ -62,7 +69,7 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
 }  // namespace
 
 const char* engine_name(EngineKind kind) {
-  constexpr const char* names[] = {"auto", "library", "portable", "avx2", "avx512", "block"};
+  constexpr const char* names[] = {"auto", "library", "portable", "avx2", "avx512", "block", "grid"};
   return names[static_cast<int>(kind)];
 }
 
@@ -86,7 +93,8 @@ Plan plan(const Problem& problem, EngineKind requested) {
 #ifdef ISQRT_WITH_CUDA
   if (problem.cuda) return plan_cuda(problem, requested);
 #endif
-  if (requested == EngineKind::kBlock) throw std::runtime_error("engine: 'block' runs on CUDA devices only");
+  if (requested == EngineKind::kBlock || requested == EngineKind::kGrid)
+    throw std::runtime_error(std::string("engine: '") + engine_name(requested) + "' runs on CUDA devices only");
   return plan_cpu(problem, requested);
 }
 

@@ -31,6 +31,7 @@ template <class T> struct RootTask {
   Steps steps;
   Root root;
   RootView<T> result;
+  T* workspace = nullptr;  // of an engine that needs one
 };
 
 /// dL/dYhat -> dL/dSigma, symmetric.
@@ -41,6 +42,7 @@ template <class T> struct RootBackwardTask {
   Steps steps;
   Root root;
   RootView<T> grad_sigma;
+  T* workspace = nullptr;
 };
 
 }  // namespace isqrt

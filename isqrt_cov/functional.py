@@ -137,7 +137,7 @@ def plan(
         shape: (B, C, H, W) or (B, C, M).
         dtype: float32, float64, float16 or bfloat16.
         device: where the feature maps lie.
-        engine: ask for one of "library", "portable", "avx2", "avx512" and "block" instead of "auto".
+        engine: ask for one of "library", "portable", "avx2", "avx512", "block" and "grid" instead of "auto".
 
     Returns:
         ``pooling``, ``forward`` and ``backward``: the engine of the covariance, of the root and of its gradient;

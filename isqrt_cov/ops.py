@@ -14,7 +14,7 @@ from . import reference
 # The enumerations of csrc, in their order.
 OUTPUTS = ("matrix", "triu", "mean")
 ROOTS = ("square", "inverse")
-ENGINES = ("auto", "library", "portable", "avx2", "avx512", "block")
+ENGINES = ("auto", "library", "portable", "avx2", "avx512", "block", "grid")
 
 
 def code(argument: str, value: str, names: tuple[str, ...]) -> int:

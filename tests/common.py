@@ -8,6 +8,8 @@ import torch
 from isqrt_cov import build_info, plan
 from isqrt_cov.ops import ENGINES
 
+CUDA_ENGINES = ("block", "grid")
+
 
 def missing_cuda() -> str | None:
     """Why the CUDA kernels cannot be tested here, or None."""
@@ -30,7 +32,7 @@ def engine_code(name):
 
 
 def engine_device(name):
-    return "cuda" if name == "block" else "cpu"
+    return "cuda" if name in CUDA_ENGINES else "cpu"
 
 
 def tolerance(dtype, channels, positions=1, iterations=5):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common import missing_cuda
+from common import CUDA_ENGINES, missing_cuda
 from isqrt_cov import build_info
 
 
@@ -14,10 +14,18 @@ def device(request):
     return request.param
 
 
-@pytest.fixture(params=["library", "portable", "avx2", "avx512", pytest.param("block", marks=pytest.mark.cuda)])
+@pytest.fixture(
+    params=[
+        "library",
+        "portable",
+        "avx2",
+        "avx512",
+        *(pytest.param(name, marks=pytest.mark.cuda) for name in CUDA_ENGINES),
+    ]
+)
 def engine(request):
     """Every engine by its name; skipped with the reason where it cannot run."""
-    if request.param == "block" and (reason := missing_cuda()):
+    if request.param in CUDA_ENGINES and (reason := missing_cuda()):
         pytest.skip(reason)
     if request.param in ("avx2", "avx512") and request.param not in build_info()["simd_usable"]:
         pytest.skip(f"this CPU has no {request.param}")

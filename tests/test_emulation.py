@@ -68,14 +68,14 @@ def pool_backward(kernels, grad_sigma, x, mean, chunk):
     return grad_x
 
 
-def root(kernels, sigma, iterations, root_name, output, floor=0.0):
+def root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False):
     codes = ROOTS.index(root_name), OUTPUTS.index(output)
-    return torch.from_numpy(kernels.root(array(sigma), iterations, *codes, floor))
+    return torch.from_numpy(kernels.root(array(sigma), iterations, *codes, floor, grid))
 
 
-def root_backward(kernels, grad, sigma, iterations, root_name, output, floor=0.0):
+def root_backward(kernels, grad, sigma, iterations, root_name, output, floor=0.0, grid=False):
     codes = ROOTS.index(root_name), OUTPUTS.index(output)
-    return torch.from_numpy(kernels.root_backward(array(grad), array(sigma), iterations, *codes, floor))
+    return torch.from_numpy(kernels.root_backward(array(grad), array(sigma), iterations, *codes, floor, grid))
 
 
 def fits(kernels, sigma, backward):
@@ -99,20 +99,20 @@ def check_pooling(kernels, x, chunk):
     assert_close(grad_x, reference.covariance_pool_backward(grad_sigma.double(), exact_x), bound + rounding)
 
 
-def check_root(kernels, sigma, iterations, root_name, output, floor=0.0):
+def check_root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False):
     step = reference.minimax_steps(iterations, floor) if floor else reference.PAPER_STEP
     exact = {"square": reference.matrix_sqrt, "inverse": reference.matrix_inv_sqrt}[root_name]
     exact_sigma = sigma.double().requires_grad_()
     expected = reference.convert_output(exact(exact_sigma, iterations, step), output)
     bound = tolerance(sigma.dtype, sigma.shape[1], 1, iterations)
-    result = root(kernels, sigma, iterations, root_name, output, floor)
+    result = root(kernels, sigma, iterations, root_name, output, floor, grid)
     assert_close(result, expected.detach(), bound)
     if output == "matrix":
         assert torch.equal(result, result.mT)
-    if fits(kernels, sigma, backward=True):
+    if grid or fits(kernels, sigma, backward=True):
         upstream = torch.randn(result.shape, dtype=sigma.dtype)
         (grad,) = torch.autograd.grad(expected, exact_sigma, upstream.double())
-        result = root_backward(kernels, upstream, sigma, iterations, root_name, output, floor)
+        result = root_backward(kernels, upstream, sigma, iterations, root_name, output, floor, grid)
         # Half of its sums have twice the terms, and it is a product of two such results.
         assert_close(result, grad, 2 * bound, gradient_size(upstream, expected, sigma))
         assert torch.equal(result, result.mT)
@@ -153,6 +153,16 @@ def test_root_matches_reference(kernels, channels, dtype):
     for number, iterations in enumerate((1, 2, 3, 5)):
         check_root(kernels, sigma, iterations, "square", OUTPUTS[(number + channels) % 3])
     check_root(kernels, sigma, 2, "inverse", "matrix")
+
+
+# One tile, a tail, two tiles of which one ends in the middle of a panel; and more.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", (1, 33, 70, 96, 130))
+def test_root_on_the_grid(kernels, channels, dtype):
+    sigma = covariances(2 if channels < 100 else 1, channels, dtype)
+    for number, iterations in enumerate((1, 2, 3)):
+        check_root(kernels, sigma, iterations, "square", OUTPUTS[(number + channels) % 3], grid=True)
+    check_root(kernels, sigma, 2, "inverse", OUTPUTS[channels % 3], grid=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

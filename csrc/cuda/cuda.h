@@ -13,6 +13,11 @@ template <class X> void pool_backward(const PoolBackwardTask<X>& task, void* str
 template <class T> void root(const RootTask<T>& task, void* stream);
 template <class T> void root_backward(const RootBackwardTask<T>& task, void* stream);
 
+/// The same of matrices in global memory, with the workspace of the task: so many elements.
+template <class T> void grid_root(const RootTask<T>& task, void* stream);
+template <class T> void grid_root_backward(const RootBackwardTask<T>& task, void* stream);
+int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_size, bool backward);
+
 /// Shared memory in bytes that one block needs for root or root_backward of a C x C matrix, 0 where no kernel is
 /// compiled for so many channels; and the most that a block of this device can have.
 int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward);

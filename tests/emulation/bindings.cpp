@@ -5,6 +5,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <cmath>
+#include <vector>
+
 #include "cuda/cuda.h"
 #include "emulation.h"
 
@@ -76,39 +79,49 @@ template <class T> Array<T> new_root(int64_t batch, int64_t channels, Output out
 
 Steps steps(int iterations, double floor) { return floor == 0 ? Steps{iterations} : minimax_steps(iterations, floor); }
 
-template <class T> Array<T> root(const Contiguous<T>& sigma, int iterations, int root, int output, double floor) {
+/// Of the grid's engine, with nothing in it.
+template <class T> std::vector<T> new_workspace(int64_t batch, int64_t channels, bool backward) {
+  return std::vector<T>(cuda::grid_workspace_size(batch, channels, sizeof(T), backward), T(NAN));
+}
+
+template <class T>
+Array<T> root(const Contiguous<T>& sigma, int iterations, int root, int output, double floor, bool grid) {
   const int64_t B = sigma.shape(0), C = sigma.shape(1);
   const Output layout = static_cast<Output>(output);
   Array<T> result = new_root<T>(B, C, layout);
-  cuda::root(RootTask<T>{B,
+  auto workspace = new_workspace<T>(B, C, false);
+  const RootTask<T> task{B,
                          {sigma.data(), Output::kMatrix, C},
                          steps(iterations, floor),
                          static_cast<Root>(root),
-                         {result.mutable_data(), layout, C}},
-             nullptr);
+                         {result.mutable_data(), layout, C},
+                         workspace.data()};
+  grid ? cuda::grid_root(task, nullptr) : cuda::root(task, nullptr);
   return result;
 }
 
 template <class T>
 Array<T> root_backward(const Contiguous<T>& grad, const Contiguous<T>& sigma, int iterations, int root, int output,
-                       double floor) {
+                       double floor, bool grid) {
   const int64_t B = sigma.shape(0), C = sigma.shape(1);
   Array<T> result = new_root<T>(B, C, Output::kMatrix);
-  cuda::root_backward(RootBackwardTask<T>{B,
-                                          {grad.data(), static_cast<Output>(output), C},
-                                          {sigma.data(), Output::kMatrix, C},
-                                          steps(iterations, floor),
-                                          static_cast<Root>(root),
-                                          {result.mutable_data(), Output::kMatrix, C}},
-                      nullptr);
+  auto workspace = new_workspace<T>(B, C, true);
+  const RootBackwardTask<T> task{B,
+                                 {grad.data(), static_cast<Output>(output), C},
+                                 {sigma.data(), Output::kMatrix, C},
+                                 steps(iterations, floor),
+                                 static_cast<Root>(root),
+                                 {result.mutable_data(), Output::kMatrix, C},
+                                 workspace.data()};
+  grid ? cuda::grid_root_backward(task, nullptr) : cuda::root_backward(task, nullptr);
   return result;
 }
 
 template <class T> void define(py::module_& m) {
   m.def("root", &root<T>, py::arg("sigma").noconvert(), py::arg("iterations"), py::arg("root"), py::arg("output"),
-        py::arg("floor"));
+        py::arg("floor"), py::arg("grid"));
   m.def("root_backward", &root_backward<T>, py::arg("grad").noconvert(), py::arg("sigma").noconvert(),
-        py::arg("iterations"), py::arg("root"), py::arg("output"), py::arg("floor"));
+        py::arg("iterations"), py::arg("root"), py::arg("output"), py::arg("floor"), py::arg("grid"));
 }
 
 }  // namespace
