@@ -14,6 +14,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.15.0
 WRITE ?=
+OUT ?= out/gpu
+WHEEL ?=
+STEPS ?=
+BUDGET ?=
+DRY_RUN ?=
 # The build with the CUDA kernels: a wheel, and the same installed beside .venv, for PYTHONPATH.
 CUDA := build/cuda
 ARCHITECTURES := 8.0 9.0 10.0
@@ -74,9 +79,14 @@ kernels: .venv/cuobjdump $(CUDA)/installed
 check-cuda-torch:
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install $(CUDA_TORCH) pytest numpy
-	.venv-cuda/bin/pip install --no-deps --force-reinstall .
+	TORCH_CUDA_ARCH_LIST="$(ARCHITECTURES)" .venv-cuda/bin/pip install --no-deps --force-reinstall .
 	.venv-cuda/bin/python -P -m isqrt_cov | tee /dev/stderr | grep -q "compiled for"
-	.venv-cuda/bin/python -P -m pytest tests/test_build.py tests/test_functional.py tests/test_ops.py
+	.venv-cuda/bin/python -P -m pytest tests/test_build.py tests/test_functional.py
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py --out $(OUT) --commit "$$(git describe --always --dirty --abbrev=40 2>/dev/null)" \
+	  $(if $(WHEEL),--wheel $(WHEEL)) $(if $(STEPS),--steps $(STEPS)) $(if $(BUDGET),--seconds $(BUDGET)) \
+	  $(if $(DRY_RUN),--dry-run)
 
 clean:
 	rm -rf .venv .venv-cuda build out *.egg-info isqrt_cov/_C.so

@@ -115,7 +115,7 @@ def instruction_faults(page: Rows, present: Rows) -> list[str]:
         for name in ("tensor", "LDSM", "LDGSTS", "bulk"):
             if first_number(before, name) and not first_number(row, name):
                 faults.append(f"{where}: no {name} instruction left, {before[name]} on the page")
-    for architecture, kernel in page.keys() - present.keys():
+    for architecture, kernel in sorted(page.keys() - present.keys()):
         faults.append(f"{kernel} on {architecture}: on the page, but not in the library")
     return faults
 
@@ -133,7 +133,7 @@ def access_faults(page: Rows, present: Rows) -> list[str]:
             faults.append(f"{what}: not on the page, write it anew")
         elif float(row["x ideal"]) > ACCESS_MARGIN * float(before["x ideal"]):
             faults.append(f"{what}: {row['x ideal']} x ideal, {before['x ideal']} on the page")
-    faults += [f"{' '.join(key)}: on the page, but not executed" for key in page.keys() - present.keys()]
+    faults += [f"{' '.join(key)}: on the page, but not executed" for key in sorted(page.keys() - present.keys())]
     return faults
 
 
