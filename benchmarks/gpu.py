@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRATCH = ROOT / "build" / "gpu"  # what is installed and built on the way
 CONFORMANCE = ROOT / "tests" / "emulation" / "conformance.cu"
 
 SHAPES = (
@@ -85,7 +86,7 @@ def conformance(arguments: argparse.Namespace) -> Step:
     found = re.search(r"nvcc .*conformance\.cu.*", CONFORMANCE.read_text())
     if found is None:
         return Step("conformance", [], 0, f"{CONFORMANCE.name} does not say how it is built")
-    program = str(arguments.out / "conformance")
+    program = str(SCRATCH / "conformance")
     words = shlex.split(found[0].partition("&&")[0])
     if "-o" in words:
         at = words.index("-o")
@@ -103,7 +104,7 @@ def all_steps(arguments: argparse.Namespace) -> list[Step]:
     steps = [machine(arguments), Step("tests", tests, 540, tests), conformance(arguments)]
     if arguments.wheel:
         install = [python, "-m", "pip", "install", "--no-index", "--no-deps", "--upgrade", "--target"]
-        install += [str(arguments.site), *map(str, arguments.wheel)]
+        install += [str(SCRATCH / "site"), *map(str, arguments.wheel)]
         steps.insert(0, Step("install", install, 120, install))
     for tool in SANITIZERS:
         check = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "86", "--print-limit", "20"]
@@ -238,7 +239,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="run what needs no GPU")
     arguments = parser.parse_args(argv)
     arguments.out = arguments.out.absolute()
-    arguments.site = arguments.out / "site"
     arguments.wheel = [path.absolute() for path in arguments.wheel]
     for path in arguments.wheel:
         if not path.is_file():
@@ -253,12 +253,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     out, start = arguments.out, time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
+    for folder in (out, SCRATCH):
+        folder.mkdir(parents=True, exist_ok=True)
     toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")  # nvcc, ncu and compute-sanitizer
     os.environ["PATH"] += f"{os.pathsep}{toolkit}/bin"
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     if arguments.wheel:
-        paths = [str(arguments.site), os.environ.get("PYTHONPATH", "")]
+        paths = [str(SCRATCH / "site"), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     outcomes: list[Outcome] = []
     for step in chosen(all_steps(arguments), arguments.steps):

@@ -3,6 +3,7 @@
 
     python benchmarks/kernels.py --write      writes the page anew
     python benchmarks/kernels.py --check      fails where the present build is worse than the page says
+    ... --accesses                            the memory accesses alone; the rest of the page stays
 
 The instructions are read out of a library that was built with CUDA, the installed one or that of --library. The memory
 accesses are those that the emulation of tests/emulation executes; they need g++ and no CUDA. `make kernels` builds the
@@ -189,12 +190,14 @@ Those that are not ideal; {{others}} others are. `file:line (file:line)` is a li
 """
 
 
-def page_text(instructions: Rows, compiler: str, accesses: lint.Report) -> str:
+def instruction_text(instructions: Rows, compiler: str) -> str:
+    return INTRODUCTION.format(compiler=compiler) + "\n" + table(("architecture", "kernel"), instructions) + "\n"
+
+
+def access_text(accesses: lint.Report) -> str:
     conflicts = {key: row for key, row in accesses.lines.items() if row["x ideal"] != "1.00"}
     return "\n".join(
         [
-            INTRODUCTION.format(compiler=compiler),
-            table(("architecture", "kernel"), instructions),
             ACCESS_INTRODUCTION,
             table(lint.TOTAL_KEYS, accesses.totals),
             LINES_INTRODUCTION.format(others=len(accesses.lines) - len(conflicts)),
@@ -214,9 +217,30 @@ def main(argv: list[str] | None = None) -> int:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--check", action="store_true", help="compare with benchmarks/results/kernels.md")
     action.add_argument("--write", action="store_true", help="write benchmarks/results/kernels.md")
-    parser.add_argument("--library", type=Path, metavar="FILE", help="default: the installed isqrt_cov/_C.so")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--library", type=Path, metavar="FILE", help="default: the installed isqrt_cov/_C.so")
+    which.add_argument("--accesses", action="store_true", help="the memory accesses alone, which need no library")
     arguments = parser.parse_args(argv)
-    library = arguments.library or installed_library()
+    page = PAGE.read_text() if PAGE.exists() else ""
+    instructions, compiler = ({}, "") if arguments.accesses else read_library(parser, arguments.library)
+    accesses = lint.report(sass.shorten)
+    if arguments.write:
+        kept = page.partition(ACCESS_INTRODUCTION.lstrip("\n").partition("\n")[0])[0].rstrip("\n") + "\n"
+        page = (kept if arguments.accesses else instruction_text(instructions, compiler)) + access_text(accesses)
+        PAGE.write_text(page)
+        print(f"wrote {PAGE}")
+    faults = access_faults(read_table(page, TOTALS, len(lint.TOTAL_KEYS)), accesses.totals)
+    if not arguments.accesses:
+        faults += instruction_faults(read_table(page, INSTRUCTIONS, 2), instructions)
+        print(f"{len(instructions)} kernels compiled by {compiler}")
+    for fault in faults:
+        print(fault)
+    print(f"{len(faults) or 'no'} faults")
+    return 1 if faults else 0
+
+
+def read_library(parser: argparse.ArgumentParser, library: Path | None) -> tuple[Rows, str]:
+    library = library or installed_library()
     if library is None or not library.is_file():
         parser.error(f"argument --library: no file {library or '(isqrt_cov is not installed)'}")
     try:
@@ -225,17 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     if not kernels:
         parser.error(f"argument --library: {library} was built without CUDA; build it with FORCE_CUDA=1")
-    instructions, accesses = instruction_rows(kernels), lint.report(sass.shorten)
-    if arguments.write:
-        PAGE.write_text(page_text(instructions, compiler, accesses))
-        print(f"wrote {PAGE}")
-    page = PAGE.read_text()
-    faults = instruction_faults(read_table(page, INSTRUCTIONS, 2), instructions)
-    faults += access_faults(read_table(page, TOTALS, len(lint.TOTAL_KEYS)), accesses.totals)
-    for fault in faults:
-        print(fault)
-    print(f"{len(instructions)} kernels compiled by {compiler}: {len(faults) or 'no'} faults")
-    return 1 if faults else 0
+    return instruction_rows(kernels), compiler
 
 
 if __name__ == "__main__":

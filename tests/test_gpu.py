@@ -92,12 +92,13 @@ def test_conformance_is_built_as_its_head_says(tmp_path, monkeypatch):
     source = tmp_path / "conformance.cu"
     monkeypatch.setattr(gpu, "CONFORMANCE", source)
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "SCRATCH", tmp_path / "build")
     arguments = gpu.parse(["--out", str(tmp_path / "out")])
     assert gpu.conformance(arguments).dry == "conformance.cu is not there"
     source.write_text(
         "// Checks.\n//   nvcc -std=c++20 -arch=native -o conformance tests/conformance.cu && ./conformance\n"
     )
-    program = tmp_path / "out" / "conformance"
+    program = tmp_path / "build" / "conformance"
     built = f"nvcc -std=c++20 -arch=native tests/conformance.cu -o {program}"
     assert gpu.conformance(arguments).command == ["bash", "-c", f"{built} && {program}"]
 

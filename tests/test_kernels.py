@@ -1,7 +1,10 @@
 """The page on what the kernels are made of: how SASS is read, what counts as worse, and how memory is used."""
 
 import copy
+import os
 import platform
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -153,6 +156,29 @@ def test_table_is_read_as_it_was_written(pool):
         kernels.read_table(page, "Nothing", 2)
 
 
+def test_spills_are_seen(tmp_path):
+    """A kernel whose array needs local memory, through nvcc and cuobjdump."""
+    nvcc = shutil.which("nvcc", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    source, compiled = tmp_path / "spill.cu", tmp_path / "spill.o"
+    source.write_text(
+        "__global__ void indexed_kernel(float* y, int n) {\n"
+        "  float a[64];\n"
+        "  for (int i = 0; i < 64; ++i) a[i * n % 64] = y[i];\n"
+        "  y[threadIdx.x] = a[threadIdx.x * n % 64];\n"
+        "}\n"
+    )
+    subprocess.run([nvcc, "-arch=sm_90", "-c", source, "-o", compiled], check=True)
+    try:
+        rows = kernels.instruction_rows(sass.read(compiled)[0])
+    except sass.ToolMissing as error:
+        pytest.skip(str(error))
+    faults = kernels.instruction_faults({}, rows)
+    assert "indexed on sm_90: stack is 256 and must be 0" in faults
+    assert [fault for fault in faults if fault.startswith("indexed on sm_90: LDL + STL is ")]
+
+
 def test_library_without_kernels_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         kernels.main(["--check", "--library", str(tmp_path / "none.so")])
@@ -196,7 +222,7 @@ def test_seeded_accesses_are_rated_as_known():
 def test_memory_is_used_as_the_page_says():
     page = kernels.read_table(kernels.PAGE.read_text(), kernels.TOTALS, len(lint.TOTAL_KEYS))
     present = lint.report(sass.shorten).totals
-    assert kernels.access_faults(page, present) == []
+    assert kernels.access_faults(page, present) == [], "benchmarks/kernels.py --write --accesses, if that is as meant"
     worse = {key: row | {"x ideal": str(2 * float(row["x ideal"]))} for key, row in present.items()}
     assert len(kernels.access_faults(page, worse)) == len(present)
     assert len(kernels.access_faults({}, present)) == len(kernels.access_faults(page, {})) == len(present)
