@@ -129,7 +129,7 @@ def test_rules(pool):
     for heading in ("stack", "local", "LDL + STL", "generic"):
         assert faults(**{heading: "8"}) == [f"pool<float32> on sm_90: {heading} is 8 and must be 0"]
     assert faults(registers="88") == []
-    assert "89 registers (80 on the page, margin 8)" in faults(registers="89")[0]
+    assert "89 registers, 80 on the page (margin 8)" in faults(registers="89")[0]
     assert "wide accesses lost" in faults(**{"LDG 128-bit": "1 of 3"})[0]
     assert "no FFMA (products in float32)" in faults(FFMA="0")[0]
     assert "no LDS 128-bit" in faults(**{"LDS 128-bit": "0 of 2"})[0]
@@ -216,6 +216,7 @@ def test_seeded_accesses_are_rated_as_known():
     assert rated("packets 2", "packets", "shared", "load") == (16, 2)
     assert rated("copies", "copies", "global", "load") == (16, 2)
     assert rated("copies", "copies", "shared", "store") == (16, 1)
+    assert rated("distributed", "distributed", "shared", "load") == (4, 2)
 
 
 @needs_emulation

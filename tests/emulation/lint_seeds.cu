@@ -1,4 +1,5 @@
 // Kernels whose use of memory is known, for the lint to be tested with.
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include "lint_recorder.h"
@@ -52,12 +53,25 @@ __global__ void copies(const float* x, float* y) {
   y[threadIdx.x] = s[threadIdx.x];
 }
 
-void run(const char* label, int threads, void (*kernel)(const float*, float*)) {
+/// Every other word of the shared memory of the other block in the cluster.
+__global__ void distributed(const float* x, float* y) {
+  const auto cluster = cooperative_groups::this_cluster();
+  float* s = static_cast<float*>(emulation::dynamic_shared());
+  s[2 * threadIdx.x] = x[threadIdx.x];
+  cluster.sync();
+  const float* other = cluster.map_shared_rank(s, 1 - cluster.block_rank());
+  y[blockIdx.x * blockDim.x + threadIdx.x] = other[2 * threadIdx.x];  // seed: distributed
+  cluster.sync();
+}
+
+void run(const char* label, int threads, void (*kernel)(const float*, float*), unsigned cluster = 1) {
   constexpr int kElements = 4096;
   float* x = static_cast<float*>(lint::allocate(kElements * sizeof(float)));
   float* y = static_cast<float*>(lint::allocate(kElements * sizeof(float)));
   for (int i = 0; i < kElements; ++i) x[i] = float(i);
-  const cudaLaunchConfig_t config{1, unsigned(threads), kElements * sizeof(float), nullptr, nullptr, 0};
+  cudaLaunchAttribute attribute{cudaLaunchAttributeClusterDimension, {}};
+  attribute.val.clusterDim = {cluster, 1, 1};
+  const cudaLaunchConfig_t config{cluster, unsigned(threads), kElements * sizeof(float), nullptr, &attribute, 1};
   lint::record(label, [&] { cudaLaunchKernelEx(&config, kernel, x, y); });
 }
 
@@ -73,4 +87,5 @@ int main() {
   run("packets 1", kSide, packets<1>);
   run("packets 2", kSide, packets<2>);
   run("copies", kSide, copies);
+  run("distributed", kSide, distributed, 2);
 }
