@@ -121,7 +121,7 @@ def all_steps(arguments: argparse.Namespace) -> list[Step]:
         steps.append(Step(f"bench_soca_{dtype}", full, 540, dry))
     san = [python, "-P", "benchmarks/bench_san.py"]
     for dtype in ("float32", "bfloat16"):
-        measured = [*san, *(["--dtype", dtype] if dtype != "float32" else []), "--json", str(out / f"san_{dtype}.json")]
+        measured = [*san, "--dtype", dtype, "--json", str(out / f"san_{dtype}.json")]
         full = [*measured, "--device", "cuda", "--preset", "full", "--batch", "16", "--patch", "48"]
         dry = [*measured, "--batch", "1", "--patch", "8", "--image", "8", "--rounds", "1"]
         steps.append(Step(f"bench_san_{dtype}", full, 540, dry))

@@ -80,12 +80,13 @@ def test_benchmarks_understand_what_they_are_asked(tmp_path, monkeypatch):
     def arguments(command, program):
         return command[command.index(f"benchmarks/{program}.py") + 1 :]
 
-    for command in (steps["bench_soca_float32"].command, steps["bench_soca_float32"].dry):
-        bench_soca.parse(arguments(command, "bench_soca"))
+    for dtype in ("float32", "bfloat16"):
+        for command in (steps[f"bench_soca_{dtype}"].command, steps[f"bench_soca_{dtype}"].dry):
+            bench_soca.parse(arguments(command, "bench_soca"))
+        for command in (steps[f"bench_san_{dtype}"].command, steps[f"bench_san_{dtype}"].dry):
+            bench_san.parse(arguments(command, "bench_san"))
     for shape in gpu.PROFILED:
         bench_soca.parse(arguments(steps[f"ncu_{shape}"].command, "bench_soca"))
-    for command in (steps["bench_san_float32"].command, steps["bench_san_float32"].dry):
-        bench_san.parse(arguments(command, "bench_san"))
 
 
 def test_conformance_is_built_as_its_head_says(tmp_path, monkeypatch):
