@@ -114,7 +114,7 @@ def test_names_are_what_a_reader_knows():
     assert sass.demangle([POOL])[0].endswith("pool_kernel<isqrt::BFloat16>(isqrt::PoolTask<isqrt::BFloat16>, long)")
 
 
-def test_rules(pool):
+def test_rules(pool, monkeypatch):
     """What each change to a good kernel is told by."""
     pool.name, pool.architecture = "pool<float32>", "sm_90"
     pool.stack = pool.local = pool.counts["STL"] = pool.counts["generic"] = 0
@@ -128,6 +128,12 @@ def test_rules(pool):
 
     for heading in ("stack", "local", "LDL + STL", "generic"):
         assert faults(**{heading: "8"}) == [f"pool<float32> on sm_90: {heading} is 8 and must be 0"]
+    monkeypatch.setitem(kernels.EXCUSED, ("pool<float32>", "generic"), "reads another block's shared memory")
+    assert faults(generic="8") == [] and faults(stack="8") != []
+    assert kernels.idle_rules({}) == [
+        *(f"no kernel is {e.kernel}, of which {e.instruction} is expected" for e in kernels.EXPECTATIONS),
+        "no kernel is pool<float32>, whose generic is excused",
+    ]
     assert faults(registers="88") == []
     assert "89 registers, 80 on the page (margin 8)" in faults(registers="89")[0]
     assert "wide accesses lost" in faults(**{"LDG 128-bit": "1 of 3"})[0]

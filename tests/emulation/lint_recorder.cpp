@@ -62,9 +62,8 @@ uint64_t thread_number() {
 
 bool in_shared(const char* address) {
   if (__start_emulated_shared && address >= __start_emulated_shared && address < __stop_emulated_shared) return true;
+  char* own = static_cast<char*>(emulation::dynamic_shared());
   for (unsigned rank = 0; rank < emulation::blocks_in_cluster(); ++rank) {
-    char* own = static_cast<char*>(emulation::dynamic_shared());
-    // Of another block only where the own one has any.
     char* base = rank == emulation::block_rank() ? own : static_cast<char*>(emulation::shared_of_block(own, rank));
     if (address >= base && address < base + malloc_usable_size(base)) return true;
   }
