@@ -8,6 +8,7 @@ is as wide as the source has it. nvcc may still join or split accesses; their wi
 as what this finds.
 """
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -63,6 +64,16 @@ class Report:
     lines: dict[tuple[str, ...], dict[str, str]]
 
 
+def fingerprint(*command: object) -> str:
+    """Of a compiler call and of everything that it could include."""
+    digest = hashlib.sha256(repr(command).encode())
+    for folder in (build.ROOT / "csrc", build.EMULATION):
+        for path in sorted(folder.rglob("*.*")):
+            if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def compile_program(program: str) -> Path:
     """The path of ``lint_cases`` or ``lint_seeds``, up to date."""
 
@@ -71,7 +82,7 @@ def compile_program(program: str) -> Path:
         runtime = [] if source.suffix == ".cu" else [f"-I{build.EMULATION / 'include'}"]
         command = [build.CXX, *build.COMMON, *(build.KERNELS if source.suffix == ".cu" else runtime)]
         command += INSTRUMENTED if source.suffix == ".cu" else ["-O2"]
-        target = build.CACHE / "lint" / f"{source.stem}-{build.fingerprint([*command, source])}.o"
+        target = build.CACHE / "lint" / f"{source.stem}-{fingerprint(command, source)}.o"
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             build.run([*command, "-c", source, "-o", target])
