@@ -1,12 +1,27 @@
 # make demo   install into .venv and run the benchmark on real feature maps
 # make test   install into .venv and run the whole test suite
 # make lint   ruff and clang-format        make format   apply them
+# make kernels            compile the CUDA kernels and compare them with benchmarks/results/kernels.md; needs nvcc
+# make check-cuda-torch   build for a CUDA torch, load it there and test it without a GPU; needs nvcc
+# make gpu                everything that needs a GPU, into one folder; `benchmarks/gpu.py --help` tells what it takes
 #
-# PYTHON  the interpreter to start from; if it has a torch, that torch is used
-# TORCH   what to install where it has none
+# PYTHON      the interpreter to start from; if it has a torch, that torch is used
+# TORCH       what to install where it has none
+# CUDA_TORCH  what check-cuda-torch installs, for a CUDA of nvcc's major version
+# WRITE=1     make kernels writes the page anew
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+CUDA_TORCH ?= torch==2.15.0
+WRITE ?=
+OUT ?= out/gpu
+WHEEL ?=
+STEPS ?=
+BUDGET ?=
+DRY_RUN ?=
+# The build with the CUDA kernels: a wheel, and the same installed beside .venv, for PYTHONPATH.
+CUDA := build/cuda
+ARCHITECTURES := 8.0 9.0 10.0
 
 BIN := .venv/bin
 # The second command of an install names torch again: without it pip might replace what the first one chose.
@@ -14,7 +29,7 @@ PIN = $(shell $(BIN)/python -c "import torch; print('torch==' + torch.__version_
 SOURCES := $(shell git ls-files 'csrc/*' 'isqrt_cov/*' 'san_model/*' setup.py pyproject.toml 2>/dev/null)
 CXX_FILES := $(shell git ls-files '*.h' '*.cuh' '*.cpp' '*.cu' 2>/dev/null)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format kernels check-cuda-torch gpu clean
 
 demo: .venv/san
 	$(BIN)/python -P -m isqrt_cov
@@ -48,5 +63,30 @@ format: .venv/lint
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+.venv/cuobjdump: .venv/torch
+	$(BIN)/pip install nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
+	touch $@
+
+$(CUDA)/installed: .venv/torch $(SOURCES)
+	rm -rf $(CUDA)
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(ARCHITECTURES)" $(BIN)/pip wheel --no-deps -w $(CUDA) .
+	$(BIN)/pip install --no-deps --target $(CUDA)/site $(CUDA)/*.whl
+	touch $@
+
+kernels: .venv/cuobjdump $(CUDA)/installed
+	$(BIN)/python benchmarks/kernels.py $(if $(WRITE),--write,--check) --library $(CUDA)/site/isqrt_cov/_C.so
+
+check-cuda-torch:
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/pip install $(CUDA_TORCH) pytest numpy
+	TORCH_CUDA_ARCH_LIST="$(ARCHITECTURES)" .venv-cuda/bin/pip install --no-deps --force-reinstall .
+	.venv-cuda/bin/python -P -m isqrt_cov | tee /dev/stderr | grep -q "compiled for"
+	.venv-cuda/bin/python -P -m pytest tests/test_build.py tests/test_functional.py
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py --out $(OUT) --commit "$$(git describe --always --dirty --abbrev=40 2>/dev/null)" \
+	  $(if $(WHEEL),--wheel $(WHEEL)) $(if $(STEPS),--steps $(STEPS)) $(if $(BUDGET),--seconds $(BUDGET)) \
+	  $(if $(DRY_RUN),--dry-run)
+
 clean:
-	rm -rf .venv build out *.egg-info isqrt_cov/_C.so
+	rm -rf .venv .venv-cuda build out *.egg-info isqrt_cov/_C.so

@@ -77,6 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--preset", choices=tuple(NETWORKS), default="small", help="the network (default: small)")
     add("--scale", type=int, choices=(2, 3, 4, 8), default=2, help="upscaling factor (default: 2)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: under torch.autocast")
     add("--iterations", type=report.positive, default=5, metavar="N", help="Newton-Schulz steps (default: 5)")
     add(
         "--patch",
@@ -161,6 +162,8 @@ class Subject:
         self.target = 255 * torch.rand(arguments.batch, 3, side, side, device=device)
         self.image = 255 * torch.rand(1, 3, arguments.image, arguments.image, device=device)
         self.stopwatch = Stopwatch(device)
+        half = arguments.dtype == "bfloat16"  # the covariance layers stay in float32, see second_order
+        self.autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=half)
         self.training()  # Adam allocates its state in its first step
 
     def use(self, name: str) -> None:
@@ -174,11 +177,13 @@ class Subject:
 
     def training(self) -> None:
         self.optimizer.zero_grad()
-        torch.nn.functional.l1_loss(self.model(self.patches), self.target).backward()
+        with self.autocast():
+            loss = torch.nn.functional.l1_loss(self.model(self.patches), self.target)
+        loss.backward()
         self.optimizer.step()
 
     def inference(self) -> Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(), self.autocast():
             return self.model(self.image)
 
     def check_memory(self, name: str) -> None:
@@ -294,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     if machine["load_average_at_start"] > 0.5 * machine["cores_usable"] and not machine["gpu"]:
         print(f"The machine is busy (load {machine['load_average_at_start']:.1f}): ratios may hold, times do not.")
-    print(f"SAN x{arguments.scale}, {NETWORKS[arguments.preset]}, float32")
+    print(f"SAN x{arguments.scale}, {NETWORKS[arguments.preset]}, {arguments.dtype}")
     patch, image = arguments.patch, arguments.image
     print(f"training: {arguments.batch} patches of {patch} x {patch}; inference: 1 image of {image} x {image}\n")
     progress = report.Progress()

@@ -60,8 +60,8 @@ def truncated_root(case: Case, x: Tensor) -> Tensor:
 
 
 def clamped_root(case: Case, x: Tensor) -> Tensor:
-    """The exact root, where eigenvalues below eps of x's dtype times the trace count as that."""
-    clamp = torch.finfo(case.x.dtype).eps
+    """The exact root, where eigenvalues below eps of the working dtype times the trace count as that."""
+    clamp = torch.finfo(working_dtype(case.x.dtype)).eps
     return reference.convert_output(reference.eig_sqrt(reference.covariance_pool(x), floor=clamp), case.output)
 
 
@@ -104,6 +104,20 @@ def load_library() -> ModuleType:
 
 
 # ---- Plain torch
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is computed in float32, by the library and so by all that it is compared with."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def working(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function`` in the working dtype, its result again in x's."""
+
+    def call(x: Tensor, *arguments) -> Tensor:
+        return function(x.to(working_dtype(x.dtype)), *arguments).to(x.dtype)
+
+    return call
 
 
 def covariance(x: Tensor) -> Tensor:
@@ -153,15 +167,15 @@ def _prepare_ours(case: Case) -> Prepared:
 
 
 def _prepare_eig(case: Case) -> Prepared:
-    return _autograd(case, lambda x: eig_cov_sqrt(x, case.output))
+    return _autograd(case, working(lambda x: eig_cov_sqrt(x, case.output)))
 
 
 def _prepare_eager(case: Case) -> Prepared:
-    return _autograd(case, lambda x: eager_cov_sqrt(x, case.iterations, case.output))
+    return _autograd(case, working(lambda x: eager_cov_sqrt(x, case.iterations, case.output)))
 
 
 def _prepare_baddbmm(case: Case) -> Prepared:
-    return _autograd(case, lambda x: reference.baddbmm_cov_sqrt(x, case.iterations, case.output))
+    return _autograd(case, working(lambda x: reference.baddbmm_cov_sqrt(x, case.iterations, case.output)))
 
 
 def mxm_bytes(shape: torch.Size, itemsize: int) -> int:
@@ -171,17 +185,18 @@ def mxm_bytes(shape: torch.Size, itemsize: int) -> int:
 
 
 def _prepare_mxm(case: Case) -> Prepared:
-    needed, available = mxm_bytes(case.x.shape, case.x.itemsize), available_memory(case.x.device)
+    itemsize = working_dtype(case.x.dtype).itemsize
+    needed, available = mxm_bytes(case.x.shape, itemsize), available_memory(case.x.device)
     if needed > 0.8 * available:
         raise Unavailable(f"its M x M matrices take {needed / 2**30:.1f} GiB; {available / 2**30:.1f} GiB are free")
-    return _autograd(case, lambda x: reference.mxm_cov_sqrt(x, case.iterations, case.output))
+    return _autograd(case, working(lambda x: reference.mxm_cov_sqrt(x, case.iterations, case.output)))
 
 
 def _prepare_matrix_sqrth(case: Case) -> Prepared:
     if not hasattr(torch.linalg, "matrix_sqrth"):
         raise Unavailable(f"torch {torch.__version__} has no torch.linalg.matrix_sqrth")
     root = torch.linalg.matrix_sqrth
-    return _autograd(case, lambda x: reference.convert_output(root(covariance(x)), case.output))
+    return _autograd(case, working(lambda x: reference.convert_output(root(covariance(x)), case.output)))
 
 
 # ---- torch.compile
@@ -190,7 +205,7 @@ def _prepare_matrix_sqrth(case: Case) -> Prepared:
 def _compiled(case: Case, form: str) -> Prepared:
     body, _, mode = form.partition(", ")
     function = {"eager": eager_cov_sqrt, "baddbmm": reference.baddbmm_cov_sqrt}[body]
-    compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode or None)
+    compiled = torch.compile(working(function), fullgraph=True, dynamic=False, mode=mode or None)
 
     def call(x):
         if mode:  # what CUDA graphs returned last time may be overwritten
@@ -281,7 +296,7 @@ def _prepare_cupy(case: Case) -> Prepared:
             values, vectors = cupy.linalg.eigh(cupy.from_dlpack(a.detach().contiguous()))
             return torch.from_dlpack(values), torch.from_dlpack(vectors)
 
-    floor = torch.finfo(case.x.dtype).eps
+    floor = torch.finfo(working_dtype(case.x.dtype)).eps
 
     class Root(torch.autograd.Function):
         @staticmethod
@@ -308,7 +323,7 @@ def _prepare_cupy(case: Case) -> Prepared:
         trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
         return reference.convert_output(trace.sqrt() * Root.apply(sigma / trace), case.output)
 
-    return _autograd(case, function, detail=f"CuPy {cupy.__version__}")
+    return _autograd(case, working(function), detail=f"CuPy {cupy.__version__}")
 
 
 METHODS: dict[str, Method] = {

@@ -1,5 +1,6 @@
 """The benchmark of the whole network runs, and says what it has to say."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -36,6 +37,27 @@ def test_measures_every_method_and_writes_it_down(tmp_path):
             assert about["peak_torch_bytes"] > 0 and about["times_first"] > 0
         # All but EIG compute the same function; what is left on a scale of 0..255 is float32's rounding.
         assert method["difference"] < (256 if method["name"] == "eig" else 1e-2)
+
+
+def test_bfloat16(tmp_path):
+    done = run(tmp_path, "--dtype", "bfloat16", "--methods", "ours", "eager", "--json", "half.json")
+    assert done.returncode == 0, done.stderr
+    ours, eager = json.loads((tmp_path / "half.json").read_text())["methods"]
+    # On a scale of 0..255, of which bfloat16 has 8 bits.
+    assert ours["ran"] and eager["ran"] and eager["difference"] < 2
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_convolutions_run_in_the_dtype(dtype, monkeypatch, one_thread):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    bench_san = importlib.import_module("bench_san")
+    subject = bench_san.Subject(bench_san.parse([*TINY, "--dtype", dtype]))
+    subject.use("ours")
+    seen = set()
+    subject.model.RG[0].conv_last.register_forward_hook(lambda module, inputs, output: seen.add(str(output.dtype)))
+    subject.inference()
+    subject.training()
+    assert seen == {f"torch.{dtype}"}
 
 
 def test_says_why_a_method_does_not_run(tmp_path):

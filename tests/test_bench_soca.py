@@ -7,6 +7,7 @@ import re
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,18 @@ def test_eager_is_the_function_of_the_oracle(iterations, output):
     )
     for actual, oracle in zip(methods.prepare("eager", case).step(), expected, strict=True):
         torch.testing.assert_close(actual, oracle, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ("ours", "eig", "eager", "baddbmm", "mxm"))
+def test_half_precision_is_computed_in_float32(name):
+    """Results and gradients are off by the rounding of x's dtype and not by that of a sum in it."""
+    x = features.feature_maps("randn", (2, 16, 12, 12), torch.bfloat16, "cpu")
+    case = methods.make_case(x, 5, "matrix")
+    exact = measure.value_and_gradient(partial(methods.METHODS[name].target, case), case.x, case.upstream)
+    value, gradient = methods.prepare(name, case).step()
+    assert value.dtype == gradient.dtype == torch.bfloat16
+    unit = torch.finfo(torch.bfloat16).eps / 2
+    assert measure.relative_error(value, exact[0]) < unit and measure.relative_error(gradient, exact[1]) < unit
 
 
 def test_upstream_gradient_is_not_symmetric():

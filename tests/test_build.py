@@ -8,28 +8,44 @@ from importlib.metadata import distribution, version
 from pathlib import Path
 
 import pytest
+import torch
 
 import isqrt_cov
 
 LIBRARY = Path(isqrt_cov.__file__).with_name("_C.so")
 
 
+# glibc's and libstdc++'s symbols have versions, but for those of C++ that the torch linked with happened to export too.
+VERSIONS = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
+CXX_LIBRARY = re.compile(r"_Z(T[ISTV])?(N[KRO]*)?S[tabdios]")
+
+
 def undefined_symbols():
+    """Names of what the library needs, and of that what it can do without."""
     if shutil.which("nm") is None:
         pytest.skip("nm (binutils) is not installed")
     listing = subprocess.run(["nm", "-D", "--undefined-only", str(LIBRARY)], capture_output=True, text=True, check=True)
-    return [line.split()[-1] for line in listing.stdout.splitlines()]
+    found = [line.split() for line in listing.stdout.splitlines()]
+    return [name for kind, name in found if kind == "U"], [name for kind, name in found if kind != "U"]
 
 
 def test_every_symbol_of_torch_is_inside_the_stable_abi():
-    symbols = [s for s in undefined_symbols() if re.search(r"torch|c10|aten|at6|caffe", s, re.IGNORECASE)]
+    needed, weak = undefined_symbols()
+    symbols = [s for s in needed + weak if re.search(r"torch|c10|aten|at6|caffe", s, re.IGNORECASE)]
     assert symbols, "the library calls torch"
     outside = [s for s in symbols if not s.startswith(("aoti_torch_", "torch_"))]
     assert not outside
 
 
+def test_everything_else_comes_with_the_system():
+    """Nothing of CUDA in particular: its runtime is linked statically, and it loads the driver's library itself."""
+    needed = [s for s in undefined_symbols()[0] if not s.startswith(("aoti_torch_", "torch_"))]
+    versions = {s: s.partition("@")[2] for s in needed}
+    assert not [s for s in needed if not versions[s].startswith(VERSIONS) and not CXX_LIBRARY.match(s)]
+
+
 def test_no_python_symbol_is_used():
-    assert not [s for s in undefined_symbols() if s.startswith(("Py", "_Py"))]
+    assert not [s for s in sum(undefined_symbols(), []) if s.startswith(("Py", "_Py"))]
 
 
 def test_libtorch_stays_needed():
@@ -44,6 +60,20 @@ def test_libtorch_stays_needed():
 def test_wheel_is_for_every_python():
     tags = re.findall(r"^Tag: (.*)$", distribution("isqrt_cov").read_text("WHEEL") or "", re.MULTILINE)
     assert tags and all(tag.startswith("py3-none-linux") for tag in tags)
+
+
+def test_operators_are_registered():
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("isqrt_cov::")}
+    queries = {"isqrt_cov::plan", "isqrt_cov::build_info"}
+    kernels = {f"isqrt_cov::{name}" for name in ("covariance_pool", "matrix_root", "cov_sqrt")}
+    kernels |= {f"{name}_backward" for name in kernels}
+    assert names == queries | kernels
+    cuda = bool(isqrt_cov.build_info()["cuda_architectures"])
+    for name in kernels:
+        has = {key: torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in ("CPU", "CUDA", "Meta")}
+        assert has == {"CPU": True, "CUDA": cuda, "Meta": True}, name
+        schema = getattr(torch.ops.isqrt_cov, name.partition("::")[2]).default._schema
+        assert {"Tensor"} == {str(r.type) for r in schema.returns} and schema.arguments[-1].name == "engine"
 
 
 def test_build_info():

@@ -1,0 +1,68 @@
+// The launchers of csrc/cuda over the shapes and layouts that the lint reports on.
+#include <cmath>
+#include <string>
+
+#include "cuda/cuda.h"
+#include "lint_recorder.h"
+
+using namespace isqrt;
+
+namespace {
+
+enum class Layout { kNCHW, kChannelsLast };
+
+template <class T> T* allocate(int64_t elements) {
+  T* memory = static_cast<T*>(lint::allocate(size_t(elements) * sizeof(T)));
+  for (int64_t i = 0; i < elements; ++i) memory[i] = T();
+  return memory;
+}
+
+template <class X>
+FeatureMaps<X> feature_maps(std::remove_const_t<X>* data, int64_t C, int64_t H, int64_t W, Layout layout) {
+  if (layout == Layout::kChannelsLast) return {data, 1, C, H, W, C * H * W, 1, C * W, C};
+  return {data, 1, C, H, W, C * H * W, H * W, W, 1};
+}
+
+/// In two chunks, so that there is something to merge.
+template <class X> void pooling(const std::string& label, int64_t C, int64_t H, int64_t W, Layout layout) {
+  using T = Compute<X>;
+  const int64_t M = H * W;
+  const Chunks chunks{M, (M + 1) / 2, 2};
+  lint::record(label, [&] {
+    X *x = allocate<X>(C * M), *grad_x = allocate<X>(C * M);
+    T *mean = allocate<T>(C), *sigma = allocate<T>(C * C);
+    T *partial_mean = allocate<T>(2 * C), *partial_moment = allocate<T>(2 * C * C);
+    const auto maps = feature_maps<const X>(x, C, H, W, layout);
+    cuda::pool(PoolTask<X>{maps, chunks, partial_mean, partial_moment, mean, sigma}, nullptr);
+    cuda::pool_backward(PoolBackwardTask<X>{maps, chunks, mean, sigma, feature_maps<X>(grad_x, C, H, W, layout)},
+                        nullptr);
+  });
+}
+
+template <class T> void root(const std::string& label, int64_t C) {
+  constexpr int kIterations = 3;
+  lint::record(label, [&] {
+    T *sigma = allocate<T>(C * C), *result = allocate<T>(C * C), *grad_sigma = allocate<T>(C * C);
+    for (int64_t i = 0; i < C; ++i) sigma[i * C + i] = T(1);
+    const RootView<const T> source{sigma, Output::kMatrix, C};
+    if (cuda::root_shared_bytes(C, sizeof(T), false) > 0)
+      cuda::root(RootTask<T>{1, source, {kIterations}, Root::kSquare, {result, Output::kMatrix, C}}, nullptr);
+    if (cuda::root_shared_bytes(C, sizeof(T), true) > 0)
+      cuda::root_backward(
+          RootBackwardTask<T>{
+              1, {result, Output::kMatrix, C}, source, {kIterations}, Root::kSquare, {grad_sigma, Output::kMatrix, C}},
+          nullptr);
+  });
+}
+
+}  // namespace
+
+int main() {
+  pooling<float>("64 x 8 x 48", 64, 8, 48, Layout::kNCHW);
+  pooling<float>("64 x 8 x 48 channels_last", 64, 8, 48, Layout::kChannelsLast);
+  pooling<float>("256 x 14 x 14", 256, 14, 14, Layout::kNCHW);
+  pooling<BFloat16>("64 x 8 x 48", 64, 8, 48, Layout::kNCHW);
+  root<float>("64 x 64", 64);
+  root<float>("128 x 128", 128);
+  root<double>("64 x 64", 64);
+}

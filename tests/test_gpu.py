@@ -1,0 +1,117 @@
+"""The one command for a machine with a GPU: what it would run there, tried out without one."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import bench_san  # noqa: E402
+import bench_soca  # noqa: E402
+import gpu  # noqa: E402
+
+
+def outcome_of(command, out, seconds=60, limit=60.0, dry=False):
+    return gpu.run_step(gpu.Step("step", command, seconds), out, dict(os.environ), limit, dry)
+
+
+def test_each_outcome_of_a_step(tmp_path):
+    passed = outcome_of(["bash", "-c", "echo said"], tmp_path)
+    assert (passed.status, passed.exit, passed.log) == ("passed", 0, "step.log")
+    assert (tmp_path / "step.log").read_text().splitlines() == ["$ bash -c 'echo said'", "said"]
+    failed = outcome_of(["bash", "-c", "echo the reason; exit 3"], tmp_path)
+    assert (failed.status, failed.exit, failed.reason) == ("failed", 3, "exit status 3: the reason")
+    missing = outcome_of(["no-such-program"], tmp_path)
+    assert (missing.status, missing.reason) == ("not run", "no-such-program was not found")
+    assert outcome_of(["true"], tmp_path, limit=0.0).reason == "no time was left"
+    assert outcome_of(["true"], tmp_path, dry=True).reason == "needs a GPU"
+
+
+def test_step_that_takes_too_long_is_ended_with_its_children(tmp_path):
+    ended = outcome_of(["bash", "-c", "sleep 600 & echo $!; wait"], tmp_path, seconds=1)
+    assert (ended.status, ended.reason) == ("timed out", "after 1 s")
+    child = int((tmp_path / "step.log").read_text().split()[-1])
+
+    def alive():
+        try:
+            return "zombie" not in Path(f"/proc/{child}/status").read_text()
+        except OSError:
+            return False
+
+    for _ in range(100):  # killed at once, gone a little later
+        if alive():
+            time.sleep(0.1)
+    assert not alive()
+
+
+def test_dry_run(tmp_path, capsys):
+    command = ["--dry-run", "--out", str(tmp_path), "--commit", "abc", "--steps"]
+    assert gpu.main([*command, "sanitize"]) == 0
+    printed = capsys.readouterr().out
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        assert f"compute-sanitizer --tool {tool}" in printed
+    assert gpu.main([*command, "ncu_16x64x48x48"]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["commit"] == "abc" and summary["software"]["torch"] == torch.__version__ and summary["dry_run"]
+    status = {step["step"]: step["status"] for step in summary["steps"]}
+    assert status == dict.fromkeys([*gpu.SANITIZERS, "ncu_16x64x48x48"], "not run") | {"machine": "passed"}
+    assert "| memcheck | not run: needs a GPU |" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_failing_step_does_not_stop_the_next(tmp_path, monkeypatch):
+    failing, passing = (gpu.Step(name, [name], 9) for name in ("false", "true"))
+    monkeypatch.setattr(gpu, "all_steps", lambda arguments: [failing, passing])
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    assert gpu.main(["--out", str(tmp_path), "--steps", "true"]) == 0
+    status = [(s["step"], s["status"]) for s in json.loads((tmp_path / "summary.json").read_text())["steps"]]
+    assert status == [("false", "failed"), ("true", "passed")]
+
+
+def test_benchmarks_understand_what_they_are_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    steps = {step.name: step for step in gpu.all_steps(gpu.parse(["--out", str(tmp_path)]))}
+    assert {name for group in gpu.GROUPS.values() for name in group} < set(steps)
+
+    def arguments(command, program):
+        return command[command.index(f"benchmarks/{program}.py") + 1 :]
+
+    for dtype in ("float32", "bfloat16"):
+        for command in (steps[f"bench_soca_{dtype}"].command, steps[f"bench_soca_{dtype}"].dry):
+            bench_soca.parse(arguments(command, "bench_soca"))
+        for command in (steps[f"bench_san_{dtype}"].command, steps[f"bench_san_{dtype}"].dry):
+            bench_san.parse(arguments(command, "bench_san"))
+    for shape in gpu.PROFILED:
+        bench_soca.parse(arguments(steps[f"ncu_{shape}"].command, "bench_soca"))
+
+
+def test_conformance_is_built_as_its_head_says(tmp_path, monkeypatch):
+    source = tmp_path / "conformance.cu"
+    monkeypatch.setattr(gpu, "CONFORMANCE", source)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "SCRATCH", tmp_path / "build")
+    arguments = gpu.parse(["--out", str(tmp_path / "out")])
+    assert gpu.conformance(arguments).dry == "conformance.cu is not there"
+    source.write_text(
+        "// Checks.\n//   nvcc -std=c++20 -arch=native -o conformance tests/conformance.cu && ./conformance\n"
+    )
+    program = tmp_path / "build" / "conformance"
+    built = f"nvcc -std=c++20 -arch=native tests/conformance.cu -o {program}"
+    assert gpu.conformance(arguments).command == ["bash", "-c", f"{built} && {program}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (["--steps", "everything"], "argument --steps: 'everything' is none of machine, tests, "),
+        (["--wheel", "none.whl"], "argument --wheel: no file"),
+    ),
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        gpu.parse(arguments)
+    assert message in capsys.readouterr().err
