@@ -45,10 +45,10 @@ class Expectation:
         return re.fullmatch(self.kernel, kernel) is not None and sass.number(architecture) >= self.since
 
 
+PRODUCTS = r"(root|root_backward|pool|pool_backward|product)<.*"
 EXPECTATIONS = (
-    Expectation(r"(root|pool).*", "LDS 128-bit", 80, "operands of products are loaded four at a time"),
-    Expectation(r"root.*<float32>|pool.*<(float32|float16|bfloat16)>", "FFMA", 80, "products in float32"),
-    Expectation(r"(root|pool).*<float64>", "DFMA", 80, "products in float64"),
+    Expectation(PRODUCTS, "tensor", 80, "products run on tensor cores, in float32 as three of tf32"),
+    Expectation(r"(pool|pool_backward|product)<.*", "LDGSTS", 80, "operands are copied while others are multiplied"),
 )
 # Each of these is a fault, except for the kernels listed here: (kernel, heading) with the reason.
 FORBIDDEN = ("stack", "local", "LDL + STL", "generic")

@@ -55,6 +55,26 @@ template <class T> void root(const std::string& label, int64_t C) {
   });
 }
 
+template <class T> void grid_root(const std::string& label, int64_t C) {
+  constexpr int kIterations = 2;
+  lint::record(label, [&] {
+    T *sigma = allocate<T>(C * C), *result = allocate<T>(C * C), *grad_sigma = allocate<T>(C * C);
+    T* workspace = allocate<T>(cuda::grid_workspace_size(1, C, sizeof(T), true));
+    for (int64_t i = 0; i < C; ++i) sigma[i * C + i] = T(1);
+    const RootView<const T> source{sigma, Output::kMatrix, C};
+    cuda::grid_root(RootTask<T>{1, source, {kIterations}, Root::kSquare, {result, Output::kMatrix, C}, workspace},
+                    nullptr);
+    cuda::grid_root_backward(RootBackwardTask<T>{1,
+                                                 {result, Output::kMatrix, C},
+                                                 source,
+                                                 {kIterations},
+                                                 Root::kSquare,
+                                                 {grad_sigma, Output::kMatrix, C},
+                                                 workspace},
+                             nullptr);
+  });
+}
+
 }  // namespace
 
 int main() {
@@ -65,4 +85,5 @@ int main() {
   root<float>("64 x 64", 64);
   root<float>("128 x 128", 128);
   root<double>("64 x 64", 64);
+  grid_root<float>("160 x 160", 160);
 }
