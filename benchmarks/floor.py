@@ -37,14 +37,15 @@ def half_products(iterations: int, output: str) -> tuple[int, int]:
     9 (N - 2) + 3 + 6, and 3 for N = 1. (Four products a step on kept iterates are 8 half ones, yet 11 where they are
     recomputed.)
 
-    Output "mean" needs Y_N v alone: the products of the last forward step become matrix-vector ones, and those of the
-    first tangent with an upstream gradient of rank 2 cost C^2. The rest is counted as it is for a full gradient.
+    Output "mean" needs Y_N v alone: the products of the last forward step become matrix-vector ones, also that for Y_N
+    in the backward, and those of the first tangent with an upstream gradient of rank 2 cost C^2. The rest is counted as
+    it is for a full gradient.
     """
     forward = 3 * iterations - 3 if iterations >= 2 else 1
     backward = 9 * (iterations - 2) + 3 + 6 if iterations >= 2 else 3
     if output == "mean":
         forward -= 2 if iterations >= 2 else 1
-        backward -= 2 if iterations >= 2 else 3
+        backward -= 3
     return forward, backward
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from measure import available_memory
+from pade import pade_sqrt
 
 
 class Unavailable(Exception):
@@ -57,6 +58,15 @@ class Prepared:
 def truncated_root(case: Case, x: Tensor) -> Tensor:
     """N Newton-Schulz steps."""
     return reference.cov_sqrt(x, case.iterations, case.output)
+
+
+MINIMAX_STEPS, MINIMAX_FLOOR = 3, 1e-3
+
+
+def minimax_root(case: Case, x: Tensor) -> Tensor:
+    """Fewer steps, with coefficients for a spectrum above MINIMAX_FLOOR of the trace."""
+    steps = reference.minimax_steps(MINIMAX_STEPS, MINIMAX_FLOOR)
+    return reference.cov_sqrt(x, MINIMAX_STEPS, case.output, steps)
 
 
 def clamped_root(case: Case, x: Tensor) -> Tensor:
@@ -145,7 +155,9 @@ def eig_cov_sqrt(x: Tensor, output: str) -> Tensor:
     return reference.convert_output(reference.eig_sqrt(covariance(x)), output)
 
 
-def _autograd(case: Case, function: Callable[[Tensor], Tensor], **about) -> Prepared:
+def of_function(case: Case, function: Callable[[Tensor], Tensor], **about) -> Prepared:
+    """A function of x that autograd can go through."""
+
     def forward():
         with torch.no_grad():
             return function(case.x)
@@ -163,19 +175,29 @@ def _prepare_ours(case: Case) -> Prepared:
     library = load_library()
     plan = library.plan(tuple(case.x.shape), case.x.dtype, case.x.device)
     detail = "pooling {pooling}, forward {forward}, backward {backward}".format(**plan)
-    return _autograd(case, lambda x: library.cov_sqrt(x, case.iterations, case.output), detail=detail)
+    return of_function(case, lambda x: library.cov_sqrt(x, case.iterations, case.output), detail=detail)
+
+
+def _prepare_minimax(case: Case) -> Prepared:
+    library = load_library()
+    options = {"coefficients": "minimax", "spectrum_floor": MINIMAX_FLOOR}
+    return of_function(case, lambda x: library.cov_sqrt(x, MINIMAX_STEPS, case.output, **options))
+
+
+def _prepare_pade(case: Case) -> Prepared:
+    return of_function(case, working(lambda x: reference.convert_output(pade_sqrt(covariance(x)), case.output)))
 
 
 def _prepare_eig(case: Case) -> Prepared:
-    return _autograd(case, working(lambda x: eig_cov_sqrt(x, case.output)))
+    return of_function(case, working(lambda x: eig_cov_sqrt(x, case.output)))
 
 
 def _prepare_eager(case: Case) -> Prepared:
-    return _autograd(case, working(lambda x: eager_cov_sqrt(x, case.iterations, case.output)))
+    return of_function(case, working(lambda x: eager_cov_sqrt(x, case.iterations, case.output)))
 
 
 def _prepare_baddbmm(case: Case) -> Prepared:
-    return _autograd(case, working(lambda x: reference.baddbmm_cov_sqrt(x, case.iterations, case.output)))
+    return of_function(case, working(lambda x: reference.baddbmm_cov_sqrt(x, case.iterations, case.output)))
 
 
 def mxm_bytes(shape: torch.Size, itemsize: int) -> int:
@@ -189,14 +211,14 @@ def _prepare_mxm(case: Case) -> Prepared:
     needed, available = mxm_bytes(case.x.shape, itemsize), available_memory(case.x.device)
     if needed > 0.8 * available:
         raise Unavailable(f"its M x M matrices take {needed / 2**30:.1f} GiB; {available / 2**30:.1f} GiB are free")
-    return _autograd(case, working(lambda x: reference.mxm_cov_sqrt(x, case.iterations, case.output)))
+    return of_function(case, working(lambda x: reference.mxm_cov_sqrt(x, case.iterations, case.output)))
 
 
 def _prepare_matrix_sqrth(case: Case) -> Prepared:
     if not hasattr(torch.linalg, "matrix_sqrth"):
         raise Unavailable(f"torch {torch.__version__} has no torch.linalg.matrix_sqrth")
     root = torch.linalg.matrix_sqrth
-    return _autograd(case, working(lambda x: reference.convert_output(root(covariance(x)), case.output)))
+    return of_function(case, working(lambda x: reference.convert_output(root(covariance(x)), case.output)))
 
 
 # ---- torch.compile
@@ -212,7 +234,7 @@ def _compiled(case: Case, form: str) -> Prepared:
             torch.compiler.cudagraph_mark_step_begin()
         return compiled(x, case.iterations, case.output)
 
-    return _autograd(case, call, detail=f"of {form}", options={"form": form})
+    return of_function(case, call, detail=f"of {form}", options={"form": form})
 
 
 def _prepare_compile(case: Case, form: str | None = None) -> Prepared:
@@ -323,17 +345,19 @@ def _prepare_cupy(case: Case) -> Prepared:
         trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
         return reference.convert_output(trace.sqrt() * Root.apply(sigma / trace), case.output)
 
-    return _autograd(case, working(function), detail=f"CuPy {cupy.__version__}")
+    return of_function(case, working(function), detail=f"CuPy {cupy.__version__}")
 
 
 METHODS: dict[str, Method] = {
     "ours": Method("isqrt_cov.cov_sqrt", _prepare_ours),
+    "minimax": Method(f"isqrt_cov.cov_sqrt, {MINIMAX_STEPS} minimax steps", _prepare_minimax, minimax_root),
     "eig": Method("torch.linalg.eigh, clamped, stable backward", _prepare_eig, clamped_root),
     "eager": Method("Newton-Schulz, bmm and autograd", _prepare_eager),
     "baddbmm": Method("Newton-Schulz, fused products, autograd", _prepare_baddbmm),
     "compile": Method("torch.compile of eager or baddbmm, the faster", _prepare_compile, quick=False),
     "graph": Method("CUDA graph of baddbmm", _prepare_graph, devices=("cuda",)),
     "mxm": Method("baddbmm after the published pooling by an M x M matrix", _prepare_mxm),
+    "pade": Method("Pade approximant, Lyapunov equation for the gradient", _prepare_pade, clamped_root),
     "matrix_sqrth": Method("torch.linalg.matrix_sqrth", _prepare_matrix_sqrth, clamped_root),
     "cupy": Method("EIG by CuPy's batched eigh", _prepare_cupy, clamped_root, devices=("cuda",)),
 }

@@ -125,12 +125,14 @@ def explanation() -> str:
 
 COLOURS = {
     "ours": "#c2410c",
+    "minimax": "#f59e0b",
     "eig": "#6b7280",
     "eager": "#93c5fd",
     "baddbmm": "#3b82f6",
     "compile": "#1e3a8a",
     "graph": "#0f766e",
     "mxm": "#a8a29e",
+    "pade": "#7c3aed",
     "matrix_sqrth": "#a16207",
     "cupy": "#4d7c0f",
 }

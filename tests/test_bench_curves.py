@@ -1,0 +1,51 @@
+"""The curves of cost and nearness, and the Pade approximant that they compare with."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import curves
+import pade
+
+
+@pytest.mark.parametrize("order", (1, 2, 5))
+def test_pade_agrees_with_the_series_of_the_root(order):
+    p, q = map(np.polynomial.Polynomial, pade.coefficients(order))
+    # sqrt(1 - z): c_0 = 1, c_k = c_{k-1} (k - 3/2) / k. The approximant's first 2 n + 1 terms are the same.
+    series = np.cumprod([1, *((k - 1.5) / k for k in range(1, 2 * order + 1))])
+    difference = (np.polynomial.Polynomial(series) * q - p).coef[: 2 * order + 1]
+    assert np.abs(difference).max() < 1e-12
+
+
+def test_pade_root_and_its_gradient():
+    a = torch.randn(3, 8, 30, dtype=torch.float64)
+    a = (a @ a.mT / 30).requires_grad_()
+    root = pade.pade_sqrt(a, order=12, iterations=20)
+    values, vectors = torch.linalg.eigh(a)
+    exact = (vectors * values.sqrt()[:, None]) @ vectors.mT
+    assert torch.allclose(root, exact, atol=1e-6)
+    upstream = torch.randn_like(root)
+    (grad,) = torch.autograd.grad(root, a, upstream)
+    (expected,) = torch.autograd.grad(exact, a, (upstream + upstream.mT) / 2)
+    assert torch.allclose(grad, expected, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_curves(tmp_path, capsys):
+    outputs = tmp_path / "curves.json", tmp_path / "curves.png"
+    assert curves.main(["--quick", "--rounds", "1", "--json", str(outputs[0]), "--plot", str(outputs[1])]) == 0
+    result = json.loads(outputs[0].read_text())
+    assert set(result["cost"]) == {"B", "C", "M", "N"}
+    for curve in result["cost"].values():
+        assert all(ms > 0 for name in ("ours", "eager", "eig", "floor") for ms in curve[name])
+    (entry,) = result["nearness"]
+    distance = {name: dict(zip(c["steps"], c["distance"], strict=True)) for name, c in entry["curves"].items()}
+    assert abs(distance["ours"][5] - distance["eager"][5]) < 1e-4
+    assert distance["minimax"][5] < distance["ours"][5]
+    assert "distance to the exact root" in capsys.readouterr().out
+    assert outputs[1].stat().st_size > 10_000
