@@ -37,7 +37,7 @@ def covariance_pool(x: Tensor) -> Tensor:
     Raises:
         RuntimeError: ``x`` has another rank or dtype, no channel or no position.
     """
-    return _ops.covariance_pool(x)[0]
+    return _ops.covariance_pool.default(x)[0]
 
 
 def matrix_sqrt(
@@ -70,7 +70,7 @@ def matrix_sqrt(
         ValueError: other ``coefficients``.
     """
     floor = _spectrum_floor(coefficients, spectrum_floor)
-    return _ops.matrix_root(sigma, iterations, ROOTS.index("square"), floor)
+    return _ops.matrix_root.default(sigma, iterations, ROOTS.index("square"), floor)
 
 
 def matrix_inv_sqrt(
@@ -81,7 +81,7 @@ def matrix_inv_sqrt(
     Zero, with zero gradient, where ``sigma`` is zero.
     """
     floor = _spectrum_floor(coefficients, spectrum_floor)
-    return _ops.matrix_root(sigma, iterations, ROOTS.index("inverse"), floor)
+    return _ops.matrix_root.default(sigma, iterations, ROOTS.index("inverse"), floor)
 
 
 def cov_sqrt(
@@ -109,7 +109,7 @@ def cov_sqrt(
         ValueError: another ``output``, other ``coefficients``.
     """
     floor = _spectrum_floor(coefficients, spectrum_floor)
-    return _ops.cov_sqrt(x, iterations, code("output", output, OUTPUTS), floor)[0]
+    return _ops.cov_sqrt.default(x, iterations, code("output", output, OUTPUTS), floor)[0]
 
 
 def triu_vector(y: Tensor) -> Tensor:
