@@ -12,6 +12,7 @@ import torch
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 
 from . import reference, transforms
+from .transforms import compute_dtype
 
 # The enumerations of csrc, in their order.
 OUTPUTS = ("matrix", "triu", "mean")
@@ -24,11 +25,6 @@ def code(argument: str, value: str, names: tuple[str, ...]) -> int:
     if value not in names:
         raise ValueError(f"{argument}: expected one of {', '.join(map(repr, names))}, got {value!r}")
     return names.index(value)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What feature maps and matrices of this dtype are computed in."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _load() -> None:
@@ -66,20 +62,14 @@ def _steps(iterations, spectrum_floor):
     return reference.PAPER_STEP if spectrum_floor == 0 else reference.minimax_steps(iterations, spectrum_floor)
 
 
-def _register(name, fake, setup_context, backward, jvp):
+def _register(name, fake, *derivatives, autocast=True):
     torch.library.register_fake(f"isqrt_cov::{name}", fake)
-    transforms.register_derivatives(name, setup_context, backward, jvp)
+    transforms.register_derivatives(name, *derivatives, autocast=autocast)
     transforms.register_batching(name)
 
 
-def _register_forward(name, fake, setup_context, backward, jvp):
-    _register(name, fake, setup_context, backward, jvp)
-    for device in ("cpu", "cuda"):
-        torch.library.register_autocast(f"isqrt_cov::{name}", device, torch.float32)
-
-
 def _register_gradient(name, fake, function):
-    """The operator ``name(upstream, x, *kept, *arguments)``, vjp of ``function(*arguments)`` at x; x determines kept."""
+    """The operator ``name(upstream, x, *kept, *arguments)``: vjp of ``function(*arguments)`` at x, which fixes kept."""
     op = getattr(_ops, name).default
 
     def setup_context(ctx, inputs, output):
@@ -99,7 +89,7 @@ def _register_gradient(name, fake, function):
         _, curvature = _second_order(function(*ctx.arguments), x, upstream, x_tangent)
         return op(upstream_tangent, x, *kept, *ctx.arguments) + curvature
 
-    _register(name, fake, setup_context, backward, jvp)
+    _register(name, fake, setup_context, backward, jvp, autocast=False)
 
 
 # ---- covariance_pool: x [B, C, H, W] or [B, C, M] -> sigma [B, C, C], mean [B, C] ------------------------------------
@@ -139,7 +129,7 @@ def _pool_backward_fake(grad, x, mean, engine=0):
     return torch.empty_like(x)
 
 
-_register_forward("covariance_pool", _pool_fake, _pool_setup, _pool_backward, _pool_jvp)
+_register("covariance_pool", _pool_fake, _pool_setup, _pool_backward, _pool_jvp)
 _register_gradient("covariance_pool_backward", _pool_backward_fake, lambda engine: reference.covariance_pool)
 
 
@@ -198,7 +188,7 @@ def _root_function(iterations, root, spectrum_floor, engine):
     return functools.partial(function, iterations=iterations, step=_steps(iterations, spectrum_floor))
 
 
-_register_forward("matrix_root", _root_fake, _root_setup, _root_backward, _root_jvp)
+_register("matrix_root", _root_fake, _root_setup, _root_backward, _root_jvp)
 _register_gradient("matrix_root_backward", _root_backward_fake, _root_function)
 
 
@@ -243,5 +233,5 @@ def _cov_sqrt_function(iterations, output, spectrum_floor, engine):
     return functools.partial(reference.cov_sqrt, iterations=iterations, output=OUTPUTS[output], step=step)
 
 
-_register_forward("cov_sqrt", _cov_sqrt_fake, _cov_sqrt_setup, _cov_sqrt_backward, _cov_sqrt_jvp)
+_register("cov_sqrt", _cov_sqrt_fake, _cov_sqrt_setup, _cov_sqrt_backward, _cov_sqrt_jvp)
 _register_gradient("cov_sqrt_backward", _cov_sqrt_backward_fake, _cov_sqrt_function)

@@ -1,8 +1,8 @@
-"""Connects an operator with autograd, forward-mode AD and ``torch.func``.
+"""Connects an operator with autograd, forward-mode AD, ``torch.func`` and autocast.
 
 ``torch.library.register_autograd`` ends in an ``autograd.Function`` that drops tangents without a word and refuses
-``torch.func.grad`` (github.com/pytorch/pytorch/issues/170834). What is registered here under the same dispatch key has a
-``jvp``, and treats one level of ``torch.func`` at a time, as the kernels of torch's own operators do.
+``torch.func.grad`` (github.com/pytorch/pytorch/issues/170834). What is registered here under the same dispatch key has
+a ``jvp``, and treats one level of ``torch.func`` at a time, as the kernels of torch's own operators do.
 """
 
 from collections.abc import Callable
@@ -12,15 +12,24 @@ import torch
 from torch import _C, Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_map
 
 _library = torch.library.Library("isqrt_cov", "FRAGMENT")
 
 
-def register_derivatives(name: str, setup_context: Callable, backward: Callable, jvp: Callable) -> None:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What feature maps and matrices of this dtype are computed in."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def register_derivatives(
+    name: str, setup_context: Callable, backward: Callable, jvp: Callable, *, autocast: bool
+) -> None:
     """Derivatives of ``isqrt_cov::name`` by the methods of ``torch.autograd.Function`` of these names.
 
-    ``jvp(ctx, saved, *tangents)`` is given what was saved for it as values without a tangent.
+    ``jvp(ctx, saved, *tangents)`` is given what was saved for it as values without a tangent. With ``autocast``
+    the operator casts 16-bit tensors to float32 in an autocast region.
     """
     op = getattr(torch.ops.isqrt_cov, name).default
     defaults = tuple(a.default_value if a.has_default_value() else None for a in op._schema.arguments)
@@ -29,7 +38,15 @@ def register_derivatives(name: str, setup_context: Callable, backward: Callable,
         with _C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & _C._after_autograd_keyset, *args)
 
-    class Derivatives(torch.autograd.Function):
+    def refuse_autocast(like):
+        # torch.func restores an outer level's autocast, and only a product shows whether it did.
+        one = torch.ones(1, 1, dtype=compute_dtype(like.dtype), device=like.device)
+        if (one @ one).dtype != one.dtype:
+            raise NotImplementedError(
+                f"isqrt_cov::{name}: this forward-mode derivative by torch.func does not work in an autocast region"
+            )
+
+    class Derivatives(_SingleLevelFunction):
         @staticmethod
         def forward(ctx, keyset, *args):
             # Function turns both modes off for its forward; the outer levels of torch.func, below, want them on.
@@ -45,21 +62,26 @@ def register_derivatives(name: str, setup_context: Callable, backward: Callable,
         @staticmethod
         def jvp(ctx, _, *tangents):
             # What was saved carries the tangent of this level, which is done with, and those of outer levels.
-            with forward_ad._set_fwd_grad_enabled(True):
+            like = ctx.saved_tensors[0]
+            with forward_ad._set_fwd_grad_enabled(True), torch.autocast(like.device.type, enabled=False):
+                refuse_autocast(like)
                 saved = [forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
                 return jvp(ctx, saved, *tangents)
 
+        _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
     Derivatives.__name__ = Derivatives.__qualname__ = name
-    # Derivatives.apply itself would start again at the innermost level of torch.func.
-    apply = super(torch.autograd.Function, Derivatives).apply
 
     def kernel(keyset, *args):
         if forward_ad._current_level < 0 and not (_C.is_grad_enabled() and _C._any_requires_grad(*args)):
             return below_autograd(keyset, args)
         with enable_single_level_autograd_function():
-            return apply(keyset, *args)
+            return Derivatives.apply(keyset, *args)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
+    if autocast:
+        for device in ("cpu", "cuda"):
+            torch.library.register_autocast(f"isqrt_cov::{name}", device, torch.float32, lib=_library)
 
 
 def register_batching(name: str) -> None:
