@@ -6,8 +6,10 @@ A few hundred cases, the same each time; FUZZ_CASES in the environment asks for 
 
 import os
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from common import (
     assert_close,
@@ -22,9 +24,6 @@ from common import (
 )
 from isqrt_cov import build_info, reference
 from isqrt_cov.ops import OUTPUTS, ROOTS
-
-hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import strategies as st  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ops = torch.ops.isqrt_cov
