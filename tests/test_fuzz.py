@@ -1,7 +1,7 @@
 """Whatever shape, layout, dtype, option and engine: the reference's result and gradient.
 
 A few hundred cases, the same each time; FUZZ_CASES in the environment asks for more, and for other ones each time
-(`make fuzz`). A case that failed once stands in test_found_by_fuzzing, and stays there.
+(`make fuzz`). A case that failed once stands in FOUND, and stays there.
 """
 
 import os
@@ -44,12 +44,22 @@ def steps(floor, iterations):
     return reference.minimax_steps(iterations, floor) if floor else reference.PAPER_STEP
 
 
-def bounds(dtype, channels, positions, iterations, floor):
-    """Of the relative error of a result and of its gradient; see the tests of which each factor stems."""
-    computed = torch.float64 if dtype == torch.float64 else torch.float32
-    bound = (8 if floor else 1) * tolerance(computed, channels, positions, iterations)
-    rounded = torch.finfo(dtype).eps / 2 if dtype in (torch.float16, torch.bfloat16) else 0
-    return rounded + bound, rounded + 2 * bound
+def rounding(dtype):
+    return torch.finfo(dtype).eps / 2 if dtype in (torch.float16, torch.bfloat16) else 0.0
+
+
+def computed(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def growth(floor, iterations):
+    """Slope and curvature at an eigenvalue l of zero, where both are largest: of l g_N, g_n = g_{n-1} (a + b l g^2)."""
+    pairs = steps(floor, iterations) if floor else [reference.PAPER_STEP] * iterations
+    slope, bend = 1.0, 0.0
+    for a, b in pairs:
+        bend += b / a * slope**2
+        slope *= a
+    return slope, abs(2 * slope * bend)
 
 
 def subnormal(tensor):
@@ -62,8 +72,7 @@ def mean_rounding(x, dtype):
     """Relative error of x - mean by the last bit of the mean, in the sample where the spread is smallest beside it."""
     mean = x.detach().flatten(2).mean(2)
     spread = x.detach().flatten(2).std(2, correction=0).norm(dim=1)
-    unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
-    return 2 * unit * torch.where(spread > 0, mean.norm(dim=1) / spread, 0.0).max().item()
+    return torch.finfo(computed(dtype)).eps * torch.where(spread > 0, mean.norm(dim=1) / spread, 0.0).max().item()
 
 
 @st.composite
@@ -101,9 +110,12 @@ def check_feature_maps(shape, layout, dtype, engine, iterations, output, floor, 
     exact = x.detach().double().requires_grad_()
     exact_y = reference.cov_sqrt(exact, iterations, output, steps(floor, iterations))
     (exact_slope,) = torch.autograd.grad(exact_y, exact, upstream.double())
-    bound, slope_bound = (
-        b + mean_rounding(exact, dtype) for b in bounds(dtype, channels, positions, iterations, floor)
-    )
+    bound = (8 if floor else 1) * tolerance(computed(dtype), channels, positions, iterations)
+    of_mean = mean_rounding(exact, dtype)
+    of_sigma = torch.finfo(computed(dtype)).eps * (positions**0.5 + channels**0.5) + of_mean
+    steepest, curvature = growth(floor, iterations)
+    slope_bound = rounding(dtype) + 2 * bound + 2 * curvature * of_sigma
+    bound = rounding(dtype) + bound + steepest * of_mean
     assert (y.dtype, slope.dtype) == (dtype, dtype)
     assert_close(sigma, reference.covariance_pool(exact), bound)
     assert_close(y, exact_y, bound, subnormal(y) / bound)
@@ -121,6 +133,21 @@ FEATURE_MAPS = {
     "mean": st.sampled_from((0.0, 3.0, -100.0)),
     "seed": st.integers(0, 2**31),
 }
+
+
+DENSE = ([0, 1, 2, 3], [0] * 4, [1] * 4, ())
+# Each was off by more than a bound that left out what the name says.
+FOUND = {
+    "a mean of 100 spreads": ((2, 2, 1, 2), torch.float32, 1, 0.0, -100.0),
+    "a mean of 100 spreads, one minimax step": ((1, 2, 1, 4), torch.float32, 1, 1e-3, -100.0),
+    "curvature of six minimax steps at zero": ((1, 2, 1, 2), torch.float32, 6, 1e-3, 0.0),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("shape", "dtype", "iterations", "floor", "mean"), FOUND.values(), ids=FOUND)
+def test_found(shape, dtype, engine, iterations, floor, mean):
+    check_feature_maps(shape, DENSE, dtype, engine, iterations, "matrix", floor, 0, mean, 0)
 
 
 @fuzz(
@@ -168,6 +195,7 @@ def test_matrices(shape, layout, dtype, engine, iterations, root, floor, seed):
     function = (reference.matrix_sqrt, reference.matrix_inv_sqrt)[ROOTS.index(root)]
     exact_y = function(exact, iterations, steps(floor, iterations))
     (exact_slope,) = torch.autograd.grad(exact_y, exact, upstream.double())
-    bound, slope_bound = bounds(dtype, channels, 1, iterations, floor)
+    bound = (8 if floor else 1) * tolerance(computed(dtype), channels, 1, iterations)
+    bound, slope_bound = rounding(dtype) + bound, rounding(dtype) + 2 * bound
     assert_close(y, exact_y, bound, subnormal(y) / bound)
     assert_close(slope, exact_slope, slope_bound, gradient_size(upstream, y, sigma))

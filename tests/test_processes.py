@@ -8,21 +8,12 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
-from common import assert_close, feature_maps
+from common import assert_close
 from isqrt_cov import CovSqrtNorm, cov_sqrt
+from workers import Covariances, gradients_in_one_of_two_processes, images, network, value_and_gradient
 
-SHAPE = (4, 24, 900)
-SECONDS = 240  # a worker that hangs is an error, not the end of the tests
-
-
-def value_and_gradient(seed=0):
-    """Enough work for every thread of the pool. By value: a worker may be gone before its tensors are read."""
-    x = feature_maps(*SHAPE, torch.float32, seed=seed).requires_grad_()
-    y = cov_sqrt(x)
-    return y.detach().numpy(), torch.autograd.grad(y, x, torch.ones_like(y))[0].numpy()
+SECONDS = 120  # a worker that hangs is an error, not the end of the tests
 
 
 def equal(one, other):
@@ -57,26 +48,16 @@ def test_threads_of_one_process():
             assert equal(result, expected[number % 4])
 
 
-# torch's own OpenMP loops cannot run on more threads after a fork; ours neither hang nor differ.
+# A fork leaves the threads of OpenMP behind: of torch's own operators, too, only those on one thread work after it.
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("method", ("fork", "spawn"))
 def test_worker_processes(method):
     expected = [value_and_gradient(seed) for seed in range(4)]  # the threads of this process have started
     context = multiprocessing.get_context(method)
-    with context.Pool(2) as pool:
+    with context.Pool(2, torch.set_num_threads, (1,)) as pool:
         for result, wanted in zip(pool.map_async(value_and_gradient, range(4)).get(SECONDS), expected, strict=True):
             assert equal(result, wanted)
     assert equal(value_and_gradient(0), expected[0])
-
-
-class Covariances(torch.utils.data.Dataset):
-    """A data set whose samples are computed by the worker."""
-
-    def __len__(self):
-        return 6
-
-    def __getitem__(self, index):
-        return cov_sqrt(feature_maps(*SHAPE, torch.float32, seed=index))[0]
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -88,28 +69,6 @@ def test_data_loader_workers(method):
         data, batch_size=2, num_workers=2, multiprocessing_context=method, timeout=SECONDS
     )
     assert torch.equal(torch.cat(list(loader)), torch.stack(expected))
-
-
-def network():
-    torch.manual_seed(1)
-    return torch.nn.Sequential(
-        torch.nn.Conv2d(3, 6, 3, bias=False), CovSqrtNorm(3, "triu"), torch.nn.Linear(21, 1)
-    ).double()
-
-
-def images():
-    return torch.randn(6, 3, 9, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-
-def gradients_in_one_of_two_processes(rank, store, results):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = DistributedDataParallel(network())
-    for _ in range(2):  # DDP rebuilds its buckets after the first step
-        model.zero_grad()
-        model(images()[rank::2]).square().mean().backward()
-    results.put((rank, [p.grad.numpy() for p in model.parameters()]))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_distributed_data_parallel(tmp_path):
