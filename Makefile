@@ -1,5 +1,6 @@
 # make demo   install into .venv and run the benchmark on real feature maps
 # make test   install into .venv and run the whole test suite
+# make fuzz   10,000 random cases against the reference, other ones each time
 # make lint   ruff and clang-format        make format   apply them
 # make kernels            compile the CUDA kernels and compare them with benchmarks/results/kernels.md; needs nvcc
 # make check-cuda-torch   build for a CUDA torch, load it there and test it without a GPU; needs nvcc
@@ -29,7 +30,7 @@ PIN = $(shell $(BIN)/python -c "import torch; print('torch==' + torch.__version_
 SOURCES := $(shell git ls-files 'csrc/*' 'isqrt_cov/*' 'san_model/*' setup.py pyproject.toml 2>/dev/null)
 CXX_FILES := $(shell git ls-files '*.h' '*.cuh' '*.cpp' '*.cu' 2>/dev/null)
 
-.PHONY: demo test lint format kernels check-cuda-torch gpu clean
+.PHONY: demo test lint format kernels check-cuda-torch gpu fuzz clean
 
 demo: .venv/san
 	$(BIN)/python -P -m isqrt_cov
@@ -38,6 +39,9 @@ demo: .venv/san
 
 test: .venv/test
 	$(BIN)/pytest
+
+fuzz: .venv/test
+	FUZZ_CASES=10000 $(BIN)/pytest tests/test_fuzz.py
 
 .venv/torch:
 	if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages .venv; \

@@ -3,13 +3,14 @@
 import importlib.metadata
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ops import ENGINES, OUTPUTS, ROOTS, code, compute_dtype
+from .ops import ENGINES, OUTPUTS, ROOTS, code
+from .transforms import compute_dtype
 
 _ops = torch.ops.isqrt_cov
 COEFFICIENTS = ("newton_schulz", "minimax")
@@ -22,6 +23,14 @@ def _spectrum_floor(coefficients: str, spectrum_floor: float) -> float:
     if spectrum_floor == 0:
         raise ValueError("spectrum_floor: expected more than 0, got 0")
     return spectrum_floor
+
+
+def _call(operator: Callable[..., Any], x: Tensor, *arguments: Any) -> Any:
+    """The operator, autocast included, whose own rule comes too late for the derivatives of torch.func."""
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(x.device.type):
+        return operator(x, *arguments)
+    with torch.autocast(x.device.type, enabled=False):
+        return operator(x.to(compute_dtype(x.dtype)), *arguments)
 
 
 def covariance_pool(x: Tensor) -> Tensor:
@@ -37,7 +46,7 @@ def covariance_pool(x: Tensor) -> Tensor:
     Raises:
         RuntimeError: ``x`` has another rank or dtype, no channel or no position.
     """
-    return _ops.covariance_pool(x)[0]
+    return _call(_ops.covariance_pool.default, x)[0]
 
 
 def matrix_sqrt(
@@ -70,7 +79,7 @@ def matrix_sqrt(
         ValueError: other ``coefficients``.
     """
     floor = _spectrum_floor(coefficients, spectrum_floor)
-    return _ops.matrix_root(sigma, iterations, ROOTS.index("square"), floor)
+    return _call(_ops.matrix_root.default, sigma, iterations, ROOTS.index("square"), floor)
 
 
 def matrix_inv_sqrt(
@@ -81,7 +90,7 @@ def matrix_inv_sqrt(
     Zero, with zero gradient, where ``sigma`` is zero.
     """
     floor = _spectrum_floor(coefficients, spectrum_floor)
-    return _ops.matrix_root(sigma, iterations, ROOTS.index("inverse"), floor)
+    return _call(_ops.matrix_root.default, sigma, iterations, ROOTS.index("inverse"), floor)
 
 
 def cov_sqrt(
@@ -109,7 +118,7 @@ def cov_sqrt(
         ValueError: another ``output``, other ``coefficients``.
     """
     floor = _spectrum_floor(coefficients, spectrum_floor)
-    return _ops.cov_sqrt(x, iterations, code("output", output, OUTPUTS), floor)[0]
+    return _call(_ops.cov_sqrt.default, x, iterations, code("output", output, OUTPUTS), floor)[0]
 
 
 def triu_vector(y: Tensor) -> Tensor:

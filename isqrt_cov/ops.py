@@ -1,15 +1,18 @@
-"""The operators of ``torch.ops.isqrt_cov``: their shapes under tracing and their gradients.
+"""The operators of ``torch.ops.isqrt_cov``: their shapes under tracing, their gradients and their tangents.
 
 Schemas, argument checks and implementations are in ``csrc/ops.cpp``. A gradient is an operator of its own, and what is
-kept for it is x, mu and Sigma. The gradient of a gradient is composed from :mod:`isqrt_cov.reference`.
+kept for it is x, mu and Sigma. A tangent is composed from these operators, and whatever is differentiated more than
+once from :mod:`isqrt_cov.reference`. Under autocast the operators compute and return float32.
 """
 
 import functools
 from pathlib import Path
 
 import torch
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
 
-from . import reference
+from . import reference, transforms
+from .transforms import compute_dtype
 
 # The enumerations of csrc, in their order.
 OUTPUTS = ("matrix", "triu", "mean")
@@ -22,11 +25,6 @@ def code(argument: str, value: str, names: tuple[str, ...]) -> int:
     if value not in names:
         raise ValueError(f"{argument}: expected one of {', '.join(map(repr, names))}, got {value!r}")
     return names.index(value)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What feature maps and matrices of this dtype are computed in."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _load() -> None:
@@ -43,25 +41,55 @@ _load()
 _ops = torch.ops.isqrt_cov
 
 
-def _second_order(function, inputs, upstream, grad_of_grad):
-    """Gradient of ``vjp(function, inputs)(upstream)`` with respect to the upstream gradient and the inputs."""
-    dtype = compute_dtype(inputs.dtype)
-    with torch.enable_grad():
-        x, g = (t.detach().to(dtype).requires_grad_() for t in (inputs, upstream))
-        (vjp,) = torch.autograd.grad(function(x), x, g, create_graph=True)
-        grads = torch.autograd.grad(vjp, (g, x), grad_of_grad.to(dtype))
-    return [grad.to(inputs.dtype) for grad in grads]
+def _second_order(function, x, upstream, direction):
+    """Gradient of <vjp(function, x)(upstream), direction> with respect to upstream and x."""
+    dtype = compute_dtype(x.dtype)
+
+    def variable(tensor):
+        # A node of its own, that it may depend on the other one; and not detached, for the orders that follow.
+        tensor = tensor.to(dtype).view_as(tensor)
+        return tensor if tensor.requires_grad else tensor.requires_grad_()
+
+    further = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False), enable_inplace_requires_grad(True):
+        x_, upstream = variable(x), variable(upstream)
+        (vjp,) = torch.autograd.grad(function(x_), x_, upstream, create_graph=True)
+        grads = torch.autograd.grad(vjp, (upstream, x_), direction.to(dtype), create_graph=further)
+        return [grad.to(x.dtype) for grad in grads]
 
 
-def _step(ctx):
-    if ctx.spectrum_floor == 0:
-        return reference.PAPER_STEP
-    return reference.minimax_steps(ctx.iterations, ctx.spectrum_floor)
+def _steps(iterations, spectrum_floor):
+    return reference.PAPER_STEP if spectrum_floor == 0 else reference.minimax_steps(iterations, spectrum_floor)
 
 
-def _register(name, fake, setup_context, backward):
+def _register(name, fake, *derivatives, autocast=True):
     torch.library.register_fake(f"isqrt_cov::{name}", fake)
-    torch.library.register_autograd(f"isqrt_cov::{name}", backward, setup_context=setup_context)
+    transforms.register_derivatives(name, *derivatives, autocast=autocast)
+    transforms.register_batching(name)
+
+
+def _register_gradient(name, fake, function):
+    """The operator ``name(upstream, x, *kept, *arguments)``: vjp of ``function(*arguments)`` at x, which fixes kept."""
+    op = getattr(_ops, name).default
+
+    def setup_context(ctx, inputs, output):
+        tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
+        ctx.arguments = inputs[len(tensors) :]
+        ctx.others = [None] * (len(inputs) - 2)
+        ctx.save_for_backward(*tensors[:2])
+        ctx.save_for_forward(*tensors)
+
+    def backward(ctx, direction):
+        upstream, x = ctx.saved_tensors
+        return *_second_order(function(*ctx.arguments), x, upstream, direction), *ctx.others
+
+    def jvp(ctx, saved, upstream_tangent, x_tangent, *_):
+        upstream, x, *kept = saved
+        # The vjp is the gradient of <upstream, function(x)> with respect to x, and a Hessian is symmetric.
+        _, curvature = _second_order(function(*ctx.arguments), x, upstream, x_tangent)
+        return op(upstream_tangent, x, *kept, *ctx.arguments) + curvature
+
+    _register(name, fake, setup_context, backward, jvp, autocast=False)
 
 
 # ---- covariance_pool: x [B, C, H, W] or [B, C, M] -> sigma [B, C, C], mean [B, C] ------------------------------------
@@ -77,6 +105,7 @@ def _pool_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1])
+    ctx.save_for_forward(x)
 
 
 def _pool_backward(ctx, grad, _):
@@ -86,22 +115,22 @@ def _pool_backward(ctx, grad, _):
     return _ops.covariance_pool_backward(grad, x, mean, ctx.engine), None
 
 
+def _pool_tangent(x, tangent):
+    dtype = compute_dtype(x.dtype)
+    return reference.covariance_pool_tangent(tangent.to(dtype), x.to(dtype))
+
+
+def _pool_jvp(ctx, saved, tangent, *_):
+    (x,) = saved
+    return _pool_tangent(x, tangent).to(x.dtype), None
+
+
 def _pool_backward_fake(grad, x, mean, engine=0):
     return torch.empty_like(x)
 
 
-def _pool_backward_setup(ctx, inputs, output):
-    grad, x, _, _ = inputs
-    ctx.save_for_backward(grad, x)
-
-
-def _pool_double_backward(ctx, grad_of_grad):
-    grad, x = ctx.saved_tensors
-    return *_second_order(reference.covariance_pool, x, grad, grad_of_grad), None, None
-
-
-_register("covariance_pool", _pool_fake, _pool_setup, _pool_backward)
-_register("covariance_pool_backward", _pool_backward_fake, _pool_backward_setup, _pool_double_backward)
+_register("covariance_pool", _pool_fake, _pool_setup, _pool_backward, _pool_jvp)
+_register_gradient("covariance_pool_backward", _pool_backward_fake, lambda engine: reference.covariance_pool)
 
 
 # ---- matrix_root: sigma [B, C, C] -> its square or inverse square root [B, C, C] -------------------------------------
@@ -114,6 +143,7 @@ def _root_fake(sigma, iterations, root, spectrum_floor=0.0, engine=0):
 def _root_setup(ctx, inputs, output):
     sigma, *ctx.arguments = inputs
     ctx.save_for_backward(sigma)
+    ctx.save_for_forward(sigma)
 
 
 def _root_backward(ctx, grad):
@@ -121,24 +151,45 @@ def _root_backward(ctx, grad):
     return _ops.matrix_root_backward(grad, sigma, *ctx.arguments), None, None, None, None
 
 
+def _root_tangent(sigma, tangent, *arguments):
+    """Tangent of ``matrix_root`` from its gradient.
+
+    The root is F(S) = t^k p(S / t), t = tr S, k = 1/2 or -1/2, and the derivative of a polynomial at a symmetric matrix
+    is self-adjoint. So in a symmetric direction H the tangent is L[H] + tr(H) E and the gradient L[H] + <H, E> I with
+    one self-adjoint L. F is homogeneous, hence its tangent in the direction S is k F: that determines E up to a
+    multiple of I, which cancels.
+    """
+
+    def trace(matrix):
+        return matrix.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+
+    def gradient(direction):
+        return _ops.matrix_root_backward(direction, sigma, *arguments)
+
+    degree = (0.5, -0.5)[arguments[1]]
+    t = trace(sigma)
+    e = (degree * _ops.matrix_root(sigma, *arguments) - gradient(sigma)) / torch.where(t == 0, 1.0, t)
+    eye = torch.eye(sigma.shape[1], dtype=sigma.dtype, device=sigma.device)
+    return gradient(tangent) + trace(tangent) * e - (tangent * e).sum((1, 2), keepdim=True) * eye
+
+
+def _root_jvp(ctx, saved, tangent, *_):
+    (sigma,) = saved
+    dtype = compute_dtype(sigma.dtype)
+    return _root_tangent(sigma.to(dtype), tangent.to(dtype), *ctx.arguments).to(sigma.dtype)
+
+
 def _root_backward_fake(grad, sigma, iterations, root, spectrum_floor=0.0, engine=0):
     return torch.empty_like(sigma, memory_format=torch.contiguous_format)
 
 
-def _root_backward_setup(ctx, inputs, output):
-    grad, sigma, ctx.iterations, ctx.root, ctx.spectrum_floor, _ = inputs
-    ctx.save_for_backward(grad, sigma)
+def _root_function(iterations, root, spectrum_floor, engine):
+    function = (reference.matrix_sqrt, reference.matrix_inv_sqrt)[root]
+    return functools.partial(function, iterations=iterations, step=_steps(iterations, spectrum_floor))
 
 
-def _root_double_backward(ctx, grad_of_grad):
-    grad, sigma = ctx.saved_tensors
-    function = (reference.matrix_sqrt, reference.matrix_inv_sqrt)[ctx.root]
-    function = functools.partial(function, iterations=ctx.iterations, step=_step(ctx))
-    return *_second_order(function, sigma, grad, grad_of_grad), None, None, None, None
-
-
-_register("matrix_root", _root_fake, _root_setup, _root_backward)
-_register("matrix_root_backward", _root_backward_fake, _root_backward_setup, _root_double_backward)
+_register("matrix_root", _root_fake, _root_setup, _root_backward, _root_jvp)
+_register_gradient("matrix_root_backward", _root_backward_fake, _root_function)
 
 
 # ---- cov_sqrt: x [B, C, H, W] or [B, C, M] -> y, sigma [B, C, C], mean [B, C] ----------------------------------------
@@ -156,6 +207,7 @@ def _cov_sqrt_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1], output[2])
+    ctx.save_for_forward(x)
 
 
 def _cov_sqrt_backward(ctx, grad, _sigma, _mean):
@@ -164,21 +216,22 @@ def _cov_sqrt_backward(ctx, grad, _sigma, _mean):
     return _ops.cov_sqrt_backward(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None, None
 
 
+def _cov_sqrt_jvp(ctx, saved, tangent, *_):
+    (x,) = saved
+    iterations, output, *rest = ctx.arguments
+    sigma, _ = _ops.covariance_pool(x.to(compute_dtype(x.dtype)))  # not the one put out, which is a constant
+    root = _root_tangent(sigma, _pool_tangent(x, tangent), iterations, ROOTS.index("square"), *rest)
+    return reference.convert_output(root, OUTPUTS[output]).to(x.dtype), None, None
+
+
 def _cov_sqrt_backward_fake(grad, x, sigma, mean, iterations, output, spectrum_floor=0.0, engine=0):
     return torch.empty_like(x)
 
 
-def _cov_sqrt_backward_setup(ctx, inputs, output):
-    grad, x, _, _, ctx.iterations, ctx.output, ctx.spectrum_floor, _ = inputs
-    ctx.save_for_backward(grad, x)
+def _cov_sqrt_function(iterations, output, spectrum_floor, engine):
+    step = _steps(iterations, spectrum_floor)
+    return functools.partial(reference.cov_sqrt, iterations=iterations, output=OUTPUTS[output], step=step)
 
 
-def _cov_sqrt_double_backward(ctx, grad_of_grad):
-    grad, x = ctx.saved_tensors
-    output = OUTPUTS[ctx.output]
-    function = functools.partial(reference.cov_sqrt, iterations=ctx.iterations, output=output, step=_step(ctx))
-    return *_second_order(function, x, grad, grad_of_grad), None, None, None, None, None, None
-
-
-_register("cov_sqrt", _cov_sqrt_fake, _cov_sqrt_setup, _cov_sqrt_backward)
-_register("cov_sqrt_backward", _cov_sqrt_backward_fake, _cov_sqrt_backward_setup, _cov_sqrt_double_backward)
+_register("cov_sqrt", _cov_sqrt_fake, _cov_sqrt_setup, _cov_sqrt_backward, _cov_sqrt_jvp)
+_register_gradient("cov_sqrt_backward", _cov_sqrt_backward_fake, _cov_sqrt_function)

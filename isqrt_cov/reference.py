@@ -115,6 +115,14 @@ def covariance_pool_backward(grad: Tensor, x: Tensor) -> Tensor:
     return ((grad + grad.mT) @ centred / centred.shape[2]).reshape(x.shape)
 
 
+def covariance_pool_tangent(tangent: Tensor, x: Tensor) -> Tensor:
+    """Sigma's rate of change while x moves along ``tangent``, which has the shape of x -> (B, C, C)."""
+    centred, moved = _centred(_features(x)), _centred(_features(tangent))
+    _check_shape(tangent, x.shape, "tangent")
+    product = moved @ centred.mT / centred.shape[2]
+    return product + product.mT
+
+
 def minimax_steps(iterations: int, floor: float) -> list[tuple[float, float]]:
     """Coefficients (a_n, b_n) of N steps that are best for eigenvalues of A in [floor, 1], 0 < floor < 1.
 

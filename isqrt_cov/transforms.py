@@ -1,0 +1,101 @@
+"""Connects an operator with autograd, forward-mode AD, ``torch.func`` and autocast.
+
+``torch.library.register_autograd`` ends in an ``autograd.Function`` that drops tangents without a word and refuses
+``torch.func.grad`` (github.com/pytorch/pytorch/issues/170834). What is registered here under the same dispatch key has
+a ``jvp``, and treats one level of ``torch.func`` at a time, as the kernels of torch's own operators do.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import _C, Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+from torch.utils._pytree import tree_map
+
+_library = torch.library.Library("isqrt_cov", "FRAGMENT")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What feature maps and matrices of this dtype are computed in."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def register_derivatives(
+    name: str, setup_context: Callable, backward: Callable, jvp: Callable, *, autocast: bool
+) -> None:
+    """Derivatives of ``isqrt_cov::name`` by the methods of ``torch.autograd.Function`` of these names.
+
+    ``jvp(ctx, saved, *tangents)`` is given what was saved for it as values without a tangent. With ``autocast``
+    the operator casts 16-bit tensors to float32 in an autocast region.
+    """
+    op = getattr(torch.ops.isqrt_cov, name).default
+    defaults = tuple(a.default_value if a.has_default_value() else None for a in op._schema.arguments)
+
+    def below_autograd(keyset, args):
+        with _C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & _C._after_autograd_keyset, *args)
+
+    def refuse_autocast(like):
+        # torch.func restores an outer level's autocast, and only a product shows whether it did.
+        one = torch.ones(1, 1, dtype=compute_dtype(like.dtype), device=like.device)
+        if (one @ one).dtype != one.dtype:
+            raise NotImplementedError(
+                f"isqrt_cov::{name}: this forward-mode derivative by torch.func does not work in an autocast region"
+            )
+
+    class Derivatives(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, keyset, *args):
+            # Function turns both modes off for its forward; the outer levels of torch.func, below, want them on.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                output = below_autograd(keyset, args)
+            setup_context(ctx, args + defaults[len(args) :], output)  # the dispatcher leaves out trailing defaults
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return None, *backward(ctx, *grads)
+
+        @staticmethod
+        def jvp(ctx, _, *tangents):
+            # What was saved carries the tangent of this level, which is done with, and those of outer levels.
+            like = ctx.saved_tensors[0]
+            with forward_ad._set_fwd_grad_enabled(True), torch.autocast(like.device.type, enabled=False):
+                refuse_autocast(like)
+                saved = [forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+                return jvp(ctx, saved, *tangents)
+
+        _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+    Derivatives.__name__ = Derivatives.__qualname__ = name
+
+    def kernel(keyset, *args):
+        if forward_ad._current_level < 0 and not (_C.is_grad_enabled() and _C._any_requires_grad(*args)):
+            return below_autograd(keyset, args)
+        with enable_single_level_autograd_function():
+            return Derivatives.apply(keyset, *args)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+    if autocast:
+        for device in ("cpu", "cuda"):
+            torch.library.register_autocast(f"isqrt_cov::{name}", device, torch.float32, lib=_library)
+
+
+def register_batching(name: str) -> None:
+    """``torch.vmap`` of ``isqrt_cov::name``, by folding its dimension into the batch that every tensor begins with."""
+    op = getattr(torch.ops.isqrt_cov, name).default
+
+    def rule(info, in_dims, *args):
+        def fold(arg: Any, dim: int | None) -> Any:
+            if not isinstance(arg, Tensor):
+                return arg
+            arg = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            return arg.flatten(0, 1)
+
+        outputs = op(*map(fold, args, in_dims))
+        return tree_map(lambda t: t.unflatten(0, (info.batch_size, -1)), outputs), tree_map(lambda _: 0, outputs)
+
+    torch.library.register_vmap(f"isqrt_cov::{name}", rule, lib=_library)

@@ -1,0 +1,186 @@
+"""torch.compile, torch.export and AOTInductor; CUDA graphs and streams."""
+
+import pytest
+import torch
+
+from common import assert_close, feature_maps, missing_cuda
+from isqrt_cov import CovSqrtNorm, cov_sqrt, covariance_pool, matrix_inv_sqrt, matrix_sqrt
+
+FUNCTIONS = {
+    "covariance_pool": covariance_pool,
+    "roots": lambda x: matrix_sqrt(covariance_pool(x), 3) @ matrix_inv_sqrt(covariance_pool(x), 3),
+    "cov_sqrt": lambda x: cov_sqrt(x * 2, 4, "triu"),
+    "cov_sqrt minimax": lambda x: cov_sqrt(x, 3, "mean", "minimax", 1e-2),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+def value_and_gradient(function, x, dynamic=()):
+    leaf = x.clone().requires_grad_()
+    torch._dynamo.mark_dynamic(leaf, dynamic)  # compiling for one size of these is an error
+    y = function(leaf)
+    y.square().sum().backward()
+    return y.detach(), leaf.grad
+
+
+def assert_same(actual, expected):
+    # Inductor contracts the elementwise operations around ours in its own way.
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert_close(one, other, 8 * torch.finfo(one.dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_one_graph_for_all_shapes(device, name, dtype):
+    # aot_eager traces forward and backward as inductor does, without the time to generate code.
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
+
+    compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend=backend)
+    for shape in ((2, 5, 6, 7), (3, 5, 4, 9), (4, 5, 8, 3)):
+        x = torch.randn(shape, device=device).to(dtype)
+        assert_same(value_and_gradient(compiled, x, (0, 2, 3)), value_and_gradient(FUNCTIONS[name], x))
+    assert len(graphs) == 1
+    assert "isqrt_cov" in graphs[0].code
+
+
+def test_inductor(device):
+    layer = CovSqrtNorm(3, "triu")
+    compiled = torch.compile(lambda x: layer(x.relu()) + 1, fullgraph=True, dynamic=True)
+    for shape in ((2, 5, 6, 7), (3, 6, 4, 9)):
+        x = torch.randn(shape, device=device)
+        for layout in (x, x.contiguous(memory_format=torch.channels_last)):
+            actual = value_and_gradient(compiled, layout)
+            assert_same(actual, value_and_gradient(lambda x: layer(x.relu()) + 1, layout))
+
+
+def test_compile_under_autocast(device):
+    compiled = torch.compile(lambda x: cov_sqrt(x * 2), fullgraph=True, backend="aot_eager")
+    x = feature_maps(2, 4, 20, torch.bfloat16, device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y, slope = value_and_gradient(compiled, x)
+        assert_same((y, slope), value_and_gradient(lambda x: cov_sqrt(x * 2), x))
+    assert (y.dtype, slope.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_compiled_autograd(device):
+    x = torch.randn(2, 3, 5, device=device, requires_grad=True)
+    (expected,) = torch.autograd.grad(cov_sqrt(x).square().sum(), x)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        cov_sqrt(x).square().sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+class Classifier(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = torch.nn.Conv2d(3, 6, 3)
+        self.pool = CovSqrtNorm(3, "triu")
+        self.head = torch.nn.Linear(21, 2)
+
+    def forward(self, x):
+        return self.head(self.pool(self.features(x)))
+
+
+def exported(device):
+    """A program for any batch, height and width, and its model."""
+    model = Classifier().to(device).eval()
+    free = {dimension: torch.export.Dim.DYNAMIC for dimension in (0, 2, 3)}
+    return torch.export.export(model, (torch.randn(2, 3, 9, 11, device=device),), dynamic_shapes=(free,)), model
+
+
+def images(device):
+    return [torch.randn(shape, device=device) for shape in ((2, 3, 9, 11), (5, 3, 12, 8))]
+
+
+def test_export_and_back(device, tmp_path):
+    program, model = exported(device)
+    assert sum(node.target == torch.ops.isqrt_cov.cov_sqrt.default for node in program.graph.nodes) == 1
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2").module()
+    for x in images(device):
+        assert torch.equal(loaded(x), model(x))
+    (slope,) = torch.autograd.grad(loaded(x).square().sum(), loaded.features.weight)
+    (expected,) = torch.autograd.grad(model(x).square().sum(), model.features.weight)
+    assert torch.equal(slope, expected)
+
+
+def test_aot_inductor(device, tmp_path):
+    program, model = exported(device)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    loaded = torch._inductor.aoti_load_package(package)
+    for x in images(device):
+        with torch.no_grad():
+            assert_close(loaded(x), model(x), 1e-5)
+
+
+@pytest.fixture
+def cuda():
+    if reason := missing_cuda():
+        pytest.skip(reason)
+
+
+# One shape for each engine of a CUDA device: shared memory, and the library beyond it.
+CUDA_SHAPES = ((4, 32, 20, 20), (2, 512, 7, 7))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", CUDA_SHAPES)
+def test_cuda_graph(cuda, shape):
+    static = torch.randn(shape, device="cuda", requires_grad=True)
+    upstream = torch.randn(shape[0], shape[1], shape[1], device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # warm-up
+        for _ in range(3):
+            torch.autograd.grad(cov_sqrt(static), static, upstream)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = cov_sqrt(static)
+        (slope,) = torch.autograd.grad(y, static, upstream)
+    for _ in range(2):
+        x = torch.randn(shape, device="cuda", requires_grad=True)
+        with torch.no_grad():
+            static.copy_(x)
+        graph.replay()
+        expected = cov_sqrt(x)
+        assert torch.equal(y, expected)
+        assert torch.equal(slope, torch.autograd.grad(expected, x, upstream)[0])
+
+
+@pytest.mark.cuda
+def test_reduce_overhead(cuda):
+    compiled = torch.compile(lambda x: cov_sqrt(x * 2, 3), mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        x = torch.randn(4, 32, 20, 20, device="cuda")
+        assert_same(value_and_gradient(compiled, x), value_and_gradient(lambda x: cov_sqrt(x * 2, 3), x))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", CUDA_SHAPES)
+def test_two_streams(cuda, shape):
+    # What a stream waits for before its input is there, our kernels have to wait for, too; the other stream does not.
+    inputs = [torch.randn(shape, device="cuda") for _ in range(2)]
+    expected = [value_and_gradient(cov_sqrt, x) for x in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    for _ in range(5):
+        results = []
+        for stream, x in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                late = torch.full_like(x, float("nan"))
+                torch.cuda._sleep(20_000_000)
+                late.copy_(x)
+                results.append(value_and_gradient(cov_sqrt, late))
+        torch.cuda.synchronize()
+        for actual, wanted in zip(results, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True))

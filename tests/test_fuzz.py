@@ -1,0 +1,201 @@
+"""Whatever shape, layout, dtype, option and engine: the reference's result and gradient.
+
+A few hundred cases, the same each time; FUZZ_CASES in the environment asks for more, and for other ones each time
+(`make fuzz`). A case that failed once stands in FOUND, and stays there.
+"""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from common import (
+    assert_close,
+    covariances,
+    engine_code,
+    engine_device,
+    feature_maps,
+    gradient_size,
+    missing_cuda,
+    skip_unless_fits,
+    tolerance,
+)
+from isqrt_cov import build_info, reference
+from isqrt_cov.ops import OUTPUTS, ROOTS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ops = torch.ops.isqrt_cov
+CASES = int(os.environ.get("FUZZ_CASES", "0"))
+SETTINGS = {"deadline": None, "database": None, "suppress_health_check": list(hypothesis.HealthCheck)}
+ENGINES = ["library", *build_info()["simd_usable"], *([] if missing_cuda() else ["block"])]
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def fuzz(cases, **strategies):
+    """``cases`` in the normal run, and the same share of FUZZ_CASES."""
+    settings = {"max_examples": CASES * cases // 600, "print_blob": True} if CASES else {"max_examples": cases}
+    settings = hypothesis.settings(**SETTINGS, derandomize=not CASES, **settings)
+    return lambda test: settings(hypothesis.given(**strategies)(test))
+
+
+def steps(floor, iterations):
+    return reference.minimax_steps(iterations, floor) if floor else reference.PAPER_STEP
+
+
+def rounding(dtype):
+    return torch.finfo(dtype).eps / 2 if dtype in (torch.float16, torch.bfloat16) else 0.0
+
+
+def computed(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def growth(floor, iterations):
+    """Slope and curvature at an eigenvalue l of zero, where both are largest: of l g_N, g_n = g_{n-1} (a + b l g^2)."""
+    pairs = steps(floor, iterations) if floor else [reference.PAPER_STEP] * iterations
+    slope, bend = 1.0, 0.0
+    for a, b in pairs:
+        bend += b / a * slope**2
+        slope *= a
+    return slope, abs(2 * slope * bend)
+
+
+def subnormal(tensor):
+    """How far rounding to the spacing of subnormal numbers can take the norm of a tensor of this dtype and size."""
+    info = torch.finfo(tensor.dtype)
+    return tensor.numel() ** 0.5 * info.smallest_normal * info.eps / 2
+
+
+def mean_rounding(x, dtype):
+    """Relative error of x - mean by the last bit of the mean, in the sample where the spread is smallest beside it."""
+    mean = x.detach().flatten(2).mean(2)
+    spread = x.detach().flatten(2).std(2, correction=0).norm(dim=1)
+    return torch.finfo(computed(dtype)).eps * torch.where(spread > 0, mean.norm(dim=1) / spread, 0.0).max().item()
+
+
+@st.composite
+def layouts(draw, rank):
+    """How feature maps of this rank lie in memory: order of dimensions, margins and steps, repeated dimensions."""
+    order = draw(st.permutations(range(rank)))
+    margins = draw(st.lists(st.integers(0, 2), min_size=rank, max_size=rank))
+    every = draw(st.lists(st.sampled_from((1, 1, 1, 2, 3)), min_size=rank, max_size=rank))
+    repeated = draw(st.sampled_from(((), (), (), (0,), (1,), (rank - 1,), (0, rank - 1))))
+    return order, margins, every, repeated
+
+
+def lay_out(x, order, margins, every, repeated):
+    """x in memory as ``layouts`` says, its dimensions ``repeated`` filled from their first entry, between NaN."""
+    kept = x[tuple(slice(0, 1 if d in repeated else None) for d in range(x.dim()))]
+    cuts = [slice(m, m + n * step, step) for m, n, step in zip(margins, kept.shape, every, strict=True)]
+    outer = [cut.stop + cut.start for cut in cuts]
+    memory = torch.full([outer[d] for d in order], float("nan"), dtype=x.dtype, device=x.device)
+    view = memory.permute([order.index(d) for d in range(x.dim())])[tuple(cuts)]
+    return view.copy_(kept).expand(x.shape)
+
+
+def check_feature_maps(shape, layout, dtype, engine, iterations, output, floor, exponent, mean, seed):
+    device = engine_device(engine)
+    batch, channels, *spatial = shape
+    positions = torch.Size(spatial).numel()
+    skip_unless_fits(engine, (batch, channels, positions), dtype, device)
+    exponent = 0 if dtype == torch.float16 else exponent
+    x = (feature_maps(batch, channels, positions, torch.float64, seed=seed) - 3.0 + mean) * 2.0**exponent
+    x = lay_out(x.reshape(shape).to(dtype).to(device), *layout).requires_grad_()
+    y, sigma, _ = ops.cov_sqrt(x, iterations, OUTPUTS.index(output), floor, engine_code(engine))
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y)
+    (slope,) = torch.autograd.grad(y, x, upstream)
+
+    exact = x.detach().double().requires_grad_()
+    exact_y = reference.cov_sqrt(exact, iterations, output, steps(floor, iterations))
+    (exact_slope,) = torch.autograd.grad(exact_y, exact, upstream.double())
+    bound = (8 if floor else 1) * tolerance(computed(dtype), channels, positions, iterations)
+    of_mean = mean_rounding(exact, dtype)
+    of_sigma = torch.finfo(computed(dtype)).eps * (positions**0.5 + channels**0.5) + of_mean
+    steepest, curvature = growth(floor, iterations)
+    slope_bound = rounding(dtype) + 2 * bound + 2 * curvature * of_sigma
+    bound = rounding(dtype) + bound + steepest * of_mean
+    assert (y.dtype, slope.dtype) == (dtype, dtype)
+    assert_close(sigma, reference.covariance_pool(exact), bound)
+    assert_close(y, exact_y, bound, subnormal(y) / bound)
+    size = gradient_size(upstream, y, x) + subnormal(slope) / slope_bound
+    assert_close(slope, exact_slope, slope_bound, size if torch.count_nonzero(exact_slope) else 0.0)
+
+
+FEATURE_MAPS = {
+    "dtype": st.sampled_from(DTYPES),
+    "engine": st.sampled_from(ENGINES),
+    "iterations": st.integers(1, 6),
+    "output": st.sampled_from(OUTPUTS),
+    "floor": st.sampled_from((0.0, 0.0, 1e-3, 1e-2, 0.3)),
+    "exponent": st.integers(-20, 20),
+    "mean": st.sampled_from((0.0, 3.0, -100.0)),
+    "seed": st.integers(0, 2**31),
+}
+
+
+DENSE = ([0, 1, 2, 3], [0] * 4, [1] * 4, ())
+# Each was off by more than a bound that left out what the name says.
+FOUND = {
+    "a mean of 100 spreads": ((2, 2, 1, 2), torch.float32, 1, 0.0, -100.0),
+    "a mean of 100 spreads, one minimax step": ((1, 2, 1, 4), torch.float32, 1, 1e-3, -100.0),
+    "curvature of six minimax steps at zero": ((1, 2, 1, 2), torch.float32, 6, 1e-3, 0.0),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("shape", "dtype", "iterations", "floor", "mean"), FOUND.values(), ids=FOUND)
+def test_found(shape, dtype, engine, iterations, floor, mean):
+    check_feature_maps(shape, DENSE, dtype, engine, iterations, "matrix", floor, 0, mean, 0)
+
+
+@fuzz(
+    400,
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 48), st.integers(1, 24), st.integers(1, 24)),
+    layout=layouts(4),
+    **FEATURE_MAPS,
+)
+def test_images(**case):
+    check_feature_maps(**case)
+
+
+@fuzz(
+    100,
+    shape=st.tuples(st.integers(1, 20), st.integers(1, 70), st.integers(1, 600)),
+    layout=layouts(3),
+    **FEATURE_MAPS,
+)
+def test_sequences(**case):
+    check_feature_maps(**case)
+
+
+@fuzz(
+    100,
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 70)),
+    layout=layouts(3),
+    dtype=st.sampled_from(DTYPES),
+    engine=st.sampled_from(ENGINES),
+    iterations=st.integers(1, 6),
+    root=st.sampled_from(ROOTS),
+    floor=st.sampled_from((0.0, 0.0, 1e-3, 1e-2, 0.3)),
+    seed=st.integers(0, 2**31),
+)
+def test_matrices(shape, layout, dtype, engine, iterations, root, floor, seed):
+    batch, channels = shape
+    order, margins, every, _ = layout
+    device = engine_device(engine)
+    skip_unless_fits(engine, (batch, channels, 1), dtype, device)
+    sigma = lay_out(covariances(batch, channels, dtype, device, seed), order, margins, every, ()).requires_grad_()
+    y = ops.matrix_root(sigma, iterations, ROOTS.index(root), floor, engine_code(engine))
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y)
+    (slope,) = torch.autograd.grad(y, sigma, upstream)
+
+    exact = sigma.detach().double().requires_grad_()
+    function = (reference.matrix_sqrt, reference.matrix_inv_sqrt)[ROOTS.index(root)]
+    exact_y = function(exact, iterations, steps(floor, iterations))
+    (exact_slope,) = torch.autograd.grad(exact_y, exact, upstream.double())
+    bound = (8 if floor else 1) * tolerance(computed(dtype), channels, 1, iterations)
+    bound, slope_bound = rounding(dtype) + bound, rounding(dtype) + 2 * bound
+    assert_close(y, exact_y, bound, subnormal(y) / bound)
+    assert_close(slope, exact_slope, slope_bound, gradient_size(upstream, y, sigma))

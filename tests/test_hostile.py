@@ -1,0 +1,232 @@
+"""Input that breaks things elsewhere: degenerate, enormous, infinitesimal, not finite, and a great deal of it."""
+
+import os
+
+import pytest
+import torch
+
+from common import assert_close, covariances, feature_maps, gradient_size, tolerance
+from isqrt_cov import cov_sqrt, covariance_pool, matrix_inv_sqrt, matrix_sqrt, reference
+from isqrt_cov.ops import OUTPUTS
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+every_output = pytest.mark.parametrize("output", OUTPUTS)
+large = pytest.mark.skipif("TEST_LARGE" not in os.environ, reason="takes 10 GB and minutes: set TEST_LARGE=1")
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def value_and_gradient(function, x, upstream=None):
+    leaf = x.detach().requires_grad_()
+    y = function(leaf)
+    upstream = torch.randn_like(y) if upstream is None else upstream
+    return y.detach(), torch.autograd.grad(y, leaf, upstream)[0], upstream
+
+
+def assert_as_reference(x, output, iterations=5):
+    """``cov_sqrt`` and its gradient against the reference in float64."""
+    y, slope, upstream = value_and_gradient(lambda x: cov_sqrt(x, iterations, output), x)
+    wide = x.double()
+    exact_y, exact_slope, _ = value_and_gradient(
+        lambda x: reference.cov_sqrt(x, iterations, output), wide, upstream.double()
+    )
+    computed = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rounding = 0 if x.dtype == computed else torch.finfo(x.dtype).eps / 2
+    bound = tolerance(computed, x.shape[1], x[0, 0].numel(), iterations)
+    assert_close(y, exact_y, rounding + bound)
+    size = gradient_size(upstream, y, x) if torch.count_nonzero(exact_slope) else 0.0
+    assert_close(slope, exact_slope, rounding + 2 * bound, size)
+    return y, slope
+
+
+@every_dtype
+@every_output
+def test_constant_map(device, output, dtype):
+    x = torch.full((2, 6, 7, 7), -1.7, dtype=dtype, device=device)
+    x[1] *= torch.arange(6, device=device)[:, None, None]
+    y, slope, _ = value_and_gradient(lambda x: cov_sqrt(x, output=output), x)
+    assert torch.count_nonzero(y) == 0 and torch.count_nonzero(slope) == 0
+
+
+@every_dtype
+@every_output
+def test_one_position(device, output, dtype):
+    for shape in ((3, 5, 1), (3, 5, 1, 1)):
+        x = torch.randn(shape, device=device).to(dtype)
+        y, slope, _ = value_and_gradient(lambda x: cov_sqrt(x, output=output), x)
+        assert torch.count_nonzero(y) == 0 and torch.count_nonzero(slope) == 0
+
+
+@every_dtype
+@every_output
+def test_one_channel(device, output, dtype):
+    # The root of a variance; after one step and any other number of them it is exact, since A = 1.
+    x = feature_maps(3, 1, 40, dtype, device)
+    y, _ = assert_as_reference(x, output)
+    assert_close(y.flatten(), x.double().flatten(1).var(1, correction=0).sqrt(), 2 * torch.finfo(dtype).eps)
+
+
+@every_dtype
+@every_output
+def test_rank_one(device, output, dtype):
+    direction = torch.randn(2, 20, 1, dtype=torch.float64, device=device)
+    assert_as_reference((direction * torch.randn(2, 1, 50, dtype=torch.float64, device=device)).to(dtype), output)
+    assert_as_reference(torch.randn(2, 20, 2, device=device).to(dtype), output)  # two positions
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@every_output
+def test_condition_of_1e12(device, output, dtype):
+    scales = torch.logspace(0, -6, 24, dtype=torch.float64, device=device)[:, None]
+    x = scales * torch.randn(2, 24, 300, dtype=torch.float64, device=device)
+    assert_as_reference(x.to(dtype), output)
+    sigma = covariances(2, 24, torch.float64, device)
+    values, vectors = torch.linalg.eigh(sigma)
+    sigma = ((vectors * torch.logspace(-12, 0, 24, dtype=torch.float64, device=device)) @ vectors.mT).to(dtype)
+    for function, exact in ((matrix_sqrt, reference.matrix_sqrt), (matrix_inv_sqrt, reference.matrix_inv_sqrt)):
+        y, slope, upstream = value_and_gradient(function, sigma)
+        exact_y, exact_slope, _ = value_and_gradient(exact, sigma.double(), upstream.double())
+        assert_close(y, exact_y, tolerance(dtype, 24))
+        assert_close(slope, exact_slope, 2 * tolerance(dtype, 24), gradient_size(upstream, y, sigma))
+
+
+@every_output
+def test_denormals(device, output):
+    # Features that are denormal numbers: their covariance is zero in float32, and nothing is divided by it.
+    x = torch.randn(2, 5, 30, device=device) * 1e-41
+    y, slope, _ = value_and_gradient(lambda x: cov_sqrt(x, output=output), x)
+    assert y.isfinite().all() and slope.isfinite().all()
+    # One sample that small leaves the others as they are.
+    mixed = torch.cat([x, torch.randn(1, 5, 30, device=device)])
+    y, slope, upstream = value_and_gradient(lambda x: cov_sqrt(x, output=output), mixed)
+    alone = value_and_gradient(lambda x: cov_sqrt(x, output=output), mixed[2:], upstream[2:])
+    assert torch.equal(y[2:], alone[0]) and torch.equal(slope[2:], alone[1])
+
+
+def test_covariance_of_denormals(device):
+    # Its root is an ordinary number. What is lost is half a spacing, 2^-150, of entries around 2^-140.
+    sigma = (covariances(2, 5, torch.float64, device) * 2.0**-138).float()
+    y, slope, upstream = value_and_gradient(matrix_sqrt, sigma)
+    assert_close(y, reference.matrix_sqrt(sigma.double()), 2**-8)
+    assert_close(slope, reference.matrix_sqrt_backward(upstream.double(), sigma.double()), 2**-6)
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")))
+@every_dtype
+@every_output
+def test_not_finite_in_one_sample_stays_there(device, output, dtype, bad):
+    clean = feature_maps(5, 9, 40, dtype, device)
+    dirty = clean.clone()
+    dirty[2, 4, 7] = bad
+    y, slope, upstream = value_and_gradient(lambda x: cov_sqrt(x, output=output), clean)
+    y_dirty, slope_dirty, _ = value_and_gradient(lambda x: cov_sqrt(x, output=output), dirty, upstream)
+    others = [0, 1, 3, 4]
+    assert torch.equal(y_dirty[others], y[others]) and torch.equal(slope_dirty[others], slope[others])
+    assert y_dirty[2].isnan().any() and slope_dirty[2].isnan().any()
+    # So does an upstream gradient that is not finite.
+    upstream = upstream.clone()
+    upstream[2, 0] = bad
+    _, slope_dirty, _ = value_and_gradient(lambda x: cov_sqrt(x, output=output), clean, upstream)
+    assert torch.equal(slope_dirty[others], slope[others]) and not slope_dirty[2].isfinite().all()
+
+
+@pytest.mark.parametrize("function", (matrix_sqrt, matrix_inv_sqrt))
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_not_finite_sigma_stays_in_its_sample(device, function, bad):
+    clean = covariances(4, 6, torch.float32, device)
+    dirty = clean.clone()
+    dirty[1, 2, 3] = bad
+    y, slope, upstream = value_and_gradient(function, clean)
+    y_dirty, slope_dirty, _ = value_and_gradient(function, dirty, upstream)
+    others = [0, 2, 3]
+    assert torch.equal(y_dirty[others], y[others]) and torch.equal(slope_dirty[others], slope[others])
+    assert y_dirty[1].isnan().any()
+
+
+@every_dtype
+def test_negative_trace(device, dtype):
+    # Documented: NaN in that sample, in both directions, and nowhere else.
+    sigma = covariances(3, 5, dtype, device)
+    sigma[1] *= -1
+    for function in (matrix_sqrt, matrix_inv_sqrt):
+        y, slope, _ = value_and_gradient(function, sigma)
+        for t in (y, slope):
+            assert t[[0, 2]].isfinite().all() and t[1].isnan().all()
+
+
+def test_indefinite_sigma_with_a_positive_trace(device):
+    # No root, but the same polynomial: its eigenvalues lie within -1 and 2, where the iteration is defined.
+    sigma = covariances(2, 4, torch.float64, device) - 0.1 * torch.eye(4, dtype=torch.float64, device=device)
+    y, slope, upstream = value_and_gradient(matrix_sqrt, sigma)
+    exact_y, exact_slope, _ = value_and_gradient(reference.matrix_sqrt, sigma, upstream)
+    assert_close(y, exact_y, 1e-12)
+    assert_close(slope, exact_slope, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    (((2, 4, 25), (2**31, 25, 1)), ((1, 3, 25), (75, 2**30, 1)), ((1, 4, 3), (12, 3, 2**30))),
+    ids=("batch", "channel", "position"),
+)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_offsets_beyond_2_to_31(device, dtype, shape, strides):
+    # On a CPU the memory between the few elements that are used is never touched, and so never taken.
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    assert extent > 2**31
+    x = torch.empty(extent, dtype=dtype, device=device).as_strided(shape, strides)
+    x.copy_(feature_maps(*shape, dtype, device))
+    y, slope, upstream = value_and_gradient(cov_sqrt, x)
+    expected_y, expected_slope, _ = value_and_gradient(cov_sqrt, x.contiguous(), upstream)
+    assert_close(y, expected_y, torch.finfo(dtype).eps)
+    assert_close(slope, expected_slope, 2 * torch.finfo(dtype).eps)
+
+
+@large
+def test_more_than_2_to_31_positions_in_little_memory(device):
+    rows = feature_maps(1, 1, 2**15, torch.float32, device)
+    x = rows[..., None].expand(-1, -1, -1, 2**16 + 1)
+    assert x[0, 0].numel() > 2**31
+    assert_close(covariance_pool(x), reference.covariance_pool(rows.double()), tolerance(torch.float32, 1, 2**31))
+
+
+@large
+def test_more_than_2_to_31_elements_in_memory(device):
+    channels, positions = 64, 2**25 + 8
+    x = torch.empty(1, channels, positions, dtype=torch.bfloat16, device=device)
+    mixing = torch.randn(channels, channels, device=device) / channels**0.5
+    pieces = range(0, positions, 2**20)
+    for start in pieces:
+        piece = x[:, :, start : start + 2**20]
+        piece.copy_(mixing @ torch.randn(channels, piece.shape[2], device=device) + 3.0)
+    assert x.numel() > 2**31
+    y, slope, upstream = value_and_gradient(cov_sqrt, x)
+
+    mean = sum(x[:, :, start : start + 2**20].double().sum(2) for start in pieces)[..., None] / positions
+    sigma = torch.zeros(1, channels, channels, dtype=torch.float64, device=device)
+    for start in pieces:
+        centred = x[:, :, start : start + 2**20].double() - mean
+        sigma += centred @ centred.mT / positions
+    assert_close(y, reference.matrix_sqrt(sigma), torch.finfo(torch.bfloat16).eps)
+    grad_sigma = 2 * reference.matrix_sqrt_backward(upstream.double(), sigma)
+    for start in (0, pieces[len(pieces) // 2], positions - 1000):
+        expected = grad_sigma @ (x[:, :, start : start + 1000].double() - mean) / positions
+        assert_close(slope[:, :, start : start + 1000], expected, torch.finfo(torch.bfloat16).eps)
+
+
+def test_thousands_of_channels(device):
+    x = torch.randn(1500, 8, device=device) @ feature_maps(1, 8, 30, torch.float32, device)
+    y, slope, upstream = value_and_gradient(lambda x: cov_sqrt(x, 2, "mean"), x)
+    exact_y, exact_slope, _ = value_and_gradient(
+        lambda x: reference.cov_sqrt(x, 2, "mean"), x.double(), upstream.double()
+    )
+    bound = tolerance(torch.float32, 1500, 30, 2)
+    assert_close(y, exact_y, bound)
+    assert_close(slope, exact_slope, 2 * bound, gradient_size(upstream, y, x))
+
+
+@every_output
+def test_a_hundred_thousand_samples(device, output):
+    x = torch.randn(100_000, 3, 2, 2, device=device)
+    y, slope, upstream = value_and_gradient(lambda x: cov_sqrt(x, output=output), x)
+    last = value_and_gradient(lambda x: cov_sqrt(x, output=output), x[-7:], upstream[-7:])
+    assert torch.equal(y[-7:], last[0]) and torch.equal(slope[-7:], last[1])
+    assert_close(y, reference.cov_sqrt(x.double(), output=output), tolerance(torch.float32, 3, 4))

@@ -1,0 +1,310 @@
+"""The functions under torch.func, forward-mode AD and autocast, against the reference under the same transform."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+from common import assert_close, covariances, feature_maps, tolerance
+from isqrt_cov import CovSqrtNorm, cov_sqrt, covariance_pool, matrix_inv_sqrt, matrix_sqrt, reference
+from isqrt_cov.ops import OUTPUTS
+
+MINIMAX = reference.minimax_steps(3, 1e-2)
+# Name: the function, the reference's, whether the argument is a covariance.
+FUNCTIONS = {
+    "covariance_pool": (covariance_pool, reference.covariance_pool, False),
+    "matrix_sqrt": (matrix_sqrt, reference.matrix_sqrt, True),
+    "matrix_inv_sqrt": (matrix_inv_sqrt, reference.matrix_inv_sqrt, True),
+    "matrix_sqrt minimax": (
+        lambda s: matrix_sqrt(s, 3, "minimax", 1e-2),
+        lambda s: reference.matrix_sqrt(s, 3, MINIMAX),
+        True,
+    ),
+    **{
+        f"cov_sqrt {output}": (
+            functools.partial(cov_sqrt, iterations=3, output=output),
+            functools.partial(reference.cov_sqrt, iterations=3, output=output),
+            False,
+        )
+        for output in OUTPUTS
+    },
+}
+BOUND = 1e-9  # of derivatives in float64; what is wrong is off by a tenth or more
+
+
+@pytest.fixture(params=FUNCTIONS)
+def case(request, device):
+    """The function, the reference's, and an argument of a batch of two."""
+    function, expected, of_covariance = FUNCTIONS[request.param]
+    if of_covariance:
+        skewed = covariances(2, 3, torch.float64, device)
+        skewed[0, 0, 1] += 0.01  # only the symmetric part counts, in every derivative
+        return function, expected, skewed
+    return function, expected, feature_maps(2, 3, 5, torch.float64, device)
+
+
+def loss(function):
+    """A scalar function that is not linear in what ``function`` returns."""
+    return lambda x: function(x).square().sum()
+
+
+def test_gradients(case):
+    function, expected, x = case
+    upstream = torch.randn_like(function(x))
+    assert_close(vjp(function, x)[1](upstream)[0], vjp(expected, x)[1](upstream)[0], BOUND)
+    assert_close(grad(loss(function))(x), grad(loss(expected))(x), BOUND)
+    assert_close(jacrev(function)(x), jacrev(expected)(x), BOUND)
+
+
+def test_tangents(case):
+    function, expected, x = case
+    tangent = torch.randn_like(x)
+    y, y_tangent = jvp(function, (x,), (tangent,))
+    assert_close(y, expected(x), BOUND)
+    assert_close(y_tangent, jvp(expected, (x,), (tangent,))[1], BOUND)
+    assert_close(jacfwd(function)(x), jacfwd(expected)(x), BOUND)
+    with forward_ad.dual_level():
+        dual = function(forward_ad.make_dual(x, tangent))
+        assert torch.equal(forward_ad.unpack_dual(dual).tangent, y_tangent)
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = function(forward_ad.make_dual(x, tangent))
+        assert torch.equal(forward_ad.unpack_dual(dual).tangent, y_tangent)
+
+
+def test_forward_mode_by_finite_differences(case):
+    function, _, x = case
+    symmetric = x.dim() == 3 and x.shape[1] == x.shape[2]
+    x = (x + x.mT).requires_grad_() if symmetric else x.requires_grad_()
+    assert torch.autograd.gradcheck(function, (x,), check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, (x,), check_fwd_over_rev=True, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("outer", (jacfwd, jacrev))
+@pytest.mark.parametrize("inner", (jacfwd, jacrev))
+def test_hessians(case, outer, inner):
+    function, expected, x = case
+    assert_close(outer(inner(function))(x), outer(inner(expected))(x), BOUND)
+
+
+@pytest.mark.parametrize(
+    "modes", list(itertools.product((jacfwd, jacrev), repeat=3)), ids=lambda m: "-".join(f.__name__ for f in m)
+)
+@pytest.mark.parametrize("name", ("cov_sqrt mean", "matrix_inv_sqrt"))
+def test_third_order(device, name, modes):
+    function, expected, of_covariance = FUNCTIONS[name]
+    x = covariances(1, 3, torch.float64, device) if of_covariance else feature_maps(1, 2, 4, torch.float64, device)
+
+    def third(function):
+        return functools.reduce(lambda f, mode: mode(f), modes, loss(function))(x)
+
+    assert_close(third(function), third(expected), BOUND)
+
+
+def test_every_order_of_plain_autograd(case):
+    function, expected, x = case
+
+    def fourth(function):
+        leaf = x.clone().requires_grad_()
+        y = loss(function)(leaf)
+        for _ in range(4):
+            (slope,) = torch.autograd.grad(y, leaf, create_graph=True)
+            y = slope.square().sum()
+        return slope
+
+    assert_close(fourth(function), fourth(expected), BOUND)
+
+
+def test_upstream_gradient_that_depends_on_x(case):
+    # The gradient's own gradient has to tell the two ways from x apart.
+    function, expected, x = case
+
+    def twice(function):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        (slope,) = torch.autograd.grad(y, leaf, y * leaf.sum(), create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), leaf)[0]
+
+    assert_close(twice(function), twice(expected), BOUND)
+
+
+def test_forward_and_reverse_mode_in_one_level(case):
+    function, expected, x = case
+    tangent = torch.randn_like(x)
+
+    def reverse_over_forward(function):
+        with forward_ad.dual_level():
+            leaf = x.clone().requires_grad_()
+            slope = forward_ad.unpack_dual(function(forward_ad.make_dual(leaf, tangent))).tangent
+            return torch.autograd.grad(slope.square().sum(), leaf)[0]
+
+    def forward_over_reverse(function):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.clone().requires_grad_(), tangent)
+            (slope,) = torch.autograd.grad(loss(function)(dual), dual, create_graph=True)
+            return forward_ad.unpack_dual(slope).tangent
+
+    assert_close(reverse_over_forward(function), reverse_over_forward(expected), BOUND)
+    assert_close(forward_over_reverse(function), forward_over_reverse(expected), BOUND)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_derivatives_at_zero_are_zero(device, name):
+    function, _, of_covariance = FUNCTIONS[name]
+    x = torch.zeros(2, 3, 3, device=device) if of_covariance else torch.full((2, 3, 5), 7.0, device=device)
+    tangent = torch.randn_like(x)
+    _, y_tangent = jvp(function, (x,), (tangent,))
+    assert torch.count_nonzero(y_tangent) == 0
+    assert torch.count_nonzero(grad(loss(function))(x)) == 0
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_tangents_in_half(device, name, dtype):
+    function, expected, of_covariance = FUNCTIONS[name]
+    x = covariances(2, 12, dtype, device) if of_covariance else feature_maps(2, 12, 40, dtype, device)
+    tangent = torch.randn_like(x)
+    _, y_tangent = jvp(function, (x,), (tangent,))
+    assert y_tangent.dtype == dtype
+    exact = jvp(expected, (x.double(),), (tangent.double(),))[1]
+    # One rounding to dtype, and the float32 terms of the sum, which are a few times as large as the sum.
+    assert_close(y_tangent, exact, torch.finfo(dtype).eps / 2 + 16 * tolerance(torch.float32, 12, 40))
+
+
+@pytest.mark.parametrize("in_dim", range(-1, 4))
+def test_vmap_over_any_dimension(case, in_dim):
+    function, _, x = case
+    several = torch.stack([x, 2 * x, 3 * x + x.mean()], in_dim % 4)
+    each = torch.stack([function(one) for one in several.unbind(in_dim % 4)])
+    assert_close(vmap(function, in_dim)(several), each, BOUND)
+    assert_close(vmap(function, in_dim, out_dims=1)(several), each.transpose(0, 1), BOUND)
+
+
+def test_vmap_nested_and_around_gradients(case):
+    function, _, x = case
+    several = torch.stack([torch.stack([x, 2 * x]), torch.stack([3 * x, 4 * x])])
+    each = torch.stack([torch.stack([function(one) for one in row]) for row in several])
+    assert_close(vmap(vmap(function))(several), each, BOUND)
+    slopes = torch.stack([torch.stack([grad(loss(function))(one) for one in row]) for row in several])
+    assert_close(vmap(vmap(grad(loss(function))), 1)(several), slopes.transpose(0, 1), BOUND)
+    leaf = several.clone().requires_grad_()
+    loss(vmap(vmap(function)))(leaf).backward()
+    assert_close(leaf.grad, slopes, BOUND)
+    # Not batched, batched and both in one call: the upstream gradient and x take turns.
+    y, pull = vjp(function, x)
+    upstreams = torch.randn(3, *y.shape, dtype=x.dtype, device=x.device)
+    assert_close(vmap(lambda u: pull(u)[0])(upstreams), torch.stack([pull(u)[0] for u in upstreams]), BOUND)
+
+
+def test_vmap_is_one_call(device):
+    # The fallback of vmap would call the operator once for each slice, with a warning.
+    x = torch.randn(5, 2, 3, 7, device=device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        vmap(cov_sqrt)(x)
+    assert sum(event.count for event in profile.key_averages() if event.key == "isqrt_cov::cov_sqrt") <= 2
+    assert vmap(cov_sqrt)(torch.randn(5, 0, 3, 7, device=device)).shape == (5, 0, 3, 3)
+
+
+def test_per_sample_gradients_of_a_network(device):
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 4, 3, bias=False), CovSqrtNorm(3, "triu"), torch.nn.Linear(10, 1), torch.nn.Flatten(0)
+    ).to(device, torch.float64)
+    parameters = {name: p.detach() for name, p in network.named_parameters()}
+    images = torch.randn(3, 2, 8, 8, dtype=torch.float64, device=device)
+
+    def sample_loss(parameters, image):
+        return functional_call(network, parameters, (image[None],)).square().sum()
+
+    gradients = vmap(grad(sample_loss), (None, 0))(parameters, images)
+    for number, image in enumerate(images):
+        network.zero_grad()
+        network(image[None]).square().sum().backward()
+        for name, parameter in network.named_parameters():
+            assert_close(gradients[name][number], parameter.grad, BOUND)
+
+
+def test_hessian_vector_product_in_a_network(device):
+    weight = torch.randn(3, 4, dtype=torch.float64, device=device)
+    x = feature_maps(2, 4, 9, torch.float64, device)
+
+    def energy(function):
+        return lambda w: function(w @ x).square().sum()
+
+    assert_close(hessian(energy(cov_sqrt))(weight), hessian(energy(reference.cov_sqrt))(weight), BOUND)
+
+
+def test_what_has_no_gradient_says_so(device):
+    # sigma and mean are put out by the operator for its own gradient only.
+    x = torch.randn(2, 3, 5, device=device, requires_grad=True)
+    y, sigma, mean = torch.ops.isqrt_cov.cov_sqrt(x, 5, 0)
+    assert y.requires_grad and not sigma.requires_grad and not mean.requires_grad
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        sigma.sum().backward()
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", (*HALVES, torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("autocast_dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_autocast_computes_in_float32(device, name, autocast_dtype, dtype):
+    function, _, of_covariance = FUNCTIONS[name]
+    x = covariances(2, 12, dtype, device) if of_covariance else feature_maps(2, 12, 40, dtype, device)
+    x.requires_grad_()
+    with torch.autocast(device, dtype=autocast_dtype):
+        y = function(x)
+    wide = x.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+    expected = function(wide)
+    assert y.dtype == expected.dtype and torch.equal(y, expected)
+    upstream = torch.randn_like(y)
+    (slope,) = torch.autograd.grad(y, x, upstream)
+    (expected_slope,) = torch.autograd.grad(expected, wide, upstream)
+    assert slope.dtype == dtype and torch.equal(slope, expected_slope.to(dtype))
+    with torch.autocast(device, dtype=autocast_dtype, enabled=False):
+        assert function(x).dtype == dtype
+    # torch.func takes its derivatives before autocast does anything.
+    tangent = torch.ones_like(x)
+    with torch.autocast(device, dtype=autocast_dtype):
+        assert torch.equal(vmap(function)(x.detach()[None])[0], expected)
+        assert torch.equal(grad(lambda x: (function(x) * upstream).sum())(x.detach()), slope)
+        y_tangent = jvp(function, (x.detach(),), (tangent,))[1]
+    expected_tangent = jvp(function, (wide.detach(),), (tangent.to(wide.dtype),))[1]
+    assert y_tangent.dtype == expected.dtype and torch.equal(y_tangent, expected_tangent)
+
+
+def test_autocast_in_a_network(device):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), CovSqrtNorm(3, "triu"), torch.nn.Linear(36, 2)).to(device)
+    dtypes = []
+    network[1].register_forward_hook(lambda module, inputs, output: dtypes.extend((inputs[0].dtype, output.dtype)))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = network(torch.randn(4, 3, 10, 10, device=device))
+    y.float().square().sum().backward()
+    assert dtypes == [torch.bfloat16, torch.float32] and y.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_second_order_under_autocast(case):
+    # Nor are the matrix products cast of which second derivatives are composed.
+    function, _, x = case
+    x = x.float()
+
+    def curvature(enabled):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=enabled):
+            (slope,) = torch.autograd.grad(function(leaf).pow(3).sum(), leaf, create_graph=True)
+            return torch.autograd.grad(slope.square().sum(), leaf)[0]
+
+    assert torch.equal(curvature(True), curvature(False))
+
+
+def test_forward_over_reverse_under_autocast_is_refused(device):
+    # Rather than composed of matrix products in bfloat16.
+    x = feature_maps(1, 3, 8, torch.float32, device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        with pytest.raises(NotImplementedError, match="cov_sqrt_backward: .* in an autocast region"):
+            hessian(loss(cov_sqrt))(x)
+        with pytest.raises(NotImplementedError, match="cov_sqrt: .* in an autocast region"):
+            jacfwd(lambda x: torch.ops.isqrt_cov.cov_sqrt(x, 5, 0)[0])(x)
