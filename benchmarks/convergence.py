@@ -4,7 +4,7 @@
     python benchmarks/convergence.py                                        the table, in a minute
     python benchmarks/convergence.py --json result.json --plot result.png
 
-The root is isqrt_cov.cov_sqrt; the exact one is an eigen-decomposition in float64 of the covariance of the same numbers.
+The root is isqrt_cov.cov_sqrt; the exact one an eigen-decomposition in float64 of the covariance of the same numbers.
 What N steps lack is measured in float64; float32 is run as well, and further, to show where rounding takes over, and
 beside it isqrt_cov.reference, the plain loop in full products.
 """
