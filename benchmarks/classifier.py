@@ -5,9 +5,9 @@
     python benchmarks/classifier.py --json result.json --plot result.png
 
 Three convolutions, the pooling, one linear layer; scikit-learn's 8 x 8 digits, which lie in its package. Both get the
-same convolutions, images, batches, steps and schedule. The learning rate is chosen for each by its accuracy on a quarter
-of the training images, held back, with seeds of their own. Then five seeds train on all of them, and their test images,
-others for each seed, are looked at once. The same bits on each run of one machine.
+same convolutions, images, batches, steps and schedule. The learning rate is chosen for each by its accuracy on a
+quarter of the training images, held back, with seeds of their own. Then five seeds train on all of them, and their test
+images, others for each seed, are looked at once. The same bits on each run of one machine.
 """
 
 import argparse
