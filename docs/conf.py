@@ -12,7 +12,7 @@ html_theme = "furo"
 html_title = f"isqrt_cov {release}"
 
 nitpicky = True
-nitpick_ignore = [("py:class", "Tensor"), ("py:class", "nn.Module")]  # torch's own pages are not fetched
+nitpick_ignore = [("py:class", name) for name in ("Tensor", "Module", "nn.Module")]  # torch's pages are not fetched
 nitpick_ignore_regex = [("py:.*", r"torch\..*"), ("py:.*", r"collections\.abc\..*"), ("py:class", r"(os\.)?PathLike.*")]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

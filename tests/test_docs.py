@@ -31,13 +31,13 @@ def anchors(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_code_runs(page):
-    names = {"x": torch.randn(2, 64, 7, 7), "iterations": 5}
+    names = {"torch": torch, "x": torch.randn(2, 64, 7, 7), "iterations": 5}
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), names)  # one after the other, as a reader would
 
 
 def test_readme_states_what_the_layer_computes():
-    names = {"x": torch.randn(2, 16, 9, 9), "iterations": 5}
+    names = {"torch": torch, "x": torch.randn(2, 16, 9, 9), "iterations": 5}
     layer, equivalent = blocks(ROOT / "README.md")[:2]
     exec(layer, names)
     expected = names["y"]
