@@ -84,8 +84,8 @@ def _spectrum(entry: dict[str, Any]) -> str:
     return f"{kind}, {channels} x {height * width}"
 
 
-def convergence(shown: Iterable[tuple[float | None, int]] = SHOWN) -> list[str]:
-    result = load("convergence")
+def accuracy(shown: Iterable[tuple[float | None, int]] = SHOWN) -> list[str]:
+    result = load("accuracy")
     entries = result["spectra"]
     rows = [
         [f"{steps} steps, {_title(floor)}"]
@@ -97,7 +97,7 @@ def convergence(shown: Iterable[tuple[float | None, int]] = SHOWN) -> list[str]:
 
 def most_steps() -> list[str]:
     """The most steps up to which the kernels stay within a tenth of the plain loop in float32, on each spectrum."""
-    result = load("convergence")
+    result = load("accuracy")
     floors = list(dict.fromkeys(curve["spectrum_floor"] for curve in result["spectra"][0]["curves"]))
     rows = []
     for dtype in ("float32", "float64"):
@@ -168,8 +168,8 @@ def published() -> list[str]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "soca": lambda: speed("soca_cpu", ("eig", "eager", "baddbmm", "compile", "mxm")),
     "soca_wide": lambda: speed("soca_cpu_wide", ("eig", "eager", "baddbmm")),
-    "convergence": convergence,
-    "convergence_short": lambda: convergence(SHOWN[:3]),
+    "accuracy": accuracy,
+    "accuracy_short": lambda: accuracy(SHOWN[:3]),
     "most_steps": most_steps,
     "classifier": classifier,
     "published": published,

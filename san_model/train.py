@@ -368,7 +368,9 @@ class Run:
                 if self.iteration % options.log_every == 0 or final:
                     now = time.monotonic()
                     speed, logged, since = (self.iteration - since) / (now - logged), now, self.iteration
-                    bar.update(task, psnr=self._latest(), speed=f"{speed:.2f} it/s", memory=self._memory())
+                    shown: dict[str, Any] = {"psnr": self._latest(), "speed": f"{speed:.2f} it/s"}
+                    shown["memory"] = self._memory()
+                    bar.update(task, **shown)
                     if writer is not None:
                         writer.add_scalar("train/loss", loss, self.iteration)
                         writer.add_scalar("train/lr", self.options.learning_rate(self.iteration - 1), self.iteration)

@@ -1,8 +1,7 @@
 """The pages: their code runs, their links lead somewhere, their numbers are those of benchmarks/results."""
 
+import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -64,16 +63,17 @@ def test_files_that_are_named_exist(page):
     assert not missing
 
 
-def test_tables_are_those_of_the_results():
-    check = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
-    done = subprocess.run(check, capture_output=True, text=True)
-    assert done.returncode == 0, f"run benchmarks/tables.py: {done.stdout}{done.stderr}"
-
-
-def test_stale_tables_are_found(tmp_path, monkeypatch):
+@pytest.fixture
+def tables(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import tables
+    return importlib.import_module("tables")
 
+
+def test_tables_are_those_of_the_results(tables, capsys):
+    assert tables.main(["--check"]) == 0, f"run benchmarks/tables.py: {capsys.readouterr().out} is out of date"
+
+
+def test_stale_tables_are_found(tables, tmp_path, monkeypatch):
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- table: classifier -->\n| typed | by hand |\n<!-- end of table -->\nafter\n")
     monkeypatch.setattr(tables, "ROOT", tmp_path)

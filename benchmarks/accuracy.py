@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How near N steps come to the exact root: the paper's coefficients and the minimax ones, on real and made spectra.
 
-    python benchmarks/convergence.py                                        the table, in a minute
-    python benchmarks/convergence.py --json result.json --plot result.png
+    python benchmarks/accuracy.py                                        the table, in a minute
+    python benchmarks/accuracy.py --json result.json --plot result.png
 
 The root is isqrt_cov.cov_sqrt; the exact one an eigen-decomposition in float64 of the covariance of the same numbers.
 What N steps lack is measured in float64; float32 is run as well, and further, to show where rounding takes over, and
@@ -167,7 +167,7 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    result = report.record("convergence", arguments, EXPLANATION) | {"spectra": []}
+    result = report.record("accuracy", arguments, EXPLANATION) | {"spectra": []}
     progress = report.Progress()
     for name in arguments.spectra:
         progress.stage(name)
