@@ -139,13 +139,13 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
         for place, about in zip(places, runs, strict=True):
             axis.scatter([place] * len(about["accuracy"]), [100 * v for v in about["accuracy"]], s=14, color=colour)
         means = [100 * about["mean"] for about in runs]
-        axis.plot(places, means, color=colour, linewidth=1.4, marker="_", markersize=18, label=pooling)
+        axis.scatter(places, means, s=500, color=colour, marker="_", label=pooling)
     axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
     axis.set_xlabel("training images")
     axis.set_ylabel("test accuracy, %")
     axis.grid(axis="y", linewidth=0.4, alpha=0.5)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, loc="lower right", markerscale=0.5)
     axis.set_title(f"8 x 8 digits, {len(SEEDS)} seeds and their mean; {result['date'][:10]}", loc="left", fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -56,10 +56,10 @@ def speed(name: str, others: tuple[str, ...]) -> list[str]:
         faster = ours["forward_backward"]["speedup_over"]
         rows.append([_shape(entry), *(number(faster[other], 2) if other in faster else "-" for other in others)])
         rows[-1].append(number(ours["forward_backward"]["times_floor"]))
-        for about in (ours, methods["eager"]):
-            rows[-1].append(mebibytes(about["memory"]["peak_process_bytes"]))
+        for key in ("peak_process_bytes", "kept_for_backward_bytes"):
+            rows[-1].append(" / ".join(mebibytes(about["memory"][key]) for about in (ours, methods["eager"])))
     names = {"compile": "torch.compile", "mxm": "M x M", "eig": "EIG"}
-    heading = ["B x C x H x W", *(names.get(other, other) for other in others), "time / floor", "MiB", "eager's MiB"]
+    heading = ["B x C x H x W", *(names.get(other, other) for other in others), "time / floor", "peak MiB", "kept MiB"]
     return [*markdown(heading, rows), "", where(result)]
 
 
@@ -95,21 +95,23 @@ def accuracy(shown: Iterable[tuple[float | None, int]] = SHOWN) -> list[str]:
     return [*markdown(["", *map(_spectrum, entries)], rows), "", where(result)]
 
 
-def most_steps() -> list[str]:
-    """The most steps up to which the kernels stay within a tenth of the plain loop in float32, on each spectrum."""
+def most_steps(entry: dict[str, Any], floor: float | None, dtype: str) -> tuple[int, bool]:
+    """The most steps up to which the kernels stay within a tenth of the plain loop in float32; whether all do."""
+    kernels = _distance(entry, floor, "kernels", dtype)
+    plain = _distance(entry, floor, "reference", "float32")
+    off = [n for n in kernels if kernels[n] is None or kernels[n] > 1.1 * plain[n] + 1e-5]
+    return max(n for n in kernels if not off or n < off[0]), not off
+
+
+def steps() -> list[str]:
     result = load("accuracy")
     floors = list(dict.fromkeys(curve["spectrum_floor"] for curve in result["spectra"][0]["curves"]))
     rows = []
     for dtype in ("float32", "float64"):
         for floor in floors:
-            most = []
-            for entry in result["spectra"]:
-                kernels = _distance(entry, floor, "kernels", dtype)
-                plain = _distance(entry, floor, "reference", "float32")
-                off = [n for n in kernels if kernels[n] is None or kernels[n] > 1.1 * plain[n] + 1e-5]
-                reached = [n for n in kernels if not off or n < off[0]]
-                most.append(f"{reached[-1]}" + ("" if off else " and more"))
-            rows.append([f"{dtype}, {_title(floor)}", *most])
+            found = (most_steps(entry, floor, dtype) for entry in result["spectra"])
+            cells = [f"{most} and more" if every else f"{most}" for most, every in found]
+            rows.append([f"{dtype}, {_title(floor)}", *cells])
     return [*markdown(["", *map(_spectrum, result["spectra"])], rows), "", where(result)]
 
 
@@ -170,7 +172,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "soca_wide": lambda: speed("soca_cpu_wide", ("eig", "eager", "baddbmm")),
     "accuracy": accuracy,
     "accuracy_short": lambda: accuracy(SHOWN[:3]),
-    "most_steps": most_steps,
+    "most_steps": steps,
     "classifier": classifier,
     "published": published,
 }
