@@ -34,7 +34,8 @@ def markdown(heading: list[str], rows: Iterable[list[str]]) -> list[str]:
 def where(result: dict[str, Any]) -> str:
     """One line: the machine, torch and commit that the numbers belong to."""
     machine, software = result["machine"], result["software"]
-    processor = machine["gpu"]["name"] if machine["gpu"] else f"{machine['threads']} threads of {machine['cpu']}"
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    processor = machine["gpu"]["name"] if machine["gpu"] else f"{threads} of {machine['cpu']}"
     commit = software["git"]["commit"][:12] if software["git"] else "no commit"
     return f"{processor}, torch {software['torch']}, commit {commit}, {result['date'][:10]}."
 
@@ -60,7 +61,9 @@ def speed(name: str, others: tuple[str, ...]) -> list[str]:
             rows[-1].append(" / ".join(mebibytes(about["memory"][key]) for about in (ours, methods["eager"])))
     names = {"compile": "torch.compile", "mxm": "M x M", "eig": "EIG"}
     heading = ["B x C x H x W", *(names.get(other, other) for other in others), "time / floor", "peak MiB", "kept MiB"]
-    return [*markdown(heading, rows), "", where(result)]
+    others = max(entry["processor_time_of_others_percent"] or 0 for entry in result["shapes"])
+    shared = f" Others took up to {others:.0f} % of the processors meanwhile." if others > 5 else ""
+    return [*markdown(heading, rows), "", where(result) + shared]
 
 
 # ---- Distance to the root
