@@ -2,6 +2,9 @@
 # make test   install into .venv and run the whole test suite
 # make fuzz   10,000 random cases against the reference, other ones each time
 # make lint   ruff and clang-format        make format   apply them
+# make types  mypy over the packages, and over a user's code with them
+# make docs   the pages and the API reference into build/docs; any warning is an error
+# make dist   source archive and wheel into dist, checked against each other and against what an index asks for
 # make kernels            compile the CUDA kernels and compare them with benchmarks/results/kernels.md; needs nvcc
 # make check-cuda-torch   build for a CUDA torch, load it there and test it without a GPU; needs nvcc
 # make gpu                everything that needs a GPU, into one folder; `benchmarks/gpu.py --help` tells what it takes
@@ -30,7 +33,7 @@ PIN = $(shell $(BIN)/python -c "import torch; print('torch==' + torch.__version_
 SOURCES := $(shell git ls-files 'csrc/*' 'isqrt_cov/*' 'san_model/*' setup.py pyproject.toml 2>/dev/null)
 CXX_FILES := $(shell git ls-files '*.h' '*.cuh' '*.cpp' '*.cu' 2>/dev/null)
 
-.PHONY: demo test lint format kernels check-cuda-torch gpu fuzz clean
+.PHONY: demo test lint format kernels check-cuda-torch gpu fuzz types docs dist clean
 
 demo: .venv/san
 	$(BIN)/python -P -m isqrt_cov
@@ -61,6 +64,30 @@ lint: .venv/lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+.venv/mypy: .venv/test
+	$(BIN)/pip install mypy==2.4.1
+	touch $@
+
+types: .venv/mypy
+	$(BIN)/mypy
+	cd tests/typing && ../../$(BIN)/mypy --config-file= --strict public_api.py
+
+docs: .venv/docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
+
+.venv/publish: .venv/test
+	$(BIN)/pip install twine==7.0.0 cffconvert==2.0.0
+	touch $@
+
+dist: .venv/publish
+	rm -rf dist && mkdir dist
+	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+	$(BIN)/python -c "import setuptools.build_meta as b; b.build_sdist('dist')"
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/cffconvert --validate -i CITATION.cff
+	$(BIN)/pip install --dry-run --quiet "$(PIN)" "$$(echo dist/*.whl)[san]"
+	$(BIN)/pytest -m build
 
 format: .venv/lint
 	$(BIN)/ruff check --fix
@@ -93,4 +120,4 @@ gpu:
 	  $(if $(DRY_RUN),--dry-run)
 
 clean:
-	rm -rf .venv .venv-cuda build out *.egg-info isqrt_cov/_C.so
+	rm -rf .venv .venv-cuda build dist out *.egg-info isqrt_cov/_C.so

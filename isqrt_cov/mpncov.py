@@ -1,13 +1,15 @@
 """Drop-in for the functions and the layer of fast-MPN-COV and of SAN's ``MPNCOV`` package: same names, argument order,
 defaults, shapes and ``state_dict``, so that an old project changes one import.
 
-What differs is in the numbers: no NaN on a constant map, the gradient of a non-symmetric upstream gradient is exact
-(that of the original is transposed), so is a second derivative, float64 is float64, and there is no M x M matrix.
+What differs is in the numbers: no NaN on a constant map; the gradient of ``SqrtmLayer`` is the symmetric one, where
+fast-MPN-COV's is transposed; second derivatives are right; float64 is float64; and there is no M x M matrix.
 """
 
 from torch import Tensor, nn
 
 from .functional import cov_sqrt, covariance_pool, matrix_sqrt, triu_vector
+
+__all__ = ["MPNCOV", "CovpoolLayer", "SqrtmLayer", "TriuvecLayer"]
 
 
 def CovpoolLayer(var: Tensor) -> Tensor:
@@ -60,12 +62,9 @@ class MPNCOV(nn.Module):
         self.is_vec = is_vec
         self.dr = dimension_reduction
         if self.dr is not None:
-            self.conv_dr_block = nn.Sequential(
-                nn.Conv2d(input_dim, self.dr, kernel_size=1, stride=1, bias=False),
-                nn.BatchNorm2d(self.dr),
-                nn.ReLU(inplace=True),
-            )
-            nn.init.kaiming_normal_(self.conv_dr_block[0].weight, mode="fan_out", nonlinearity="relu")
+            convolution = nn.Conv2d(input_dim, self.dr, kernel_size=1, stride=1, bias=False)
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+            self.conv_dr_block = nn.Sequential(convolution, nn.BatchNorm2d(self.dr), nn.ReLU(inplace=True))
         channels = self.dr or input_dim
         self.output_dim = channels * (channels + 1) // 2 if is_vec else channels * channels
 

@@ -24,6 +24,7 @@ Sigma has the square of x's unit, its root has x's unit.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from torch.autograd.function import once_differentiable
 
 OUTPUTS = ("matrix", "triu", "mean")
 PAPER_STEP = (1.5, -0.5)
+Step = Sequence[float] | Sequence[Sequence[float]]  # one pair (a, b), or one for each step
 
 
 # ---- Arguments
@@ -68,10 +70,12 @@ def _check_output(output: str) -> None:
     _require(output in OUTPUTS, f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
 
 
-def _coefficients(step: Sequence, iterations: int) -> list[Sequence[float]]:
+def _coefficients(step: Step, iterations: int) -> list[Sequence[float]]:
     _check_iterations(iterations)
-    steps = list(step) if len(step) and isinstance(step[0], Sequence) else [step] * iterations
-    usable = len(steps) == iterations and all(len(pair) == 2 for pair in steps)
+    pairs = [pair for pair in step if isinstance(pair, Sequence)]
+    numbers = [number for number in step if not isinstance(number, Sequence)]
+    steps: list[Sequence[float]] = pairs if pairs else [numbers] * iterations
+    usable = not (pairs and numbers) and len(steps) == iterations and all(len(pair) == 2 for pair in steps)
     _require(usable, f"step must be one pair (a, b) or iterations = {iterations} of them, got {step!r}")
     return steps
 
@@ -141,7 +145,7 @@ def minimax_steps(iterations: int, floor: float) -> list[tuple[float, float]]:
     return steps
 
 
-def newton_schulz(a: Tensor, iterations: int, step: Sequence = PAPER_STEP) -> tuple[Tensor, Tensor]:
+def newton_schulz(a: Tensor, iterations: int, step: Step = PAPER_STEP) -> tuple[Tensor, Tensor]:
     """Eq. 1 from Y_0 = a, Z_0 = I: Y_N -> a^(1/2) and Z_N -> a^(-1/2) for a spectrum in (0, 3). (B, C, C) each.
 
     ``step`` is (a, b) of Y <- a Y + b Y T, Z <- a Z + b T Z with T = Z Y; (1.5, -0.5) is the paper's. A sequence of
@@ -191,7 +195,7 @@ def _root_scale(trace: Tensor, nonzero: Tensor) -> Tensor:
     return torch.where(nonzero, trace.sqrt(), 0.0)
 
 
-def matrix_sqrt(sigma: Tensor, iterations: int = 5, step: Sequence = PAPER_STEP) -> Tensor:
+def matrix_sqrt(sigma: Tensor, iterations: int = 5, step: Step = PAPER_STEP) -> Tensor:
     """Eqs. 2, 1, 3: N Newton-Schulz steps towards sigma^(1/2), (B, C, C) -> (B, C, C).
 
     ``step`` is that of ``newton_schulz``. The symmetric part of ``sigma`` is used, so the gradient is symmetric. It
@@ -203,7 +207,7 @@ def matrix_sqrt(sigma: Tensor, iterations: int = 5, step: Sequence = PAPER_STEP)
     return _root_scale(trace, nonzero) * y
 
 
-def matrix_inv_sqrt(sigma: Tensor, iterations: int = 5, step: Sequence = PAPER_STEP) -> Tensor:
+def matrix_inv_sqrt(sigma: Tensor, iterations: int = 5, step: Step = PAPER_STEP) -> Tensor:
     """Z_N / sqrt(t), N steps towards sigma^(-1/2), (B, C, C) -> (B, C, C); a zero sigma gives 0 with a zero gradient.
 
     On the null space of a singular sigma it grows as 1.5^N.
@@ -264,7 +268,7 @@ def _convert_output_backward(grad: Tensor, y: Tensor, output: str) -> Tensor:
     return grad
 
 
-def cov_sqrt(x: Tensor, iterations: int = 5, output: str = "matrix", step: Sequence = PAPER_STEP) -> Tensor:
+def cov_sqrt(x: Tensor, iterations: int = 5, output: str = "matrix", step: Step = PAPER_STEP) -> Tensor:
     """Truncated root of the covariance of x, in the form ``output`` (see ``convert_output``)."""
     return convert_output(matrix_sqrt(covariance_pool(x), iterations, step), output)
 
@@ -320,7 +324,7 @@ class _ClampedEigenRoot(torch.autograd.Function):
     """f(A) of a symmetric A with f(l) = sqrt(max(l, floor)), by eigen-decomposition."""
 
     @staticmethod
-    def forward(ctx, a: Tensor, floor: float) -> Tensor:
+    def forward(ctx: Any, a: Tensor, floor: float) -> Tensor:
         values, vectors = torch.linalg.eigh(a)
         ctx.save_for_backward(values, vectors)
         ctx.floor = floor
@@ -328,7 +332,7 @@ class _ClampedEigenRoot(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # Daleckii-Krein: dA = U (K o U' G U) U', K_ij = (f(l_i) - f(l_j)) / (l_i - l_j). For the root that is
         # 1 / (sqrt(l_i) + sqrt(l_j)), finite for equal eigenvalues, times the slope of the clamp between l_i and l_j:
         # 1 where neither is clamped, 0 where both are, and in [0, 1] between a clamped and a free one.

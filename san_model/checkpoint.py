@@ -29,7 +29,7 @@ _PREFIXES = re.compile(r"(module\.|_orig_mod\.)+")
 _ANCHORS = {"head.0.weight": 4, "RG.0.conv_last.weight": 4, "tail.0.0.weight": 4, "add_mean.bias": 1}
 
 
-def save(model: SAN, path: str | os.PathLike) -> None:
+def save(model: SAN, path: str | os.PathLike[str]) -> None:
     """See :meth:`SAN.save`."""
     path = _known(path)
     if path.suffix == ".safetensors":
@@ -39,7 +39,7 @@ def save(model: SAN, path: str | os.PathLike) -> None:
         torch.save(model.state_dict(), path)
 
 
-def load(path: str | os.PathLike, overrides: Mapping[str, Any]) -> SAN:
+def load(path: str | os.PathLike[str], overrides: Mapping[str, Any]) -> SAN:
     """See :meth:`SAN.from_checkpoint`."""
     state, stored = _read(_known(path))
     lacking = [name for name, rank in _ANCHORS.items() if name not in state or state[name].dim() != rank]
@@ -93,7 +93,7 @@ def _count(state: Iterable[str], pattern: str) -> int:
     return len({match[1] for name in state if (match := re.match(pattern, name))})
 
 
-def _known(path: str | os.PathLike) -> Path:
+def _known(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix not in (".pt", ".pth", ".safetensors"):
         raise ValueError(f"path: expected a .pt, .pth or .safetensors file, got {str(path)!r}")

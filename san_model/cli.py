@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -14,7 +15,7 @@ from .images import InputError
 from .train import PRESETS, TrainingError, TrainOptions, train
 from .upscale import UpscaleOptions, upscale
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "train": (TrainOptions, train),
     "evaluate": (EvaluateOptions, evaluate),
     "upscale": (UpscaleOptions, upscale),
@@ -25,8 +26,8 @@ POSITIONAL = {"input"}
 
 def command_parser(options: type, defaults: dict[str, Any]) -> ArgumentParser:
     """A parser with one flag per field of the dataclass, whose docstring is the help."""
-    text = docstring_parser.parse(options.__doc__)
-    helps = {parameter.arg_name: " ".join(parameter.description.split()) for parameter in text.params}
+    text = docstring_parser.parse(options.__doc__ or "")
+    helps = {parameter.arg_name: " ".join((parameter.description or "").split()) for parameter in text.params}
     parser = ArgumentParser(description=f"{text.short_description} {text.long_description or ''}")
     parser.add_argument("--config", action="config", help="YAML file with any of these options; later flags win")
     if options is TrainOptions:
@@ -35,7 +36,8 @@ def command_parser(options: type, defaults: dict[str, Any]) -> ArgumentParser:
         )
     hints = get_type_hints(options)
     for field in fields(options):
-        hint, arguments = hints[field.name], {"help": helps[field.name]}
+        hint = hints[field.name]
+        arguments: dict[str, Any] = {"help": helps[field.name]}
         default = defaults.get(field.name, field.default_factory() if field.default is MISSING and
                                field.default_factory is not MISSING else field.default)  # fmt: skip
         if field.name in POSITIONAL:
@@ -57,7 +59,7 @@ def build_parser(preset: str = "paper") -> ArgumentParser:
     commands = parser.add_subcommands(required=True)
     for name, (options, _) in COMMANDS.items():
         defaults = PRESETS[preset] if options is TrainOptions else {}
-        commands.add_subcommand(name, command_parser(options, defaults), help=options.__doc__.splitlines()[0])
+        commands.add_subcommand(name, command_parser(options, defaults), help=(options.__doc__ or "").splitlines()[0])
     return parser
 
 

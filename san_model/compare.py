@@ -4,8 +4,9 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -30,9 +31,14 @@ from .images import InputError, list_images
 from .metrics import Score, luma, mean, score
 from .upscale import check_tile, console, load_model, progress_bar
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 WEIGHTS = (".safetensors", ".pt", ".pth")
 FIGURES = (".png", ".pdf", ".svg")
 TABLES = (".md", ".csv", ".json")
+Datasets = dict[str, tuple[Path, list[Target]]]  # the HR folder and its images, by name
+Marked = TypeVar("Marked")  # a text made to stand out
 # What a method has for a data set: a way to its images, or only its numbers, or nothing.
 Source = Callable[[Path, list[Target]], Method | Score | None]
 
@@ -87,7 +93,7 @@ def compare(options: CompareOptions) -> dict[str, dict[str, Score]]:
     sources = dict(_source(method, options) for method in options.methods)
     datasets = {name: (hr, targets(hr, options.scale)) for name, hr in by_name(options.hr, "--hr").items()}
     if options.figure:
-        _figure(options, sources, datasets)
+        _figure(options.figure, options, sources, datasets)
     results: dict[str, dict[str, Score]] = {}
     if options.table or not options.figure:
         for name, source in sources.items():
@@ -164,11 +170,11 @@ def _rounded(value: Score) -> Score:
     return Score(round(value.psnr, 2), round(value.ssim, 4))
 
 
-def _cells(value: Score | None, best: Score, bold: Callable[[str], str | Text]) -> list[str | Text]:
+def _cells(value: Score | None, best: Score, bold: Callable[[str], Marked]) -> list[str | Marked]:
     """PSNR and SSIM as text; ``bold`` marks the best."""
     if value is None:
         return ["-", "-"]
-    cells = []
+    cells: list[str | Marked] = []
     for number, top, text in zip(_rounded(value), best, (f"{value.psnr:.2f}", f"{value.ssim:.4f}"), strict=True):
         cells.append("-" if math.isnan(number) else bold(text) if number == top else text)
     return cells
@@ -178,7 +184,7 @@ def _table(options: CompareOptions, datasets: list[str], results: dict[str, dict
     best = {name: _best([scores.get(name) for scores in results.values()]) for name in datasets}
     header = ["method", *(f"{name} {metric}" for name in datasets for metric in ("PSNR", "SSIM"))]
 
-    def rows(bold: Callable[[str], str | Text]) -> list[list[str | Text]]:
+    def rows(bold: Callable[[str], Marked]) -> list[list[str | Marked]]:
         return [
             [method, *(cell for name in datasets for cell in _cells(scores.get(name), best[name], bold))]
             for method, scores in results.items()
@@ -205,7 +211,7 @@ def _table(options: CompareOptions, datasets: list[str], results: dict[str, dict
 # --- the figure
 
 
-def _figure(options: CompareOptions, sources: dict[str, Source], datasets: dict[str, tuple]) -> None:
+def _figure(file: Path, options: CompareOptions, sources: dict[str, Source], datasets: Datasets) -> None:
     """HR with the crop marked, then the crop of HR and of each method, PSNR and SSIM of the whole image below."""
     from matplotlib.figure import Figure  # here: it takes a second to import
     from matplotlib.patches import Rectangle
@@ -220,9 +226,7 @@ def _figure(options: CompareOptions, sources: dict[str, Source], datasets: dict[
             images[name] = found(target)
         else:
             console.print(f"--figure: without {name}, which has no images of {dataset_name(hr_folder)}")
-    scores = {
-        name: named(target, lambda image=image: score(image, hr, options.scale)) for name, image in images.items()
-    }
+    scores = {name: named(target, partial(score, image, hr, options.scale)) for name, image in images.items()}
     best = _best(list(scores.values()))
 
     crops = {"HR": hr} | images
@@ -245,12 +249,12 @@ def _figure(options: CompareOptions, sources: dict[str, Source], datasets: dict[
         _label(axes, name, scores.get(name), best)
     for axes in figure.axes:
         axes.set(xticks=[], yticks=[], anchor="N")
-    options.figure.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.figure, dpi=200, bbox_inches="tight")
-    console.print(f"figure: {options.figure}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=200, bbox_inches="tight")
+    console.print(f"figure: {file}")
 
 
-def _label(axes, name: str, value: Score | None, best: Score) -> None:
+def _label(axes: "Axes", name: str, value: Score | None, best: Score) -> None:
     """The method's name, PSNR / SSIM; each number that is the best of all in bold red."""
     if value is None:
         axes.set_xlabel(f"{name}\nPSNR / SSIM")
@@ -258,7 +262,7 @@ def _label(axes, name: str, value: Score | None, best: Score) -> None:
     axes.set_xlabel(f"{name}\n ")  # room for the second line
     texts = f"{value.psnr:.2f} ", f" {value.ssim:.4f}"
     for text, number, top, side in zip(texts, _rounded(value), best, ("right", "left"), strict=True):
-        style = {"color": "red", "weight": "bold"} if number == top else {}
+        style: dict[str, Any] = {"color": "red", "weight": "bold"} if number == top else {}
         axes.annotate(text, (0.5, 0), (0, -17), "axes fraction", "offset points", ha=side, va="top", **style)
     axes.annotate("/", (0.5, 0), (0, -17), "axes fraction", "offset points", ha="center", va="top")
 
@@ -267,7 +271,7 @@ def _pixels(image: Tensor) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 
 
-def _chosen(stem: str | None, datasets: dict[str, tuple]) -> tuple[Path, list[Target], Target]:
+def _chosen(stem: str | None, datasets: Datasets) -> tuple[Path, list[Target], Target]:
     """The folder, the data set and the target of the image with this stem."""
     for hr, dataset in datasets.values():
         for target in dataset:

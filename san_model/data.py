@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .images import InputError, bicubic, crop_to_multiple, list_images, match, read_uint8
+
+Root = TypeVar("Root", bound=str | Path)
 
 
 class PairPaths(NamedTuple):
@@ -51,7 +53,7 @@ def dataset_name(root: str | Path) -> str:
     return folder.parent.name if folder.name == "HR" else folder.name
 
 
-def by_name(roots: Sequence[str | Path], argument: str) -> dict[str, str | Path]:
+def by_name(roots: Sequence[Root], argument: str) -> dict[str, Root]:
     """Folders by their names in tables; raises InputError where two have the same."""
     names = [dataset_name(root) for root in roots]
     for name, root in zip(names, roots, strict=True):
@@ -165,7 +167,7 @@ class Place(NamedTuple):
     flip_columns: bool
 
 
-class Patches(Dataset):
+class Patches(Dataset[tuple[Tensor, Tensor, int]]):
     """Patch i of the stream: (lr (3, patch, patch), hr (3, scale patch, scale patch), i), both images uint8.
 
     Each image is drawn once before any is drawn a second time.
@@ -181,10 +183,10 @@ class Patches(Dataset):
         self.pairs, self.scale, self.patch, self.seed, self.augment = pairs, scale, patch, seed, augment
         self._order = lru_cache(maxsize=2)(self._order_of)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_order"}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._order = lru_cache(maxsize=2)(self._order_of)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -197,7 +197,7 @@ def jsonable(scores: dict[str, Score]) -> dict[str, list[float | None]]:
     return {key: [round(v, 6) if math.isfinite(v) else None for v in value] for key, value in scores.items()}
 
 
-def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
+def write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([header, *([f"{c:.6f}" if isinstance(c, float) else c for c in r] for r in rows)])

@@ -8,6 +8,7 @@ import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import png
@@ -33,7 +34,7 @@ class Picture:
     alpha: torch.Tensor | None = None  # (1, H, W) float32, 0..255
     grey: bool = False  # the file has one colour channel: so will the file that is written
     bits: int = 8
-    metadata: dict = field(default_factory=dict)  # icc_profile, exif, dpi and text, as Pillow names them
+    metadata: dict[str, Any] = field(default_factory=dict)  # icc_profile, exif, dpi and text, as Pillow names them
 
 
 def read(path: str | Path) -> Picture:
@@ -47,7 +48,7 @@ def read(path: str | Path) -> Picture:
             if image.mode == "CMYK":
                 metadata.pop("icc_profile", None)  # it describes the inks, not the colours they are turned into
             deep = _read_deep_png(path)
-            pixels, bits = (deep, 16) if deep is not None else _pixels(image)
+            pixels, bits = (deep, 16) if deep is not None else _pixels(image, path)
     except InputError:
         raise
     except FileNotFoundError:
@@ -68,12 +69,12 @@ def read(path: str | Path) -> Picture:
     )
 
 
-def _pixels(image: Image.Image) -> tuple[np.ndarray, int]:
+def _pixels(image: Image.Image, path: Path) -> tuple[np.ndarray, int]:
     """(H, W, channels) with grey, grey and alpha, RGB or RGBA; and the bits per sample."""
     if image.mode.startswith("I;16"):
         return np.asarray(image)[..., None], 16
     if image.mode in ("I", "F"):
-        raise InputError(f"{image.filename}: 32 bits per sample are not supported, only 8 and 16")
+        raise InputError(f"{path}: 32 bits per sample are not supported, only 8 and 16")
     mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     if image.has_transparency_data:
         mode += "A"
@@ -114,7 +115,7 @@ def write(path: str | Path, picture: Picture) -> None:
     path.write_bytes(buffer.getvalue())
 
 
-def _save_options(path: Path, picture: Picture) -> dict:
+def _save_options(path: Path, picture: Picture) -> dict[str, Any]:
     height, width = picture.colour.shape[1:]
     options = {key: value for key, value in picture.metadata.items() if key != "text"}
     if "exif" in options:
@@ -139,7 +140,7 @@ def _exif_with_size(data: bytes, width: int, height: int) -> bytes:
     return exif.tobytes()
 
 
-def _write_deep_png(file: io.BytesIO, pixels: np.ndarray, metadata: dict) -> None:
+def _write_deep_png(file: io.BytesIO, pixels: np.ndarray, metadata: dict[str, Any]) -> None:
     height, width, channels = pixels.shape
     body = io.BytesIO()
     writer = png.Writer(width, height, greyscale=channels <= 2, alpha=channels in (2, 4), bitdepth=16)

@@ -30,6 +30,7 @@ SCALES = (2, 3, 4, 8)
 VARIANTS = ("base", "ssc", "foca", "soca")  # NLRG_Base, NLRG_SSC, NLRG_FOCA and NLRG_SOCA of the paper
 NORMALIZATIONS = ("newton_schulz", "eig")
 MAX_POOLED_SIDE = 1000  # of the centre that the covariance is taken of
+Statistics = Callable[[Tensor], Tensor]  # (B, C, H, W) -> (B, C)
 
 
 def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -52,6 +53,7 @@ class MeanShift(nn.Conv2d):
         super().__init__(3, 3, 1)
         with torch.no_grad():
             self.weight.copy_(torch.eye(3)[:, :, None, None])
+            assert self.bias is not None
             self.bias.copy_(sign * rgb_range * torch.tensor(RGB_MEAN))
         _as_buffers(self)
 
@@ -73,7 +75,7 @@ class ChannelGate(nn.Sequential):
 class ChannelAttention(nn.Module):
     """x times a weight per channel, which the gate finds from its ``statistics``, (B, C, H, W) -> (B, C)."""
 
-    def __init__(self, channels: int, reduction: int, statistics: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, channels: int, reduction: int, statistics: Statistics) -> None:
         super().__init__()
         self.conv_du = ChannelGate(channels, reduction)
         self.statistics = statistics
@@ -143,6 +145,7 @@ class NonLocalBlock(nn.Module):
         self.theta = nn.Conv2d(channels, inner, 1)
         self.phi = nn.Sequential(nn.Conv2d(channels, inner, 1))
         nn.init.zeros_(self.W.weight)
+        assert self.W.bias is not None
         nn.init.zeros_(self.W.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -230,7 +233,8 @@ class SAN(nn.Module):
             root = partial(eig_cov_sqrt, output="mean")
         else:
             root = partial(cov_sqrt, iterations=iterations, output="mean")
-        statistics = {"foca": first_order, "soca": partial(second_order, root=root)}.get(variant)
+        kinds: dict[str, Statistics] = {"foca": first_order, "soca": partial(second_order, root=root)}
+        statistics = kinds.get(variant)
 
         def group() -> LSRAG:
             attention = ChannelAttention(n_feats, reduction, statistics) if statistics else None
@@ -257,7 +261,7 @@ class SAN(nn.Module):
         return self.add_mean(self.tail(self.non_local(features) + head))
 
     @staticmethod
-    def from_checkpoint(path: str | os.PathLike, **overrides: Any) -> "SAN":
+    def from_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> "SAN":
         """The network of a .pt, .pth or .safetensors file, the authors' or one of :meth:`save`, on the CPU.
 
         Sizes and scale come from the tensors, the rest from the configuration that :meth:`save` and ``torch.save`` of
@@ -271,7 +275,7 @@ class SAN(nn.Module):
 
         return checkpoint.load(path, overrides)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the state dict and the configuration to a .pt, .pth or .safetensors file."""
         from . import checkpoint
 

@@ -8,11 +8,11 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from .images import InputError, to_uint8
 from .metrics import psnr_y
 from .upscale import console, progress_bar, super_resolve
 
+Tensors = list[Tensor] | tuple[Tensor, ...]
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},  # the defaults below
@@ -172,10 +173,11 @@ def train(options: TrainOptions) -> dict[str, Any]:
 def deterministic(wanted: bool) -> Iterator[None]:
     """The same bits in every run, as far as torch can."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    switches: Any = torch.utils.deterministic  # a module whose attributes are properties
+    filled = switches.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and only shows up faults
+    switches.fill_uninitialized_memory = False  # costs time and only shows up faults
     try:
         with warnings.catch_warnings():
             # Max pooling over disjoint windows is on torch's list, though no two windows add to one gradient.
@@ -183,7 +185,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        switches.fill_uninitialized_memory = filled
 
 
 class Run:
@@ -209,7 +211,7 @@ class Run:
         if options.init is not None and not self.last.exists():
             self._initialise(options.init)
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
-        self.model.to(self.device, memory_format=layout)
+        self.model.to(self.device, memory_format=layout)  # type: ignore[call-overload]  # torch lists no such overload
         self.average = AveragedModel(self.model, multi_avg_fn=self._average) if options.ema else None
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=options.lr, betas=(0.9, 0.99))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
@@ -230,17 +232,21 @@ class Run:
         if self.process.rank == 0:
             console.print(line)
 
-    def _load(self, roots: list[str], argument: str, least: int) -> list[Pair]:
+    def _load(self, roots: Sequence[str | Path], argument: str, least: int) -> list[Pair]:
         options = self.options
         return load_pairs(
             roots, options.scale, argument=argument, least=least, bad_files=options.bad_files, cache=options.cache,
             report=self.say,
         )  # fmt: skip
 
-    def _average(self, means: list[Tensor], values: list[Tensor], _: Tensor) -> None:
+    def _average(self, means: Tensors, values: Tensors, _: Tensor | int) -> None:
         """Exponential, with a shorter memory at first, or the initial weights would stay in a short run's mean."""
         decay = min(self.options.ema, (1 + self.iteration) / (10 + self.iteration))
         torch._foreach_lerp_(means, values, 1 - decay)
+
+    def _weights(self) -> SAN:
+        """What is evaluated and kept: the average where there is one."""
+        return cast(SAN, self.average.module) if self.average else self.model
 
     def _initialise(self, path: Path) -> None:
         try:
@@ -281,7 +287,7 @@ class Run:
     def _save(self) -> None:
         state = self._state()
         if self.process.rank == 0:
-            weights = self.average.module if self.average else self.model
+            weights = self._weights()
             with replacing(self.options.out / "last.safetensors") as path:
                 weights.save(path)
             with replacing(self.options.out / "history.json") as path:
@@ -362,7 +368,8 @@ class Run:
                 if self.iteration % options.log_every == 0 or final:
                     now = time.monotonic()
                     speed, logged, since = (self.iteration - since) / (now - logged), now, self.iteration
-                    shown = {"psnr": self._latest(), "speed": f"{speed:.2f} it/s", "memory": self._memory()}
+                    shown: dict[str, Any] = {"psnr": self._latest(), "speed": f"{speed:.2f} it/s"}
+                    shown["memory"] = self._memory()
                     bar.update(task, **shown)
                     if writer is not None:
                         writer.add_scalar("train/loss", loss, self.iteration)
@@ -427,7 +434,7 @@ class Run:
 
     def _validate(self, writer: Any) -> None:
         """PSNR of each validation set, the images shared among the processes; keeps the best weights."""
-        model, scale = self.average.module if self.average else self.model, self.options.scale
+        model, scale = self._weights(), self.options.scale
         model.eval()
         means = {}
         for name, pairs in self.validation.items():

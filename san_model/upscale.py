@@ -2,12 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
 from . import SAN
@@ -61,6 +70,10 @@ def upscale(options: UpscaleOptions) -> list[Path]:
     jobs = _jobs(options.input, options.output, model.config["scale"])
     written = []
     with progress_bar() as progress:
+
+        def advance(task: TaskID, done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
         for source, target in jobs:
             task = progress.add_task(source.name, total=None)
             try:
@@ -72,8 +85,7 @@ def upscale(options: UpscaleOptions) -> list[Path]:
                 console.print(f"skipped {error}")
                 continue
             try:
-                enlarged = enlarge(picture, model, options, lambda done, total, task=task: progress.update(
-                    task, completed=done, total=total))  # fmt: skip
+                enlarged = enlarge(picture, model, options, partial(advance, task))
             except (MemoryError, RuntimeError) as error:
                 if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
                     raise InputError(

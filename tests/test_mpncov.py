@@ -5,8 +5,14 @@ import inspect
 import pytest
 import torch
 
-from isqrt_cov import cov_sqrt, reference, triu_vector
+from isqrt_cov import cov_sqrt, mpncov, reference, triu_vector
 from isqrt_cov.mpncov import MPNCOV, CovpoolLayer, SqrtmLayer, TriuvecLayer
+
+
+def published_root(sigma, iterations):
+    """Eqs. 1-3 of every entry of sigma, as the originals take it: nothing is made symmetric."""
+    trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    return trace.sqrt() * reference.newton_schulz(sigma / trace, iterations)[0]
 
 
 def test_functions():
@@ -30,6 +36,63 @@ def test_signature_is_the_original_one():
         "dimension_reduction": None,
     }
     assert list(inspect.signature(SqrtmLayer).parameters) == ["var", "iterN"]
+    assert (
+        list(inspect.signature(CovpoolLayer).parameters) == list(inspect.signature(TriuvecLayer).parameters) == ["var"]
+    )
+    assert set(mpncov.__all__) == {"MPNCOV", "CovpoolLayer", "SqrtmLayer", "TriuvecLayer"}
+
+
+@pytest.mark.parametrize("iterations", (1, 2, 5))
+def test_gradient_of_both_layers_is_the_published_one(iterations):
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 6, 6, dtype=torch.float64)  # not symmetric
+    (ours,) = torch.autograd.grad(SqrtmLayer(CovpoolLayer(x), iterations), x, upstream)
+    published = published_root(reference.mxm_covariance_pool(x), iterations)
+    (expected,) = torch.autograd.grad(published, x, upstream)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_gradient_of_the_root_is_the_symmetric_part():
+    sigma = reference.covariance_pool(torch.randn(2, 6, 30, dtype=torch.float64)).requires_grad_()
+    upstream = torch.randn(2, 6, 6, dtype=torch.float64)
+    (ours,) = torch.autograd.grad(SqrtmLayer(sigma, 5), sigma, upstream)
+    (entries,) = torch.autograd.grad(published_root(sigma, 5), sigma, upstream)
+    assert not torch.allclose(entries, entries.mT)
+    torch.testing.assert_close(ours, (entries + entries.mT) / 2)
+
+
+def test_constant_map_has_no_nan():
+    x = torch.full((2, 6, 4, 5), 0.7, requires_grad=True)
+    vector = TriuvecLayer(SqrtmLayer(CovpoolLayer(x), 5))
+    vector.sum().backward()
+    assert not vector.any() and not x.grad.any()
+    assert not MPNCOV(input_dim=6)(x).any()
+
+
+def test_second_derivative():
+    x = torch.randn(1, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: SqrtmLayer(CovpoolLayer(x), 3), (x,))
+
+
+def test_float64_is_float64():
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64) + 1
+    torch.testing.assert_close(CovpoolLayer(x), reference.covariance_pool(x), rtol=1e-13, atol=0)
+
+
+def test_nothing_is_kept_of_the_iteration_nor_any_m_by_m_matrix():
+    kept = []
+    x = torch.randn(2, 6, 16, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        SqrtmLayer(CovpoolLayer(x), 5)
+    beside_x = [tensor for tensor in kept if tensor.data_ptr() != x.data_ptr()]
+    assert beside_x and sum(tensor.numel() for tensor in beside_x) <= 2 * (6 * 6 + 6)  # sigma and the mean
+
+
+def test_module_stands_in_for_the_module_of_san():
+    module = mpncov  # from model.MPNCOV.python import MPNCOV
+    x = torch.randn(2, 6, 4, 5)
+    attention = module.SqrtmLayer(module.CovpoolLayer(x), 5).mean(1)
+    torch.testing.assert_close(attention, cov_sqrt(x, 5, "mean"))
 
 
 @pytest.mark.parametrize("is_vec", (True, False))

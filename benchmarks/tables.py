@@ -1,0 +1,211 @@
+#!/usr/bin/env python3
+"""Writes the numbers in README.md and docs/ from benchmarks/results/.
+
+    python benchmarks/tables.py              fill every block between <!-- table: NAME --> and <!-- end of table -->
+    python benchmarks/tables.py --check      say which files would change, and fail if any
+
+The tests run the check: no number in a block is typed by hand.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules beside this file, also when it is imported
+
+from report import mebibytes, number  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def markdown(heading: list[str], rows: Iterable[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (heading, ["---"] * len(heading), *rows)]
+
+
+def where(result: dict[str, Any]) -> str:
+    """One line: the machine, torch and commit that the numbers belong to."""
+    machine, software = result["machine"], result["software"]
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    processor = machine["gpu"]["name"] if machine["gpu"] else f"{threads} of {machine['cpu']}"
+    commit = software["git"]["commit"][:12] if software["git"] else "no commit"
+    return f"{processor}, torch {software['torch']}, commit {commit}, {result['date'][:10]}."
+
+
+# ---- Speed
+
+
+def _shape(entry: dict[str, Any]) -> str:
+    return " x ".join(map(str, entry["shape"]))
+
+
+def speed(name: str, others: tuple[str, ...]) -> list[str]:
+    """Forward + backward: how many times as fast ours is, and its memory."""
+    result = load(name)
+    rows = []
+    for entry in result["shapes"]:
+        methods = {method["name"]: method for method in entry["methods"] if method["ran"]}
+        ours = methods["ours"]
+        faster = ours["forward_backward"]["speedup_over"]
+        rows.append([_shape(entry), *(number(faster[other], 2) if other in faster else "-" for other in others)])
+        rows[-1].append(number(ours["forward_backward"]["times_floor"]))
+        for key in ("peak_process_bytes", "kept_for_backward_bytes"):
+            rows[-1].append(" / ".join(mebibytes(about["memory"][key]) for about in (ours, methods["eager"])))
+    names = {"compile": "torch.compile", "mxm": "M x M", "eig": "EIG"}
+    heading = ["B x C x H x W", *(names.get(other, other) for other in others), "time / floor", "peak MiB", "kept MiB"]
+    others = max(entry["processor_time_of_others_percent"] or 0 for entry in result["shapes"])
+    shared = f" Others took up to {others:.0f} % of the processors meanwhile." if others > 5 else ""
+    return [*markdown(heading, rows), "", where(result) + shared]
+
+
+# ---- Distance to the root
+
+# What is shown: floor of the minimax coefficients (None: the paper's), and the steps.
+SHOWN = ((None, 5), (1e-2, 3), (1e-3, 5), (None, 12), (1e-2, 7), (1e-3, 7))
+
+
+def _title(floor: float | None) -> str:
+    return "as printed" if floor is None else f"floor {floor:.0e}".replace("e-0", "e-")
+
+
+def _distance(entry: dict[str, Any], floor: float | None, of: str, dtype: str) -> dict[int, float | None]:
+    (curve,) = (c for c in entry["curves"] if (c["spectrum_floor"], c["of"], c["dtype"]) == (floor, of, dtype))
+    return dict(zip(entry["steps"], curve["distance"], strict=True))
+
+
+def _spectrum(entry: dict[str, Any]) -> str:
+    _, channels, height, width = entry["shape"]
+    kind = {"photo": "photographs", "randn": "flat", "decay": "decaying"}[entry["input"]]
+    return f"{kind}, {channels} x {height * width}"
+
+
+def accuracy(shown: Iterable[tuple[float | None, int]] = SHOWN) -> list[str]:
+    result = load("accuracy")
+    entries = result["spectra"]
+    rows = [
+        [f"{steps} steps, {_title(floor)}"]
+        + [number(_distance(entry, floor, "kernels", "float64")[steps], 2) for entry in entries]
+        for floor, steps in shown
+    ]
+    return [*markdown(["", *map(_spectrum, entries)], rows), "", where(result)]
+
+
+def most_steps(entry: dict[str, Any], floor: float | None, dtype: str) -> tuple[int, bool]:
+    """The most steps up to which the kernels stay within a tenth of the plain loop in float32; whether all do."""
+    kernels = _distance(entry, floor, "kernels", dtype)
+    plain = _distance(entry, floor, "reference", "float32")
+    off = [n for n in kernels if kernels[n] is None or kernels[n] > 1.1 * plain[n] + 1e-5]
+    return max(n for n in kernels if not off or n < off[0]), not off
+
+
+def steps() -> list[str]:
+    result = load("accuracy")
+    floors = list(dict.fromkeys(curve["spectrum_floor"] for curve in result["spectra"][0]["curves"]))
+    rows = []
+    for dtype in ("float32", "float64"):
+        for floor in floors:
+            found = (most_steps(entry, floor, dtype) for entry in result["spectra"])
+            cells = [f"{most} and more" if every else f"{most}" for most, every in found]
+            rows.append([f"{dtype}, {_title(floor)}", *cells])
+    return [*markdown(["", *map(_spectrum, result["spectra"])], rows), "", where(result)]
+
+
+# ---- The drop-in
+
+
+def classifier() -> list[str]:
+    result = load("classifier")
+    rows = [
+        [f"{about['training_images']}", about["pooling"], f"{about['parameters']}", f"{about['rate']:g}"]
+        + [f"{100 * about['mean']:.2f} ± {100 * about['deviation']:.2f}"]
+        + [" ".join(f"{100 * value:.1f}" for value in about["accuracy"])]
+        for about in result["runs"]
+    ]
+    heading = ["training images", "pooling", "parameters", "learning rate", "accuracy, %", "each seed"]
+    return [*markdown(heading, rows), "", where(result)]
+
+
+def published() -> list[str]:
+    result = load("published")
+    files = result["files"]
+
+    def row(title: str, cell: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [title, *(cell(about) for about in files)]
+
+    def error(*keys: str) -> Callable[[dict[str, Any]], str]:
+        def cell(about: dict[str, Any]) -> str:
+            value = about["numbers"]
+            for key in keys:
+                value = value[key] if isinstance(value, dict) else value
+            return value.partition(":")[0] if isinstance(value, str) else number(value, 2)
+
+        return cell
+
+    def finite(about: dict[str, Any]) -> str:
+        return "finite" if all(about["numbers"]["constant_map"].values()) else "NaN"
+
+    rows = [
+        row("constant map: root and gradient", finite),
+        row("`CovpoolLayer` in float64, error", error("covariance_float64")),
+        row("`SqrtmLayer` in float64, error", error("float64", "value")),
+        row("its gradient, upstream not symmetric", error("float32", "gradient")),
+        row("its second derivative", error("second_derivative")),
+        row("`SqrtmLayer(sigma, 1)`, gradient's norm", error("one_step")),
+        row("both layers in a row, gradient's error", error("layers_gradient")),
+        row("forward + backward, times ours", lambda about: number(about["cost"]["time"], 2)),
+        row("peak memory, MiB", lambda about: mebibytes(about["cost"]["peak_torch_bytes"])),
+        row("kept for the backward pass, MiB", lambda about: mebibytes(about["cost"]["kept_for_backward_bytes"])),
+    ]
+    names = ["", *(about["name"] for about in files)]
+    return [*markdown(names, rows), "", where(result)]
+
+
+# ---- The files
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "soca": lambda: speed("soca_cpu", ("eig", "eager", "baddbmm", "compile", "mxm")),
+    "soca_wide": lambda: speed("soca_cpu_wide", ("eig", "eager", "baddbmm")),
+    "accuracy": accuracy,
+    "accuracy_short": lambda: accuracy(SHOWN[:3]),
+    "most_steps": steps,
+    "classifier": classifier,
+    "published": published,
+}
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """``text`` with the blocks as the results have them."""
+
+    def block(found: re.Match[str]) -> str:
+        return found[1] + "\n" + "\n".join(TABLES[found[2]]()) + "\n\n" + found[3]
+
+    return BLOCK.sub(block, text)
+
+
+def files() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    arguments = parser.parse_args(argv)
+    stale = [path for path in files() if filled(path.read_text()) != path.read_text()]
+    for path in stale:
+        print(path.relative_to(ROOT))
+        if not arguments.check:
+            path.write_text(filled(path.read_text()))
+    return 1 if stale and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The pages: their code runs, their links lead somewhere, their numbers are those of benchmarks/results."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def without_code(text):
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page):
+    """As GitHub and myst make them of the headings."""
+    headings = re.findall(r"^#+ (.*)$", without_code(page.read_text()), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_code_runs(page):
+    names = {"torch": torch, "x": torch.randn(2, 64, 7, 7), "iterations": 5}
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), names)  # one after the other, as a reader would
+
+
+def test_readme_states_what_the_layer_computes():
+    names = {"torch": torch, "x": torch.randn(2, 16, 9, 9), "iterations": 5}
+    layer, equivalent = blocks(ROOT / "README.md")[:2]
+    exec(layer, names)
+    expected = names["y"]
+    exec(equivalent, names)
+    assert names["y"] is not expected
+    torch.testing.assert_close(names["y"], expected)
+
+
+@each_page
+def test_relative_links_lead_somewhere(page):
+    for target in LINK.findall(without_code(page.read_text())):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.is_file(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
+
+
+@each_page
+def test_files_that_are_named_exist(page):
+    named = re.findall(r"`((?:benchmarks|csrc|docs|isqrt_cov|san_model|tests)/[\w./-]+)`", page.read_text())
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("tables")
+
+
+def test_tables_are_those_of_the_results(tables, capsys):
+    assert tables.main(["--check"]) == 0, f"run benchmarks/tables.py: {capsys.readouterr().out} is out of date"
+
+
+def test_prose_agrees_with_the_results(tables):
+    spectra = tables.load("accuracy")["spectra"]
+    for entry in spectra:
+        at = {floor: tables._distance(entry, floor, "kernels", "float64") for floor in (None, 1e-2)}
+        assert at[1e-2][3] < at[None][5]  # "three of its steps come nearer than five as printed", on every spectrum
+    most = {
+        floor: min(tables.most_steps(e, floor, "float32")[0] for e in spectra) for floor in (None, 1e-2, 1e-3, 1e-4)
+    }
+    assert most[None] == 12 and set(most.values()) <= {12, 9, 8, 7, 6}  # "about 12, or 6 to 9 with minimax"
+
+
+def test_stale_tables_are_found(tables, tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- table: classifier -->\n| typed | by hand |\n<!-- end of table -->\nafter\n")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert tables.main(["--check"]) == 1 and "by hand" in page.read_text()
+    assert tables.main([]) == 0
+    text = page.read_text()
+    assert "by hand" not in text and text.startswith("before\n") and text.endswith("after\n")
+    assert tables.main(["--check"]) == 0
+
+
+def test_citation_names_both_papers():
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    cited = {
+        (reference["authors"][0]["family-names"], reference["year"], reference["title"].split()[0])
+        for reference in citation["references"]
+    }
+    assert cited == {("Dai", 2019, "Second-order"), ("Li", 2018, "Towards")}
+    assert "version" not in citation  # it stands in pyproject.toml alone
