@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -353,7 +353,7 @@ class Run:
         bar = progress_bar("loss {task.fields[loss]:.3f}", "{task.fields[psnr]}", "{task.fields[speed]}",
                            "{task.fields[memory]}")  # fmt: skip
         bar.disable = process.rank != 0 or not console.is_terminal
-        with bar:
+        with bar, closing(writer) if writer is not None else nullcontext():
             task = bar.add_task("train", total=options.iterations, completed=self.iteration, loss=float("nan"), psnr="",
                                 speed="", memory="")  # fmt: skip
             start = logged = time.monotonic()
@@ -390,8 +390,6 @@ class Run:
                     self._save()
                     if writer is not None:
                         writer.flush()
-        if writer is not None:
-            writer.close()
         return {"iteration": self.iteration, "best": self.best, "history": self.history}
 
     def _step(self, lr: Tensor, hr: Tensor, indices: Tensor) -> float:
