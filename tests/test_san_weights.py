@@ -11,6 +11,7 @@ pytest.importorskip("png", reason="san_model needs the extra [san]")
 pytest.importorskip("skimage", reason="san_model needs the extra [san]")
 import skimage.data
 
+from san_model.compare import CompareOptions, compare
 from san_model.evaluate import EvaluateOptions, evaluate
 from san_model.images import Picture, crop_to_multiple, read, read_uint8, write
 from san_model.train import PRESETS, TrainOptions
@@ -28,7 +29,7 @@ def photograph(tmp_path_factory):
     source = Path(skimage.data.__path__[0]) / "coffee.png"
     if not source.exists():
         pytest.skip("this scikit-image carries no coffee.png")
-    folder = tmp_path_factory.mktemp("photo")
+    folder = tmp_path_factory.mktemp("photo", numbered=False)
     write(folder / "coffee.png", Picture(read(source).colour[:, 120:280, 200:400]))
     return folder
 
@@ -50,8 +51,8 @@ def test_they_are_of_the_light_preset():
 
 
 def test_better_than_bicubic(photograph):
-    bicubic = evaluate(EvaluateOptions(hr=photograph, scale=2, bicubic=True))["mean"]
-    light = evaluate(EvaluateOptions(hr=photograph, scale=2, model=DEFAULT_WEIGHTS))["mean"]
+    results = compare(CompareOptions([photograph], ["bicubic", "light"], 2))
+    bicubic, light = (results[method]["photo"] for method in ("bicubic", "light"))
     assert light.psnr > bicubic.psnr + 1 and light.ssim > bicubic.ssim
 
 
