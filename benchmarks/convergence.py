@@ -155,7 +155,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axis.axhline(result["bicubic"], color="black", linewidth=0.8, linestyle=":", label="bicubic")
     arguments, machine = result["arguments"], result["machine"]
     axis.set_xlabel(f"epoch of {arguments['epoch']} iterations")
-    axis.set_ylabel(f"PSNR [dB] on {dataset_name(arguments['val'])}, x{arguments['scale']}")
+    axis.set_ylabel(f"PSNR [dB] on {arguments['val']}, x{arguments['scale']}")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(linewidth=0.4, alpha=0.5)
     axis.legend(frameon=False, loc="lower right")
@@ -179,6 +179,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     result = report.record("convergence", arguments, EXPLANATION) | {"runs": []}
+    # The data sets have names; where they lie is nobody's business.
+    result["arguments"] |= {"data": [dataset_name(folder) for folder in arguments.data], "out": arguments.out.name}
+    result["arguments"]["val"] = dataset_name(arguments.val)
     progress = report.Progress()
     try:
         result["bicubic"] = bicubic_psnr(arguments.val, arguments.scale)
