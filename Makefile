@@ -1,4 +1,4 @@
-# make demo   install into .venv and run the benchmark on real feature maps
+# make demo   install into .venv, run the benchmark on real feature maps, enlarge a photograph
 # make test   install into .venv and run the whole test suite
 # make fuzz   10,000 random cases against the reference, other ones each time
 # make lint   ruff and clang-format        make format   apply them
@@ -39,6 +39,11 @@ demo: .venv/san
 	$(BIN)/python -P -m isqrt_cov
 	mkdir -p out
 	$(BIN)/python benchmarks/bench_soca.py --quick --plot out/bench_soca.png --json out/bench_soca.json
+	mkdir -p out/photo
+	cp "$$($(BIN)/python -c 'import skimage.data; print(skimage.data.__path__[0])')/coffee.png" out/photo
+	$(BIN)/python -P -m san_model upscale out/photo/coffee.png --output out
+	$(BIN)/python -P -m san_model compare --hr out/photo --scale 2 --methods bicubic light --table out/compare.md \
+		--figure out/compare.png
 
 test: .venv/test
 	$(BIN)/pytest

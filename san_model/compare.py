@@ -47,14 +47,15 @@ Source = Callable[[Path, list[Target]], Method | Score | None]
 class CompareOptions:
     """Shows methods side by side: a crop of one image (--figure), and PSNR-Y / SSIM-Y on whole data sets (--table).
 
-    A method is given as NAME=SOURCE. SOURCE is the word bicubic, the weights of a network (.safetensors, .pt, .pth), a
-    folder of output images, or a .json file with its numbers: {"Set5": [psnr, ssim], ...} as an article prints them, or
-    what evaluate --json wrote. In a folder's path {dataset} and {scale} stand for the data set's name and the scale. A
-    method that lacks a data set gets a dash there. The best are highlighted.
+    A method is given as NAME=SOURCE. SOURCE is the word bicubic, the word light for the package's own weights, the
+    weights of a network (.safetensors, .pt, .pth), a folder of output images, or a .json file with its numbers:
+    {"Set5": [psnr, ssim], ...} as an article prints them, or what evaluate --json wrote. In a folder's path {dataset}
+    and {scale} stand for the data set's name and the scale. A method that lacks a data set gets a dash there. The best
+    are highlighted.
 
     Args:
         hr: folders of HR images, one per data set
-        methods: the methods, NAME=SOURCE (or bicubic alone) in the order in which they are to be shown
+        methods: the methods, NAME=SOURCE (or bicubic, light alone) in the order in which they are to be shown
         scale: factor between LR and HR
         figure: file for the figure, .png, .pdf or .svg
         image: stem of the image in the figure, by default the first
@@ -111,15 +112,14 @@ def _source(method: str, options: CompareOptions) -> tuple[str, Source]:
     path = Path(place.replace("{scale}", str(options.scale)))
     if place == "bicubic":
         return name, lambda hr, dataset: bicubic_method
-    if path.suffix in WEIGHTS:
-        network = model_method(
-            load_model(path, options.device, options.scale), options.tile, options.overlap, options.self_ensemble
-        )
+    if place == "light" or path.suffix in WEIGHTS:
+        model = load_model(None if place == "light" else path, options.device, options.scale)
+        network = model_method(model, options.tile, options.overlap, options.self_ensemble)
         return name, lambda hr, dataset: network
     if path.suffix == ".json":
         return name, lambda hr, dataset: _numbers(path, dataset_name(hr), options.scale)
     if not equals:
-        raise InputError(f"--methods {method}: expected NAME=SOURCE, or bicubic")
+        raise InputError(f"--methods {method}: expected NAME=SOURCE, bicubic or light")
     return name, lambda hr, dataset: _folder(path, method, hr, dataset)
 
 

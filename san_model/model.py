@@ -95,7 +95,13 @@ def second_order(x: Tensor, root: Callable[[Tensor], Tensor]) -> Tensor:
     top, left = max(height - MAX_POOLED_SIDE, 0) // 2, max(width - MAX_POOLED_SIDE, 0) // 2
     x = x[:, :, top : top + MAX_POOLED_SIDE, left : left + MAX_POOLED_SIDE]
     with torch.autocast(x.device.type, enabled=False):
-        return root(x.to(torch.promote_types(x.dtype, torch.float32)))  # there are no roots in half precision
+        return root(x)
+
+
+def exact_root(x: Tensor) -> Tensor:
+    """EIG in place of the Newton-Schulz steps: mean of each row, (B, C, H, W) -> (B, C)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # there is no eigen-decomposition in half precision
+    return eig_cov_sqrt(x, output="mean")
 
 
 class ResidualBlock(nn.Module):
@@ -229,10 +235,7 @@ class SAN(nn.Module):
         _check(config)
         super().__init__()
         self.config: dict[str, Any] = config
-        if normalization == "eig":
-            root = partial(eig_cov_sqrt, output="mean")
-        else:
-            root = partial(cov_sqrt, iterations=iterations, output="mean")
+        root = exact_root if normalization == "eig" else partial(cov_sqrt, iterations=iterations, output="mean")
         kinds: dict[str, Statistics] = {"foca": first_order, "soca": partial(second_order, root=root)}
         statistics = kinds.get(variant)
 
