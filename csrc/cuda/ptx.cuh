@@ -77,7 +77,7 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row
                                                [[maybe_unused]] Caller caller = Caller::here()) {
   ISQRT_PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]),
                          "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory"),
-            emulation::load_matrices<false>(r, row, caller));
+            emulation::load_matrices(r, row, false, caller));
 }
 
 /// ldmatrix.x4.trans: addresses as in load_matrix_x4; r[i]: elements (2t, g), (2t + 1, g) of matrix i.
@@ -85,7 +85,7 @@ __device__ __forceinline__ void load_matrix_x4_trans(uint32_t (&r)[4], const voi
                                                      [[maybe_unused]] Caller caller = Caller::here()) {
   ISQRT_PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]),
                          "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory"),
-            emulation::load_matrices<true>(r, row, caller));
+            emulation::load_matrices(r, row, true, caller));
 }
 
 // ---- asynchronous copies of a thread --------------------------------------------------------------------------------
@@ -191,9 +191,9 @@ __device__ __forceinline__ void cluster_wait([[maybe_unused]] Caller caller = Ca
                  emulation::cluster_wait(caller));
 }
 
-__device__ __forceinline__ void cluster_sync([[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX(cluster_arrive(), cluster_arrive(caller));
-  ISQRT_PTX(cluster_wait(), cluster_wait(caller));
+__device__ __forceinline__ void cluster_sync(Caller caller = Caller::here()) {
+  cuda::cluster_arrive(caller);  // qualified: the emulation has functions of these names
+  cuda::cluster_wait(caller);
 }
 
 /// mapa: the address, in block `rank` of the cluster, of what lies at `own` in this block's shared memory. That block
