@@ -1,87 +1,236 @@
+// Every line of inline PTX, each beside its body for the CPU emulation. A wrapper is named for what it does; its
+// comment says what it is in PTX and which lane holds which element of a fragment, g = lane / 4 and t = lane % 4
+// throughout. tests/emulation/conformance.cu compares each wrapper with a plain loop, emulated and on a device.
+//
+// Warp-wide ones (matrices) need all 32 lanes at one place, block-wide and cluster-wide ones all lanes of each warp.
 #pragma once
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
 #if !defined(__CUDACC__)
-#include <cstring>
+#define ISQRT_PTX(native, emulated) emulated
+#define ISQRT_PTX_SM90(native, otherwise, emulated) emulated
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define ISQRT_PTX(native, emulated) native
+#define ISQRT_PTX_SM90(native, otherwise, emulated) native
+#else
+#define ISQRT_PTX(native, emulated) native
+#define ISQRT_PTX_SM90(native, otherwise, emulated) otherwise
 #endif
 
 namespace isqrt::cuda {
 
 #if defined(__CUDACC__)
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
-__device__ __forceinline__ uint32_t to_tf32(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return bits;
-}
-__device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-__device__ __forceinline__ void mma_f64(double* d, double a, double b) {
-  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1},{%2},{%3},{%0,%1};"
-      : "+d"(d[0]), "+d"(d[1])
-      : "d"(a), "d"(b));
-}
-/// i, in a way that the compiler cannot see: what follows from it is computed anew, not kept in registers.
-__device__ __forceinline__ int opaque(int i) {
-  asm volatile("" : "+r"(i));
-  return i;
-}
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* to, const void* from, int source_bytes = kBytes) {
-  if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(source_bytes)
-                 : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes),
-                 "r"(source_bytes)
-                 : "memory");
-}
-__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending> __device__ __forceinline__ void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+struct Caller {
+  __device__ static constexpr Caller here() { return {}; }
+};
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
 #else
-inline int opaque(int i) { return i; }
-inline uint32_t to_tf32(float x) { return (__float_as_uint(x) + 0x1000u) & ~0x1fffu; }
-inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  struct In {
-    uint32_t a[4], b[2];
-  } in;
-  memcpy(in.a, a, 16);
-  memcpy(in.b, b, 8);
-  const auto g = emulation::gather<In>(~0u, in, EMULATION_SITE("mma.sync"));
-  const unsigned l = emulation::lane(), gr = l >> 2, t = l & 3;
-  const auto tf = [](uint32_t u) { return __uint_as_float(u & ~0x1fffu); };
-  for (int k = 0; k < 8; k++) {
-    const In a0 = g[gr * 4 + (k & 3)], b0 = g[(2 * t) * 4 + (k & 3)], b1 = g[(2 * t + 1) * 4 + (k & 3)];
-    const float lo = tf(a0.a[k < 4 ? 0 : 2]), hi = tf(a0.a[k < 4 ? 1 : 3]), c0 = tf(b0.b[k >> 2]),
-                c1 = tf(b1.b[k >> 2]);
-    d[0] += lo * c0;
-    d[1] += lo * c1;
-    d[2] += hi * c0;
-    d[3] += hi * c1;
-  }
-}
-inline void mma_f64(double* d, double a, double b) {
-  struct In {
-    double a, b;
-  };
-  const auto g = emulation::gather<In>(~0u, In{a, b}, EMULATION_SITE("mma.sync"));
-  const unsigned l = emulation::lane(), gr = l >> 2, t = l & 3;
-  for (unsigned k = 0; k < 4; k++) {
-    d[0] += g[gr * 4 + k].a * g[2 * t * 4 + k].b;
-    d[1] += g[gr * 4 + k].a * g[(2 * t + 1) * 4 + k].b;
-  }
-}
-template <int kBytes> inline void copy_async(void* to, const void* from, int source_bytes = kBytes) {
-  emulation::copy_async(to, from, kBytes, unsigned(source_bytes));
-}
-inline void copy_async_commit() { emulation::copy_async_commit(); }
-template <int kPending> inline void copy_async_wait() { emulation::copy_async_wait(kPending); }
+using emulation::Caller;  // the line of the call, which the emulation's reports name
 #endif
 
+/// i, without the compiler's knowing: what follows from it is computed anew instead of being kept in registers.
+__device__ __forceinline__ int opaque(int i) {
+  ISQRT_PTX(asm volatile("" : "+r"(i)), (void)0);
+  return i;
+}
+
+// ---- tensor cores ---------------------------------------------------------------------------------------------------
+
+/// cvt.rna.tf32.f32: the nearest number with 10 bits of mantissa, ties away from zero.
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+  uint32_t bits;
+  ISQRT_PTX(asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x)), bits = emulation::to_tf32(x));
+  return bits;
+}
+
+/// mma.m16n8k8 of tf32, d += a b. a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4) of 16 x 8; b: (t, g), (t + 4, g) of
+/// 8 x 8; d: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1) of 16 x 8. The low 13 bits of a and b do not count.
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                         [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX(asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                "{%0,%1,%2,%3};" : "+f"(d[0]),
+                "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])),
+            emulation::mma_tf32(d, a, b, caller));
+}
+
+/// mma.m16n8k16 of f16, d += a b. Each register has this element and its neighbour in k, the first one in the low half.
+/// a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8) of 16 x 16; b: (2t, g), (2t + 8, g) of 16 x 8; d: see
+/// mma_tf32.
+__device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                        [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX(asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                "{%0,%1,%2,%3};" : "+f"(d[0]),
+                "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])),
+            emulation::mma_f16(d, a, b, caller));
+}
+
+/// mma.m16n8k16 of bf16, with the fragments of mma_f16.
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                         [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX(asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                "{%0,%1,%2,%3};" : "+f"(d[0]),
+                "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])),
+            emulation::mma_bf16(d, a, b, caller));
+}
+
+/// mma.m8n8k4 of f64, d += a b. a: (g, t) of 8 x 4; b: (t, g) of 4 x 8; d: (g, 2t), (g, 2t + 1) of 8 x 8.
+__device__ __forceinline__ void mma_f64(double* d, double a, double b,
+                                        [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX(asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};" : "+d"(d[0]),
+                "+d"(d[1]) : "d"(a), "d"(b)),
+            emulation::mma_f64(d, a, b, caller));
+}
+
+/// ldmatrix.x4: four 8 x 8 matrices of 16-bit elements. Lane 8 i + r has the address of row r of matrix i, 16 bytes in
+/// shared memory, aligned to 16. r[i]: elements (g, 2t), (g, 2t + 1) of matrix i.
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row,
+                                               [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]),
+                         "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory"),
+            emulation::load_matrices(r, row, false, caller));
+}
+
+/// ldmatrix.x4.trans: addresses as in load_matrix_x4; r[i]: elements (2t, g), (2t + 1, g) of matrix i.
+__device__ __forceinline__ void load_matrix_x4_trans(uint32_t (&r)[4], const void* row,
+                                                     [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]),
+                         "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory"),
+            emulation::load_matrices(r, row, true, caller));
+}
+
+// ---- asynchronous copies of a thread --------------------------------------------------------------------------------
+
+/// cp.async, .cg (past the L1 cache) for 16 bytes and .ca for 4 and 8: the first source_bytes come from global memory,
+/// the rest becomes 0. Both addresses are aligned to kBytes, also where source_bytes = 0.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* to_shared, const void* from_global, int source_bytes = kBytes,
+                                           [[maybe_unused]] Caller caller = Caller::here()) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  if constexpr (kBytes == 16)
+    ISQRT_PTX(asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to_shared)),
+                           "l"(from_global), "r"(source_bytes) : "memory"),
+              emulation::copy_async(to_shared, from_global, kBytes, source_bytes, caller));
+  else
+    ISQRT_PTX(asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to_shared)),
+                           "l"(from_global), "n"(kBytes), "r"(source_bytes) : "memory"),
+              emulation::copy_async(to_shared, from_global, kBytes, source_bytes, caller));
+}
+
+/// cp.async.commit_group: this thread's copies since the last one are a group.
+__device__ __forceinline__ void copy_async_commit() {
+  ISQRT_PTX(asm volatile("cp.async.commit_group;" :: : "memory"), emulation::copy_async_commit());
+}
+
+/// cp.async.wait_group: all but this thread's last kPending groups are there. Others see them after a barrier.
+template <int kPending> __device__ __forceinline__ void copy_async_wait() {
+  ISQRT_PTX(asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"), emulation::copy_async_wait(kPending));
+}
+
+// ---- bulk copies, from sm_90 on -------------------------------------------------------------------------------------
+
+/// mbarrier.init: a phase takes `count` arrivals. One thread; the others may use it after fence_mbarrier_init() in that
+/// thread and a barrier of the block (of the cluster, where its other blocks use it).
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, unsigned count,
+                                              [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90(
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory"),
+      __trap(), emulation::mbarrier_init(barrier, count, caller));
+}
+
+/// fence.mbarrier_init: bulk copies and other blocks of the cluster see the initialised barrier.
+__device__ __forceinline__ void fence_mbarrier_init() {
+  ISQRT_PTX_SM90(asm volatile("fence.mbarrier_init.release.cluster;" :: : "memory"), __trap(), (void)0);
+}
+
+/// mbarrier.arrive.expect_tx: one arrival; the phase also takes that many bytes of bulk copies.
+__device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, unsigned bytes,
+                                                [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+                              "r"(bytes) : "memory"),
+                 __trap(), emulation::mbarrier_arrive(barrier, int(bytes), caller));
+}
+
+/// mbarrier.try_wait.parity, again and again: the phase of that parity, 0 for the first one, is complete.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, unsigned parity,
+                                              [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90(
+      uint32_t complete; do {
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(complete)
+                     : "r"(shared_address(barrier)), "r"(parity)
+                     : "memory");
+      } while (!complete),
+                         __trap(), emulation::mbarrier_wait(barrier, parity, caller));
+}
+
+/// cp.async.bulk, global to shared memory, complete at the barrier. One thread; addresses and size are multiples of 16.
+__device__ __forceinline__ void copy_bulk(void* to_shared, const void* from_global, unsigned bytes, uint64_t* barrier,
+                                          [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90(
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                       shared_address(to_shared)),
+                   "l"(from_global), "r"(bytes), "r"(shared_address(barrier)) : "memory"),
+      __trap(), emulation::copy_bulk(to_shared, from_global, bytes, barrier, caller));
+}
+
+// ---- clusters: before sm_90 each block is one of its own ------------------------------------------------------------
+
+/// %cluster_ctarank: which block of its cluster this is.
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  ISQRT_PTX_SM90(asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank)), rank = 0, rank = emulation::block_rank());
+  return rank;
+}
+
+/// %cluster_nctarank: how many blocks this cluster has.
+__device__ __forceinline__ unsigned cluster_size() {
+  unsigned size;
+  ISQRT_PTX_SM90(asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size)), size = 1, size = emulation::blocks_in_cluster());
+  return size;
+}
+
+/// barrier.cluster.arrive.release: what this thread has written is seen by those that wait.
+__device__ __forceinline__ void cluster_arrive([[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90(asm volatile("barrier.cluster.arrive.release.aligned;" :: : "memory"), (void)0,
+                 emulation::cluster_arrive(caller));
+}
+
+/// barrier.cluster.wait.acquire: all threads of the cluster have arrived; each cluster_arrive() needs one.
+__device__ __forceinline__ void cluster_wait([[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90(asm volatile("barrier.cluster.wait.acquire.aligned;" :: : "memory"), __syncthreads(),
+                 emulation::cluster_wait(caller));
+}
+
+__device__ __forceinline__ void cluster_sync(Caller caller = Caller::here()) {
+  cuda::cluster_arrive(caller);  // qualified: the emulation has functions of these names
+  cuda::cluster_wait(caller);
+}
+
+/// mapa: the address, in block `rank` of the cluster, of what lies at `own` in this block's shared memory. That block
+/// must have started and not returned whenever it is used: there is a cluster_sync() before the first use and after the
+/// last.
+template <class T>
+__device__ __forceinline__ T* map_shared(T* own, unsigned rank, [[maybe_unused]] Caller caller = Caller::here()) {
+  T* mapped;
+  ISQRT_PTX_SM90(asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(own), "r"(rank)), mapped = own,
+                 mapped = static_cast<T*>(
+                     emulation::shared_of_block(const_cast<void*>(static_cast<const void*>(own)), rank, caller)));
+  return mapped;
+}
+
+// ---- named barriers -------------------------------------------------------------------------------------------------
+
+/// bar.sync: waits for `threads` threads, whole warps, at barrier `id`, 1 to 15 (0 is that of __syncthreads).
+__device__ __forceinline__ void named_barrier(int id, int threads, [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX(asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"),
+            emulation::named_barrier(id, threads, caller));
+}
+
 }  // namespace isqrt::cuda
+
+#undef ISQRT_PTX
+#undef ISQRT_PTX_SM90

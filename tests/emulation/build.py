@@ -1,10 +1,11 @@
 """Compiles csrc/cuda for the emulated device with g++; no nvcc is needed.
 
-    python tests/emulation/build.py [plain|address|thread ...]        builds everything in these modes
+    python tests/emulation/build.py [plain|address|thread|shadow ...]        builds everything in these modes
 
 What is built lies in build/emulation and is built again only when a source, a header or an option has changed.
 """
 
+import functools
 import hashlib
 import os
 import subprocess
@@ -36,8 +37,15 @@ MODES = {
         "sanitizer": ["-fsanitize=thread"],
         "define": ["-DEMULATION_THREAD_SANITIZER"],
     },
+    # Each access is a call of checkers.cpp, which knows what of shared memory was written.
+    "shadow": {
+        "optimise": ["-O1", "-g"],
+        "sanitizer": ["-fsanitize=kernel-address", "--param=asan-instrumentation-with-call-threshold=0",
+                      "--param=asan-stack=0", "--param=asan-globals=0"],
+        "define": ["-DEMULATION_SHADOW"],
+    },
 }
-RUNTIME_SOURCES = ["runtime.cpp", "fibers.cpp", "api.cpp"]
+RUNTIME_SOURCES = ["runtime.cpp", "async.cpp", "matrices.cpp", "fibers.cpp", "checkers.cpp", "api.cpp"]
 PROGRAMS = {
     "check": ["check.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))],
     "faults": ["faults.cu"],
@@ -45,15 +53,19 @@ PROGRAMS = {
 }
 
 
-def fingerprint(command):
-    """Of a compiler call: the call itself, the compiler, and all text that it could include."""
-    digest = hashlib.sha256(repr(command).encode())
-    digest.update(subprocess.run([CXX, "--version"], capture_output=True, check=True).stdout)
-    folders = [(ROOT / "csrc", "*.h"), (ROOT / "csrc" / "cuda", "*.cu*"), (EMULATION, "**/*.*")]
-    for path in sorted({p for folder, pattern in folders for p in folder.glob(pattern)}):
-        if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+@functools.cache
+def compiler_version():
+    return subprocess.run([CXX, "--version"], capture_output=True, check=True).stdout
+
+
+def digest(*parts):
+    return hashlib.sha256(b"".join(p if isinstance(p, bytes) else repr(p).encode() for p in parts)).hexdigest()[:16]
+
+
+def contents(dependencies):
+    """Of the files that a compiler call read, as it noted them in the language of make; None where one is gone."""
+    paths = [Path(name) for name in dependencies.read_text().replace("\\\n", " ").split()[1:]]
+    return [path.read_bytes() for path in paths] if all(path.exists() for path in paths) else None
 
 
 def run(command):
@@ -65,9 +77,9 @@ def run(command):
 def compile_object(mode, source):
     source = EMULATION / source  # an absolute source stays what it is
     options = MODES[mode]
-    command = [CXX, *COMMON, *options["optimise"]]
+    command = [CXX, *COMMON, *options["optimise"], *options["define"]]
     if source.name in RUNTIME_SOURCES:  # the sanitizer is told what happens there and must not watch
-        command += [*options["define"], f"-I{EMULATION / 'include'}"]
+        command += [f"-I{EMULATION / 'include'}"]
     else:
         command += options["sanitizer"]
         command += KERNELS if source.suffix == ".cu" else []
@@ -75,12 +87,18 @@ def compile_object(mode, source):
         import pybind11
 
         command += ["-fvisibility=hidden", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    target = CACHE / mode / f"{source.stem}-{fingerprint([*command, source])}.o"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_suffix(f".{os.getpid()}")
-        run([*command, "-c", source, "-o", scratch])
-        scratch.replace(target)
+    name = CACHE / mode / f"{source.stem}-{digest(command, source, compiler_version())}"
+    dependencies = name.with_suffix(".d")
+    if dependencies.exists() and (read := contents(dependencies)):
+        target = name.with_name(f"{name.name}-{digest(*read)}.o")
+        if target.exists():
+            return target
+    name.parent.mkdir(parents=True, exist_ok=True)
+    scratch = name.with_suffix(f".{os.getpid()}")
+    run([*command, "-c", source, "-o", scratch, "-MD", "-MF", f"{scratch}.d"])
+    Path(f"{scratch}.d").replace(dependencies)
+    target = name.with_name(f"{name.name}-{digest(*contents(dependencies))}.o")
+    scratch.replace(target)
     return target
 
 
@@ -88,9 +106,8 @@ def build(program, mode="plain"):
     """The path of that program of PROGRAMS, up to date; a Python module has the suffix of one."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda s: compile_object(mode, s), [*PROGRAMS[program], *RUNTIME_SOURCES]))
-    digest = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
     module = program == "isqrt_emulation"
-    target = CACHE / mode / digest / (program + sysconfig.get_config_var("EXT_SUFFIX") if module else program)
+    target = CACHE / mode / digest(objects) / (program + sysconfig.get_config_var("EXT_SUFFIX") if module else program)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.with_name(f"{target.name}.{os.getpid()}")

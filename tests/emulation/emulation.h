@@ -33,12 +33,12 @@ struct Options {
   uint64_t seed = 1;
   /// A thread that returns while others of its block wait at a barrier is an error.
   bool strict_exit = true;
-  /// Asynchronous copies happen only when somebody waits for them: data used too early is then still the old one.
-  bool late_copies = true;
   /// ThreadSanitizer also sees races between blocks. Costs memory: nothing is reused from block to block.
   bool blocks_race = false;
-  /// Shared memory that a block can have at most, as cudaFuncSetAttribute sees it.
+  /// What the device says of itself: the shared memory that a block can have at most, and its compute capability, with
+  /// clusters from 9.0 on.
   size_t shared_limit = 227 * 1024;
+  int capability_major = 9, capability_minor = 0;
 };
 extern Options options;
 
@@ -52,42 +52,65 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster_size, cons
 
 // ---- for the headers that stand in for CUDA's -----------------------------------------------------------------------
 
-/// A barrier or warp function in the source.
-struct Site {
-  const char *what, *file;
+/// The line of a call, as the default argument of what is called.
+struct Caller {
+  const char* file;
   int line;
+  static constexpr Caller here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
 };
 
-/// Ends the launch with an Error that names the running thread, and the site if there is one.
-void fail(const std::string& message, const Site& site = {});
+/// A barrier, a warp function or a wrapper of ptx.cuh in the source.
+struct Site {
+  const char* what = nullptr;
+  const char* file = nullptr;
+  int line = 0;
+};
+
+/// Ends the launch with an Error that names the running thread and the site.
+[[noreturn]] void fail(const std::string& message, const Site& site);
 
 /// Dynamic shared memory of the running block, or of another one of its cluster for an address in the former.
 void* dynamic_shared();
-void* shared_of_block(void* address, unsigned rank);
+void* shared_of_block(void* address, unsigned rank, const Caller& caller);
 unsigned block_rank();
 unsigned blocks_in_cluster();
 
 /// Of the running thread in its warp.
 unsigned lane();
 
-/// Wait for all threads of the block or of the cluster. It is an error if they wait at different sites.
+/// Wait for all threads of the block: it is an error if they wait at different sites. A named barrier is waited for by
+/// `threads` threads, wherever they are.
 void block_barrier(const Site& site);
-void cluster_barrier(const Site& site);
+void named_barrier(int id, int threads, const Caller& caller);
+
+// The two halves of the cluster's barrier.
+void cluster_arrive(const Caller& caller);
+void cluster_wait(const Caller& caller);
 
 /// What each lane of a warp put in, once all lanes of `mask` have; orders memory between them only where asked.
 constexpr unsigned kSlotBytes = 128;
 using Slots = unsigned char[32][kSlotBytes];
 const Slots& gather(uint32_t mask, const void* value, unsigned bytes, bool orders_memory, const Site& site);
 
-// cp.async of `bytes`, those from `source_bytes` on becoming zero; groups; waiting for all but `pending` groups.
-void copy_async(void* to, const void* from, unsigned bytes, unsigned source_bytes);
+// The bodies of csrc/cuda/ptx.cuh, which says what they are: tensor cores,
+uint32_t to_tf32(float x);
+void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Caller& caller);
+void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Caller& caller);
+void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Caller& caller);
+void mma_f64(double* d, double a, double b, const Caller& caller);
+void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, const Caller& caller);
+
+// cp.async, done when its thread waits for it,
+void copy_async(void* to, const void* from, unsigned bytes, int source_bytes, const Caller& caller);
 void copy_async_commit();
 void copy_async_wait(unsigned pending);
 
-// mbarrier, its state in the 64 bits of the object itself, and bulk copies that complete on one.
-void mbarrier_init(uint64_t* barrier, unsigned count);
-void mbarrier_arrive(uint64_t* barrier, int expected_bytes);
-void mbarrier_wait(uint64_t* barrier, unsigned parity);
-void copy_bulk(void* to, const void* from, unsigned bytes, uint64_t* barrier);
+// mbarriers, their state in the 64 bits of the object itself, and bulk copies, done when a thread waits for theirs.
+void mbarrier_init(uint64_t* barrier, unsigned count, const Caller& caller);
+void mbarrier_arrive(uint64_t* barrier, int expected_bytes, const Caller& caller);
+void mbarrier_wait(uint64_t* barrier, unsigned parity, const Caller& caller);
+void copy_bulk(void* to, const void* from, unsigned bytes, uint64_t* barrier, const Caller& caller);
 
 }  // namespace emulation

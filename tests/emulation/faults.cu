@@ -1,29 +1,29 @@
 // What the emulation must find: kernels with one fault each, run as `faults NAME`, and the same without it, all of them
 // run as `faults none`. A line that a report has to show ends with "fault: NAME".
-#include <cooperative_groups.h>
-#include <cuda_runtime.h>
-
 #include <cstdio>
 #include <functional>
 #include <map>
 #include <string>
 #include <vector>
 
+#include "cuda/launch.cuh"
+#include "cuda/ptx.cuh"
+
+using namespace isqrt::cuda;
+
 namespace {
 
 constexpr unsigned kThreads = 64, kSpare = 4, kAllLanes = 0xffffffffu;
 
-__device__ float* dynamic_shared() { return static_cast<float*>(emulation::dynamic_shared()); }
-
 template <bool kFault> __global__ void read_too_early(float* y) {
-  float* s = dynamic_shared();
+  float* s = shared_memory<float>();
   s[threadIdx.x] = float(threadIdx.x);
   if (!kFault) __syncthreads();
   y[threadIdx.x] = s[kThreads - 1 - threadIdx.x];  // fault: read_too_early
 }
 
 template <bool kFault> __global__ void write_too_early(float* y) {
-  float* s = dynamic_shared();
+  float* s = shared_memory<float>();
   s[threadIdx.x] = float(threadIdx.x);
   __syncthreads();
   const float other = s[kThreads - 1 - threadIdx.x];
@@ -34,7 +34,7 @@ template <bool kFault> __global__ void write_too_early(float* y) {
 }
 
 template <bool kFault> __global__ void same_warp(float* y) {
-  float* s = dynamic_shared();
+  float* s = shared_memory<float>();
   const unsigned first = threadIdx.x / 32 * 32;
   s[threadIdx.x] = float(threadIdx.x);
   if (!kFault) __syncwarp();
@@ -46,7 +46,7 @@ template <bool kFault> __global__ void global_bounds(float* y) {
 }
 
 template <bool kFault> __global__ void dynamic_bounds(float* y) {
-  float* s = dynamic_shared();
+  float* s = shared_memory<float>();
   s[threadIdx.x + (kFault && threadIdx.x == kThreads - 1 ? kSpare + 1 : 0)] = 1;  // fault: dynamic_bounds
   y[threadIdx.x] = s[threadIdx.x];
 }
@@ -58,7 +58,7 @@ template <bool kFault> __global__ void static_bounds(float* y) {
 }
 
 template <bool kFault> __global__ void misaligned(float* y) {
-  float* s = dynamic_shared();
+  float* s = shared_memory<float>();
   s[threadIdx.x] = 1;
   __syncthreads();
   const unsigned first = threadIdx.x == 0 && kFault ? 1 : 0;
@@ -67,10 +67,10 @@ template <bool kFault> __global__ void misaligned(float* y) {
 }
 
 template <bool kFault> __global__ void uninitialised(float* y) {
-  float* s = dynamic_shared();
+  float* s = shared_memory<float>();
   if (!kFault || threadIdx.x != 7) s[threadIdx.x] = 1;
   __syncthreads();
-  y[threadIdx.x] = s[kThreads - 1 - threadIdx.x];
+  y[threadIdx.x] = s[kThreads - 1 - threadIdx.x];  // fault: uninitialised
 }
 
 template <bool kFault> __global__ void divergent_barrier(float* y) {
@@ -93,40 +93,190 @@ template <bool kFault> __global__ void missing_lane(float* y) {
   y[threadIdx.x] = value;
 }
 
-template <bool kFault> __global__ void copy_without_wait(float* y, const float* x) {
-  float* s = dynamic_shared();
-  if (threadIdx.x < kThreads / 4) emulation::copy_async(s + 4 * threadIdx.x, x + 4 * threadIdx.x, 16, 16);
-  emulation::copy_async_commit();
-  if (!kFault) emulation::copy_async_wait(0);
+template <bool kFault> __global__ void matrix_missing_lane(float* y) {
+  float d[4] = {};
+  const uint32_t a[4] = {}, b[2] = {};
+  if (!kFault || threadIdx.x != 5) mma_tf32(d, a, b);  // fault: matrix_missing_lane
+  y[threadIdx.x] = d[0];
+}
+
+template <bool kFault> __global__ void matrix_misaligned(float* y) {
+  float* s = shared_memory<float>();
+  for (unsigned i = threadIdx.x; i < kThreads + kSpare; i += kThreads) s[i] = 1;
   __syncthreads();
+  uint32_t r[4];
+  load_matrix_x4(r, s + threadIdx.x % 8 * 4 + kFault);  // fault: matrix_misaligned
+  y[threadIdx.x] = __uint_as_float(r[0]);
+}
+
+/// Each of the first threads copies 16 bytes.
+__device__ void copy_all(float* s, const float* x) {
+  if (threadIdx.x < kThreads / 4) copy_async<16>(s + 4 * threadIdx.x, x + 4 * threadIdx.x);
+  copy_async_commit();
+}
+
+template <bool kFault> __global__ void copy_without_wait(float* y, const float* x) {
+  float* s = shared_memory<float>();
+  copy_all(s, x);
+  if (!kFault) copy_async_wait<0>();
+  __syncthreads();
+  y[threadIdx.x] = s[threadIdx.x];  // fault: copy_without_wait
+}
+
+template <bool kFault> __global__ void copy_without_barrier(float* y, const float* x) {
+  float* s = shared_memory<float>();
+  copy_all(s, x);
+  copy_async_wait<0>();
+  if (!kFault) __syncthreads();
+  y[threadIdx.x] = s[threadIdx.x];  // fault: copy_without_barrier
+}
+
+template <bool kFault> __global__ void copy_too_early(float* y, const float* x) {
+  float* s = shared_memory<float>();
+  s[threadIdx.x] = 1;
+  __syncthreads();
+  y[threadIdx.x] = s[kThreads - 1 - threadIdx.x];
+  if (!kFault) __syncthreads();
+  if (threadIdx.x < kThreads / 4) copy_async<16>(s + 4 * threadIdx.x, x + 4 * threadIdx.x);  // fault: copy_too_early
+  copy_async_commit();
+  __syncthreads();
+  copy_async_wait<0>();
+}
+
+template <bool kFault> __global__ void copy_bounds(float* y, const float* x) {
+  float* s = shared_memory<float>();
+  copy_async<4>(s + threadIdx.x, x + threadIdx.x + (kFault && threadIdx.x == kThreads - 1));  // fault: copy_bounds
+  copy_async_commit();
+  copy_async_wait<0>();
   y[threadIdx.x] = s[threadIdx.x];
+}
+
+template <bool kFault> __global__ void copy_misaligned(float* y, const float* x) {
+  float* s = shared_memory<float>();
+  if (threadIdx.x == 0) copy_async<16>(s + kFault, x);  // fault: copy_misaligned
+  copy_async_commit();
+  copy_async_wait<0>();
+  y[threadIdx.x] = 1;
+}
+
+/// Where shared memory has room for an mbarrier.
+__device__ uint64_t* own_barrier() { return reinterpret_cast<uint64_t*>(shared_memory<float>() + kThreads); }
+
+/// One thread copies all, and expects that many bytes.
+__device__ void copy_bulk_expecting(const float* x, unsigned bytes) {
+  if (threadIdx.x != 0) return;
+  mbarrier_expect(own_barrier(), bytes);
+  copy_bulk(shared_memory<float>(), x, kThreads * sizeof(float), own_barrier());
 }
 
 template <bool kFault> __global__ void bulk_without_wait(float* y, const float* x) {
-  float* s = dynamic_shared();
-  uint64_t* barrier = reinterpret_cast<uint64_t*>(s + kThreads);
-  if (threadIdx.x == 0) emulation::mbarrier_init(barrier, 1);
+  if (threadIdx.x == 0) mbarrier_init(own_barrier(), 1);
   __syncthreads();
-  if (threadIdx.x == 0) {
-    emulation::mbarrier_arrive(barrier, kThreads * sizeof(float));
-    emulation::copy_bulk(s, x, kThreads * sizeof(float), barrier);
-  }
-  if (!kFault) emulation::mbarrier_wait(barrier, 0);
-  y[threadIdx.x] = s[threadIdx.x];
+  copy_bulk_expecting(x, kThreads * sizeof(float));
+  if (!kFault) mbarrier_wait(own_barrier(), 0);
+  y[threadIdx.x] = shared_memory<float>()[threadIdx.x];  // fault: bulk_without_wait
   __syncthreads();
 }
 
+template <bool kFault> __global__ void bulk_wrong_size(float* y, const float* x) {
+  if (threadIdx.x == 0) mbarrier_init(own_barrier(), 1);
+  __syncthreads();
+  copy_bulk_expecting(x, kThreads * sizeof(float) - (kFault ? 16 : 0));
+  mbarrier_wait(own_barrier(), 0);  // fault: bulk_wrong_size
+  y[threadIdx.x] = shared_memory<float>()[threadIdx.x];
+}
+
+template <bool kFault> __global__ void barrier_used_too_early(float* y, const float* x) {
+  if (threadIdx.x == 0) mbarrier_init(own_barrier(), 1);  // fault: barrier_used_too_early
+  if (!kFault) __syncthreads();
+  copy_bulk_expecting(x, kThreads * sizeof(float));
+  mbarrier_wait(own_barrier(), 0);
+  y[threadIdx.x] = shared_memory<float>()[threadIdx.x];
+}
+
+template <bool kFault> __global__ void bulk_too_early(float* y, const float* x) {
+  float* s = shared_memory<float>();
+  if (threadIdx.x == 0) mbarrier_init(own_barrier(), 1);
+  s[threadIdx.x] = 1;
+  __syncthreads();
+  y[threadIdx.x] = s[kThreads - 1 - threadIdx.x];  // fault: bulk_too_early
+  if (!kFault) __syncthreads();
+  copy_bulk_expecting(x, kThreads * sizeof(float));
+  mbarrier_wait(own_barrier(), 0);
+}
+
+template <bool kFault> __global__ void named_wrong_count(float* y) {
+  if (threadIdx.x < 32) named_barrier(1, kFault ? kThreads : 32);  // fault: named_wrong_count
+  y[threadIdx.x] = 1;
+}
+
+template <bool kFault> __global__ void named_missing_lane(float* y) {
+  if (!kFault || threadIdx.x != 9) named_barrier(1, kThreads);  // fault: named_missing_lane
+  y[threadIdx.x] = 1;
+}
+
+template <bool kFault> __global__ void named_for_block(float* y) {
+  float* s = shared_memory<float>();
+  s[threadIdx.x] = float(threadIdx.x);
+  named_barrier(1 + (kFault ? threadIdx.x / 32 : 0), kFault ? 32 : kThreads);
+  y[threadIdx.x] = s[kThreads - 1 - threadIdx.x];  // fault: named_for_block
+}
+
 template <bool kFault> __global__ void block_for_cluster(float* y) {
-  float* s = dynamic_shared();
-  const auto cluster = cooperative_groups::this_cluster();
-  s[threadIdx.x] = float(cluster.block_rank());
+  float* s = shared_memory<float>();
+  cluster_sync();
+  s[threadIdx.x] = float(cluster_rank());
   if (kFault)
     __syncthreads();
   else
-    cluster.sync();
-  const float* other = cluster.map_shared_rank(s, 1 - cluster.block_rank());
+    cluster_sync();
+  const float* other = map_shared(s, 1 - cluster_rank());
   y[blockIdx.x * kThreads + threadIdx.x] = other[threadIdx.x];  // fault: block_for_cluster
-  cluster.sync();
+  cluster_sync();
+}
+
+template <bool kFault> __global__ void other_block_too_early(float* y) {
+  float* s = shared_memory<float>();
+  if (!kFault) cluster_sync();
+  map_shared(s, 1 - cluster_rank())[threadIdx.x] = 1;  // fault: other_block_too_early
+  cluster_sync();
+  y[blockIdx.x * kThreads + threadIdx.x] = s[threadIdx.x];
+}
+
+template <bool kFault> __global__ void other_block_too_late(float* y) {
+  float* s = shared_memory<float>();
+  s[threadIdx.x] = 1;
+  cluster_sync();
+  float sum = 0;
+  for (unsigned i = 0; i < kThreads; ++i) {
+    if (cluster_rank() == 0) __syncthreads();                                // this block is the slower one
+    sum += map_shared(s, 1 - cluster_rank())[(threadIdx.x + i) % kThreads];  // fault: other_block_too_late
+  }
+  if (!kFault) cluster_sync();
+  y[blockIdx.x * kThreads + threadIdx.x] = sum;
+}
+
+template <bool kFault> __global__ void outside_cluster(float* y) {
+  float* s = shared_memory<float>();
+  s[threadIdx.x] = 1;
+  cluster_sync();
+  const float* other = map_shared(s, 1 - cluster_rank() + 2 * kFault);  // fault: outside_cluster
+  y[blockIdx.x * kThreads + threadIdx.x] = other[threadIdx.x];
+  cluster_sync();
+}
+
+template <bool kFault> __global__ void cluster_without_arrival(float* y) {
+  if (!kFault) cluster_arrive();
+  cluster_wait();  // fault: cluster_without_arrival
+  y[blockIdx.x * kThreads + threadIdx.x] = 1;
+}
+
+template <bool kFault> __global__ void static_in_cluster(float* y) {
+  __shared__ float s[kThreads];
+  float* own = kFault ? s : shared_memory<float>();
+  own[threadIdx.x] = 1;
+  __syncthreads();
+  y[blockIdx.x * kThreads + threadIdx.x] = own[threadIdx.x];
 }
 
 template <bool kFault> __global__ void between_blocks(float* y) {
@@ -159,9 +309,26 @@ template <bool kFault> std::map<std::string, std::function<std::vector<float>()>
       {"divergent_barrier", [] { return run(1, 1, divergent_barrier<kFault>); }},
       {"early_return", [] { return run(1, 1, early_return<kFault>); }},
       {"missing_lane", [] { return run(1, 1, missing_lane<kFault>); }},
+      {"matrix_missing_lane", [] { return run(1, 1, matrix_missing_lane<kFault>); }},
+      {"matrix_misaligned", [] { return run(1, 1, matrix_misaligned<kFault>); }},
+      {"named_wrong_count", [] { return run(1, 1, named_wrong_count<kFault>); }},
+      {"named_missing_lane", [] { return run(1, 1, named_missing_lane<kFault>); }},
+      {"named_for_block", [] { return run(1, 1, named_for_block<kFault>); }},
       {"copy_without_wait", [=] { return run(1, 1, copy_without_wait<kFault>, data); }},
+      {"copy_without_barrier", [=] { return run(1, 1, copy_without_barrier<kFault>, data); }},
+      {"copy_too_early", [=] { return run(1, 1, copy_too_early<kFault>, data); }},
+      {"copy_bounds", [=] { return run(1, 1, copy_bounds<kFault>, data); }},
+      {"copy_misaligned", [=] { return run(1, 1, copy_misaligned<kFault>, data); }},
       {"bulk_without_wait", [=] { return run(1, 1, bulk_without_wait<kFault>, data); }},
+      {"bulk_wrong_size", [=] { return run(1, 1, bulk_wrong_size<kFault>, data); }},
+      {"barrier_used_too_early", [=] { return run(1, 1, barrier_used_too_early<kFault>, data); }},
+      {"bulk_too_early", [=] { return run(1, 1, bulk_too_early<kFault>, data); }},
       {"block_for_cluster", [] { return run(2, 2, block_for_cluster<kFault>); }},
+      {"other_block_too_early", [] { return run(2, 2, other_block_too_early<kFault>); }},
+      {"other_block_too_late", [] { return run(2, 2, other_block_too_late<kFault>); }},
+      {"outside_cluster", [] { return run(2, 2, outside_cluster<kFault>); }},
+      {"cluster_without_arrival", [] { return run(2, 2, cluster_without_arrival<kFault>); }},
+      {"static_in_cluster", [] { return run(2, 2, static_in_cluster<kFault>); }},
       {"between_blocks", [] { return run(2, 1, between_blocks<kFault>); }},
   };
 }

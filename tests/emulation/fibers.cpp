@@ -1,5 +1,4 @@
-// The runtime is compiled without instrumentation; EMULATION_ADDRESS_SANITIZER or EMULATION_THREAD_SANITIZER says which
-// sanitizer watches the kernels.
+// EMULATION_ADDRESS_SANITIZER and EMULATION_THREAD_SANITIZER say which sanitizer has to be told about stacks.
 #include "fibers.h"
 
 #include <pthread.h>
@@ -21,12 +20,6 @@ void* __tsan_create_fiber(unsigned flags);
 void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_set_fiber_name(void* fiber, const char* name);
-void __tsan_acquire(void* p);
-void __tsan_release(void* p);
-void AnnotateIgnoreReadsBegin(const char* file, int line);
-void AnnotateIgnoreReadsEnd(const char* file, int line);
-void AnnotateIgnoreWritesBegin(const char* file, int line);
-void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 #endif
 
@@ -149,23 +142,5 @@ void fiber_entered() {
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
 }
-
-#if defined(EMULATION_THREAD_SANITIZER)
-void release_memory(void* p) { __tsan_release(p); }
-void acquire_memory(void* p) { __tsan_acquire(p); }
-Quiet::Quiet() {
-  AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
-  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-}
-Quiet::~Quiet() {
-  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-  AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-}
-#else
-void release_memory(void*) {}
-void acquire_memory(void*) {}
-Quiet::Quiet() {}
-Quiet::~Quiet() {}
-#endif
 
 }  // namespace emulation

@@ -1,4 +1,4 @@
-// Fibers: several stacks that one thread of the operating system runs in turn, and what the sanitizers must be told.
+// Fibers: several stacks that one thread of the operating system runs in turn.
 #pragma once
 #include <cstddef>
 
@@ -28,17 +28,5 @@ void switch_fiber(Fiber& from, Fiber& to, bool orders_memory, bool last);
 
 /// To be called first by the entry of a fiber.
 void fiber_entered();
-
-/// ThreadSanitizer: what happened before release(p) happens before what follows acquire(p).
-void release_memory(void* p);
-void acquire_memory(void* p);
-
-/// While one lives, ThreadSanitizer ignores accesses: the bookkeeping is not part of the program under test.
-class Quiet {
- public:
-  Quiet();
-  ~Quiet();
-  Quiet(const Quiet&) = delete;
-};
 
 }  // namespace emulation

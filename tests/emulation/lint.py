@@ -26,7 +26,10 @@ from emulation import build  # noqa: E402
 KERNELS = sorted((build.ROOT / "csrc" / "cuda").glob("*.cu"))
 PROGRAMS = {"lint_cases": ["lint_cases.cpp", *KERNELS], "lint_seeds": ["lint_seeds.cu"]}
 INSTRUMENTED = ["-O1", "-g", "-fno-tree-sra", "-fsanitize=thread"]
-WRAPPED = ["-Wl,--wrap=_ZN9emulation10copy_asyncEPvPKvjj"]
+WRAPPED = [
+    "-Wl,--wrap=_ZN9emulation10copy_asyncEPvPKvjiRKNS_6CallerE",
+    "-Wl,--wrap=_ZN9emulation13load_matricesERA4_jPKvbRKNS_6CallerE",
+]
 # What stands here serves all kernels: an access in there is told by the line that asks for it.
 SHARED_SOURCE = ("block.cuh", "number.cuh", "launch.cuh", "ptx.cuh", "views.h", "lint_recorder.cpp")
 

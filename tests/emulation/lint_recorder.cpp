@@ -64,7 +64,9 @@ bool in_shared(const char* address) {
   if (__start_emulated_shared && address >= __start_emulated_shared && address < __stop_emulated_shared) return true;
   char* own = static_cast<char*>(emulation::dynamic_shared());
   for (unsigned rank = 0; rank < emulation::blocks_in_cluster(); ++rank) {
-    char* base = rank == emulation::block_rank() ? own : static_cast<char*>(emulation::shared_of_block(own, rank));
+    char* base = rank == emulation::block_rank()
+                     ? own
+                     : static_cast<char*>(emulation::shared_of_block(own, rank, emulation::Caller::here()));
     if (address >= base && address < base + malloc_usable_size(base)) return true;
   }
   return false;
@@ -190,11 +192,20 @@ void __tsan_func_exit() {
 }
 void __tsan_init() {}
 
-// cp.async happens in the runtime, which is not instrumented; the linker sends its calls here (--wrap).
-void __real__ZN9emulation10copy_asyncEPvPKvjj(void* to, const void* from, unsigned bytes, unsigned source_bytes);
-void __wrap__ZN9emulation10copy_asyncEPvPKvjj(void* to, const void* from, unsigned bytes, unsigned source_bytes) {
-  lint::note(from, source_bytes, false, HERE);
+// cp.async and ldmatrix happen in the runtime, which is not instrumented; the linker sends their calls here (--wrap).
+// Each lane gives the address of a row of 16 bytes, and eight rows are served together: as if every lane read its row.
+using emulation::Caller;
+void __real__ZN9emulation10copy_asyncEPvPKvjiRKNS_6CallerE(void*, const void*, unsigned, int, const Caller&);
+void __wrap__ZN9emulation10copy_asyncEPvPKvjiRKNS_6CallerE(void* to, const void* from, unsigned bytes, int source_bytes,
+                                                           const Caller& caller) {
+  if (source_bytes > 0) lint::note(from, unsigned(source_bytes), false, HERE);
   lint::note(to, bytes, true, HERE);
-  __real__ZN9emulation10copy_asyncEPvPKvjj(to, from, bytes, source_bytes);
+  __real__ZN9emulation10copy_asyncEPvPKvjiRKNS_6CallerE(to, from, bytes, source_bytes, caller);
+}
+void __real__ZN9emulation13load_matricesERA4_jPKvbRKNS_6CallerE(uint32_t (&)[4], const void*, bool, const Caller&);
+void __wrap__ZN9emulation13load_matricesERA4_jPKvbRKNS_6CallerE(uint32_t (&r)[4], const void* row, bool transposed,
+                                                                const Caller& caller) {
+  lint::note(row, 16, false, HERE);
+  __real__ZN9emulation13load_matricesERA4_jPKvbRKNS_6CallerE(r, row, transposed, caller);
 }
 }

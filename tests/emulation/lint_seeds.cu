@@ -2,6 +2,7 @@
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
+#include "cuda/ptx.cuh"
 #include "lint_recorder.h"
 
 namespace {
@@ -46,9 +47,9 @@ template <int kStride> __global__ void packets(const float* x, float* y) {
 /// Asynchronous copies of 16 bytes a lane from every other 16 bytes of global memory.
 __global__ void copies(const float* x, float* y) {
   float* s = static_cast<float*>(emulation::dynamic_shared());
-  emulation::copy_async(s + 4 * threadIdx.x, x + 8 * threadIdx.x, 16, 16);  // seed: copies
-  emulation::copy_async_commit();
-  emulation::copy_async_wait(0);
+  isqrt::cuda::copy_async<16>(s + 4 * threadIdx.x, x + 8 * threadIdx.x);  // seed: copies
+  isqrt::cuda::copy_async_commit();
+  isqrt::cuda::copy_async_wait<0>();
   __syncthreads();
   y[threadIdx.x] = s[threadIdx.x];
 }

@@ -1,12 +1,10 @@
-#include <cuda_runtime.h>
+// Threads, blocks and clusters: scheduling, launching, and waiting for each other.
+#include "runtime.h"
 
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
+#include <cstring>
 #include <utility>
-#include <vector>
-
-#include "fibers.h"
 
 extern char __start_emulated_shared[] __attribute__((weak)), __stop_emulated_shared[] __attribute__((weak));
 
@@ -16,81 +14,9 @@ dim3 blockDim, gridDim;
 namespace emulation {
 
 Options options;
+Launch launch;
 
 namespace {
-
-struct Block;
-
-struct AsyncCopy {
-  void* to;
-  const void* from;
-  unsigned bytes, source_bytes;
-};
-
-struct Thread {
-  uint3 index, block_index;
-  Fiber fiber;
-  unsigned number = 0;  // in its block
-  Block* block = nullptr;
-  bool done = false;
-  const Site* waits_at = nullptr;
-  std::vector<AsyncCopy> open_group;
-  std::vector<std::vector<AsyncCopy>> groups;
-};
-
-/// Where threads wait for each other, over and over.
-struct Rendezvous {
-  std::vector<Thread*> waiting;
-  Site site{};
-  unsigned generation = 0;
-  char order[2];  // addresses for release_memory and acquire_memory, by generation
-};
-
-/// The warp functions of the lanes in one mask. A lane may be in the next generation while another one still reads.
-struct Collective {
-  uint32_t mask;
-  Rendezvous rendezvous;
-  alignas(16) unsigned char slots[2][32][kSlotBytes];
-};
-
-struct BulkCopy {
-  void* to;
-  const void* from;
-  unsigned bytes;
-  uint64_t* barrier;
-};
-
-struct Block {
-  uint3 index;
-  unsigned rank = 0, running = 0;
-  std::vector<std::unique_ptr<Thread>> threads;
-  std::vector<std::vector<std::unique_ptr<Collective>>> collectives;  // by warp
-  Rendezvous barrier;
-  char* shared = nullptr;
-  std::vector<BulkCopy> bulk_copies;
-};
-
-struct Cluster {
-  std::vector<Block> blocks;
-  Rendezvous barrier;
-  unsigned running = 0;
-};
-
-/// The launch that is going on.
-struct Launch {
-  const std::function<void()>* body = nullptr;
-  size_t shared_bytes = 0;
-  Cluster* cluster = nullptr;
-  Thread* running = nullptr;
-  Fiber main;
-  std::vector<Thread*> ready;  // those from `next` on
-  size_t next = 0;
-  std::string error;
-  uint64_t random = 1;
-  unsigned fruitless = 0;  // polls of an mbarrier since anything happened
-  char begin, end;         // addresses for release_memory: the begin and the end of the threads
-};
-Launch launch;
 
 /// Goes on with `to`, or where that is nullptr with the thread that launches.
 void switch_to(Thread* to, bool last = false) {
@@ -140,19 +66,14 @@ Thread* next_thread() {
   return launch.ready[launch.next++];
 }
 
-/// Runs some other thread that can run; the launching one where none can.
-void leave(bool last = false) {
-  Thread* to = next_thread();
-  if (to != launch.running) switch_to(to, last);
-}
-
 /// Ends the launch with the text that message() returns: no thread runs any more. Not to be called while a Quiet lives.
-template <class Message> void stop(const Message& message) {
+template <class Message> [[noreturn]] void stop(const Message& message) {
   {
     const Quiet quiet;
     launch.error = message();
   }
   switch_to(nullptr);
+  abort();
 }
 
 void sort_by_order(std::vector<Thread*>& threads) {
@@ -162,48 +83,54 @@ void sort_by_order(std::vector<Thread*>& threads) {
   });
 }
 
-void open(Rendezvous& r) {
-  sort_by_order(r.waiting);
-  launch.ready.insert(launch.ready.end(), r.waiting.begin(), r.waiting.end());
-  r.waiting.clear();
-  ++r.generation;
+/// The barrier of the cluster, once all threads that have not returned have arrived.
+void open_cluster_barrier() {
+  Cluster& cluster = *launch.cluster;
+  if (cluster.running == 0 || cluster.arrived < cluster.running) return;
+  cluster.arrived = 0;
+  open(cluster.barrier);
 }
 
-void meet(Rendezvous& r, unsigned expected, bool orders_memory, const Site& site) {
-  Thread* me = launch.running;
-  char* order = &r.order[r.generation % 2];
-  if (orders_memory) release_memory(order);
-  if (!r.waiting.empty() && !same(r.site, site))
-    stop([&] { return describe(*me) + " is at " + describe(site) + " while others wait at " + describe(r.site); });
-  {
-    const Quiet quiet;
-    r.site = site;
-    r.waiting.push_back(me);
-    if (r.waiting.size() == expected) open(r);
+// Other blocks of a cluster may use a block's shared memory from its begin to its end. For the sanitizers both are
+// writes to all of it: a use without a barrier of the cluster in between is a race.
+
+void begin_in_block(Block& block) {
+  const bool first = !std::exchange(block.started, true);
+  if (launch.cluster->blocks.size() == 1) return;
+  if (first) {
+    begin_block_memory(block.shared, launch.shared_bytes);
+    release_memory(&block.order_of_start);
   }
-  me->waits_at = &site;
-  leave();
-  me->waits_at = nullptr;
-  if (orders_memory) acquire_memory(order);
+  acquire_memory(&block.order_of_start);
+}
+
+void end_in_block(Block& block) {
+  release_memory(&block.order_of_end);
+  if (block.running > 0 || launch.cluster->blocks.size() == 1) return;
+  acquire_memory(&block.order_of_end);
+  end_block_memory(block.shared, launch.shared_bytes);
 }
 
 void finish_thread() {
   Thread* me = launch.running;
   Block& block = *me->block;
+  Cluster& cluster = *launch.cluster;
   me->done = true;
   --block.running;
-  --launch.cluster->running;
+  --cluster.running;
   if (options.strict_exit && !block.barrier.waiting.empty())
     stop([&] { return describe(*me) + " returned while others wait at " + describe(block.barrier.site); });
+  end_in_block(block);
   const Quiet quiet;
   if (block.running > 0 && block.barrier.waiting.size() == block.running) open(block.barrier);
-  Rendezvous& of_cluster = launch.cluster->barrier;
-  if (launch.cluster->running > 0 && of_cluster.waiting.size() == launch.cluster->running) open(of_cluster);
+  if (me->arrived_at_cluster && me->cluster_generation == cluster.barrier.generation) --cluster.arrived;
+  open_cluster_barrier();
 }
 
 void thread_main() {
   fiber_entered();
   acquire_memory(&launch.begin);
+  begin_in_block(*launch.running->block);
   (*launch.body)();
   release_memory(&launch.end);
   finish_thread();
@@ -213,12 +140,35 @@ void thread_main() {
 
 // ---- launching ------------------------------------------------------------------------------------------------------
 
+/// AddressSanitizer guards static shared memory itself, outside of that section.
+#if defined(EMULATION_ADDRESS_SANITIZER)
+constexpr bool kKnowsStaticShared = false;
+#else
+constexpr bool kKnowsStaticShared = true;
+#endif
+
+std::pair<char*, size_t> static_shared() {
+  return {__start_emulated_shared, __start_emulated_shared ? __stop_emulated_shared - __start_emulated_shared : 0};
+}
+
+void reset_static_shared() {
+  const auto [begin, size] = static_shared();
+  if (size > 0) memset(begin, 0xff, size);
+  watch_shared_memory(begin, size);
+}
+
+bool static_shared_was_written() {
+  const auto [begin, size] = static_shared();
+  return std::any_of(begin, begin + size, [](char byte) { return byte != char(0xff); });
+}
+
 /// Shared memory full of NaN, so that reading what was not written shows. Exactly as long as asked for, so that
 /// AddressSanitizer guards what lies behind.
 char* new_shared_memory() {
   void* memory = nullptr;
   if (posix_memalign(&memory, 1024, std::max<size_t>(launch.shared_bytes, 1)) != 0) throw std::bad_alloc();
   memset(memory, 0xff, launch.shared_bytes);
+  watch_shared_memory(memory, launch.shared_bytes);
   return static_cast<char*>(memory);
 }
 
@@ -254,10 +204,11 @@ void run_cluster(Cluster& cluster) {
   for (Block& block : cluster.blocks)
     for (const auto& thread : block.threads) {
       if (launch.error.empty() && !thread->done)
-        launch.error = "deadlock: " + describe(*thread) + " waits at " +
-                       (thread->waits_at ? describe(*thread->waits_at) : "an mbarrier");
+        launch.error = "deadlock: " + describe(*thread) + " waits at " + describe(*thread->waits_at);
       end_fiber(thread->fiber, thread->done && !options.blocks_race);
     }
+  if (launch.error.empty() && cluster.blocks.size() > 1 && static_shared_was_written())
+    launch.error = "static shared memory in a cluster: its blocks have one between them here, use dynamic";
 }
 
 std::vector<unsigned> order_of_clusters(unsigned count) {
@@ -277,22 +228,24 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster_size, cons
   launch.body = &body;
   launch.shared_bytes = shared_bytes;
   launch.error.clear();
+  launch.error_at = nullptr;
   launch.random = options.seed * 0x9E3779B97F4A7C15u | 1;
   launch.fruitless = 0;
   describe_main_fiber(launch.main);
   std::vector<char*> kept;
   for (const unsigned c : order_of_clusters(grid.x * grid.y * grid.z / cluster_size)) {
-    if (__start_emulated_shared)
-      memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
+    reset_static_shared();
     Cluster cluster;
     cluster.blocks.resize(cluster_size);
     for (unsigned rank = 0; rank < cluster_size; ++rank) prepare(cluster.blocks[rank], c * cluster_size + rank, rank);
     run_cluster(cluster);
+    forget_shared_memory();
     for (const Block& b : cluster.blocks) kept.push_back(b.shared);
     if (!options.blocks_race || !launch.error.empty()) {
       for (char* shared : kept) free(shared);
       kept.clear();
     }
+    if (launch.error_at) launch.error += source_line(launch.error_at);
     if (!launch.error.empty()) throw Error(launch.error);
   }
   acquire_memory(&launch.end);
@@ -300,29 +253,141 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster_size, cons
 }
 
 void fail(const std::string& message, const Site& site) {
-  stop([&] { return describe(*launch.running) + ": " + message + (site.file ? ", " + describe(site) : ""); });
+  stop([&] { return describe(*launch.running) + " " + message + ", " + describe(site); });
 }
 
-// ---- shared memory, barriers, warp functions ------------------------------------------------------------------------
-
-void* dynamic_shared() { return launch.running->block->shared; }
-unsigned lane() { return launch.running->number % 32; }
-unsigned block_rank() { return launch.running->block->rank; }
-unsigned blocks_in_cluster() { return unsigned(launch.cluster->blocks.size()); }
-
-void* shared_of_block(void* address, unsigned rank) {
-  const ptrdiff_t offset = static_cast<char*>(address) - launch.running->block->shared;
-  if (offset < 0 || size_t(offset) >= launch.shared_bytes) fail("map_shared_rank of what is not dynamic shared memory");
-  if (rank >= blocks_in_cluster()) fail("map_shared_rank of a block that is not in the cluster");
-  return launch.cluster->blocks[rank].shared + offset;
+void fail_at(const std::string& message, const void* instruction) {
+  launch.error_at = instruction;
+  stop([&] { return describe(*launch.running) + " " + message + ", at "; });
 }
+
+// ---- waiting --------------------------------------------------------------------------------------------------------
+
+void leave(bool last) {
+  Thread* to = next_thread();
+  if (to != launch.running) switch_to(to, last);
+}
+
+void open(Rendezvous& r) {
+  sort_by_order(r.waiting);
+  launch.ready.insert(launch.ready.end(), r.waiting.begin(), r.waiting.end());
+  r.waiting.clear();
+  ++r.generation;
+}
+
+void meet(Rendezvous& r, unsigned expected, bool orders_memory, const Site& site, bool one_site) {
+  Thread* me = launch.running;
+  char* order = &r.order[r.generation % 2];
+  if (orders_memory) release_memory(order);
+  if (!r.waiting.empty() && one_site && !same(r.site, site))
+    stop([&] { return describe(*me) + " is at " + describe(site) + " while others wait at " + describe(r.site); });
+  {
+    const Quiet quiet;
+    r.site = site;
+    r.waiting.push_back(me);
+    if (r.waiting.size() == expected) open(r);
+  }
+  me->waits_at = &site;
+  leave();
+  me->waits_at = nullptr;
+  if (orders_memory) acquire_memory(order);
+}
+
+namespace {
+/// For instructions that all lanes of a warp have to execute together.
+void converge(const Site& site) { gather(~0u, "", 1, false, site); }
+}  // namespace
 
 void block_barrier(const Site& site) {
   Block& block = *launch.running->block;
   meet(block.barrier, block.running, true, site);
 }
 
-void cluster_barrier(const Site& site) { meet(launch.cluster->barrier, launch.cluster->running, true, site); }
+void named_barrier(int id, int threads, const Caller& caller) {
+  const Site site{"named_barrier", caller.file, caller.line};
+  Block& block = *launch.running->block;
+  if (id < 1 || id >= kNamedBarriers)
+    fail("waits at barrier " + std::to_string(id) + ", which is none of 1 to 15", site);
+  if (threads < 1 || threads % 32 != 0 || size_t(threads) > block.threads.size())
+    fail("waits for " + std::to_string(threads) + " threads, which are no warps of this block", site);
+  converge(site);
+  Rendezvous& barrier = block.named_barriers[id];
+  if (!barrier.waiting.empty() && barrier.expected != unsigned(threads))
+    stop([&] {
+      return describe(*launch.running) + " waits for " + std::to_string(threads) + " threads, " + describe(site) +
+             ", while others wait for " + std::to_string(barrier.expected) + ", " + describe(barrier.site);
+    });
+  barrier.expected = unsigned(threads);
+  meet(barrier, unsigned(threads), true, site, false);
+}
+
+void cluster_arrive(const Caller& caller) {
+  const Site site{"cluster_arrive", caller.file, caller.line};
+  Thread& me = *launch.running;
+  Cluster& cluster = *launch.cluster;
+  converge(site);
+  if (me.arrived_at_cluster) fail("arrives again before it has waited", site);
+  me.arrived_at_cluster = true;
+  me.cluster_generation = cluster.barrier.generation;
+  release_memory(&cluster.barrier.order[me.cluster_generation % 2]);
+  const Quiet quiet;
+  ++cluster.arrived;
+  open_cluster_barrier();
+}
+
+void cluster_wait(const Caller& caller) {
+  const Site site{"cluster_wait", caller.file, caller.line};
+  Thread& me = *launch.running;
+  Rendezvous& barrier = launch.cluster->barrier;
+  converge(site);
+  if (!me.arrived_at_cluster) fail("waits and has not arrived", site);
+  me.arrived_at_cluster = false;
+  if (me.cluster_generation == barrier.generation) {
+    {
+      const Quiet quiet;
+      barrier.waiting.push_back(&me);
+    }
+    me.waits_at = &site;
+    leave();
+    me.waits_at = nullptr;
+  }
+  acquire_memory(&barrier.order[me.cluster_generation % 2]);
+}
+
+// ---- shared memory and warp functions -------------------------------------------------------------------------------
+
+void* dynamic_shared() { return launch.running->block->shared; }
+unsigned lane() { return launch.running->number % 32; }
+unsigned block_rank() { return launch.running->block->rank; }
+unsigned blocks_in_cluster() { return unsigned(launch.cluster->blocks.size()); }
+
+namespace {
+bool inside(const void* p, size_t bytes, const void* memory, size_t size) {
+  const ptrdiff_t offset = static_cast<const char*>(p) - static_cast<const char*>(memory);
+  return offset >= 0 && size_t(offset) + bytes <= size;
+}
+}  // namespace
+
+void* shared_of_block(void* address, unsigned rank, const Caller& caller) {
+  const Site site{"map_shared", caller.file, caller.line};
+  const char* own = launch.running->block->shared;
+  if (!inside(address, 1, own, launch.shared_bytes)) fail("maps what is not its block's dynamic shared memory", site);
+  if (rank >= blocks_in_cluster())
+    fail("maps to block " + std::to_string(rank) + " of a cluster of " + std::to_string(blocks_in_cluster()), site);
+  return launch.cluster->blocks[rank].shared + (static_cast<char*>(address) - own);
+}
+
+void require_shared(const void* p, size_t bytes, const Site& site) {
+  const auto [begin, size] = static_shared();
+  if (!inside(p, bytes, launch.running->block->shared, launch.shared_bytes) && !inside(p, bytes, begin, size) &&
+      kKnowsStaticShared)
+    fail("names " + std::to_string(bytes) + " bytes that are not shared memory", site);
+}
+
+void require_aligned(const void* p, size_t alignment, const Site& site) {
+  if (reinterpret_cast<uintptr_t>(p) % alignment != 0)
+    fail("names an address that is not aligned to " + std::to_string(alignment), site);
+}
 
 const Slots& gather(uint32_t mask, const void* value, unsigned bytes, bool orders_memory, const Site& site) {
   Thread* me = launch.running;
@@ -347,120 +412,6 @@ const Slots& gather(uint32_t mask, const void* value, unsigned bytes, bool order
   }
   meet(collective->rendezvous, expected, orders_memory, site);
   return collective->slots[half];
-}
-
-// ---- cp.async -------------------------------------------------------------------------------------------------------
-
-namespace {
-/// Seen by the sanitizers as an access of the running thread.
-void copy_now(const AsyncCopy& copy) {
-  memcpy(copy.to, copy.from, copy.source_bytes);
-  memset(static_cast<char*>(copy.to) + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
-}
-bool misaligned(const void* p, unsigned bytes) { return reinterpret_cast<uintptr_t>(p) % bytes != 0; }
-}  // namespace
-
-void copy_async(void* to, const void* from, unsigned bytes, unsigned source_bytes) {
-  if (misaligned(to, bytes) || misaligned(from, bytes)) fail("cp.async of a misaligned address");
-  const AsyncCopy copy{to, from, bytes, source_bytes};
-  if (!options.late_copies) return copy_now(copy);
-  const Quiet quiet;
-  launch.running->open_group.push_back(copy);
-}
-
-void copy_async_commit() {
-  const Quiet quiet;
-  launch.running->groups.push_back(std::exchange(launch.running->open_group, {}));
-}
-
-void copy_async_wait(unsigned pending) {
-  auto& groups = launch.running->groups;
-  while (groups.size() > pending) {
-    for (const AsyncCopy& copy : groups.front()) copy_now(copy);
-    const Quiet quiet;
-    groups.erase(groups.begin());
-  }
-}
-
-// ---- mbarrier -------------------------------------------------------------------------------------------------------
-
-namespace {
-
-struct Mbarrier {
-  uint32_t phase : 1, count : 15, pending : 16;
-  int32_t bytes;
-};
-static_assert(sizeof(Mbarrier) == sizeof(uint64_t));
-
-template <class Change> void change(uint64_t* barrier, const Change& f) {
-  Mbarrier state;
-  __builtin_memcpy(&state, barrier, sizeof state);
-  f(state);
-  if (state.pending == 0 && state.bytes == 0) {
-    state.phase ^= 1;
-    state.pending = state.count;
-  }
-  __builtin_memcpy(barrier, &state, sizeof state);
-}
-
-}  // namespace
-
-void mbarrier_init(uint64_t* barrier, unsigned count) {
-  const Mbarrier state{0, count, count, 0};
-  memcpy(barrier, &state, sizeof state);  // a plain write: whoever uses it without a barrier in between races
-}
-
-void mbarrier_arrive(uint64_t* barrier, int expected_bytes) {
-  release_memory(barrier);
-  change(barrier, [&](Mbarrier& state) {
-    if (state.pending == 0) fail("more arrivals at an mbarrier than its count");
-    state.bytes += expected_bytes;
-    --state.pending;
-  });
-  launch.fruitless = 0;
-}
-
-void copy_bulk(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
-  if (misaligned(to, 16) || misaligned(from, 16) || bytes % 16 != 0) fail("misaligned bulk copy");
-  const Quiet quiet;
-  launch.running->block->bulk_copies.push_back({to, from, bytes, barrier});
-}
-
-void mbarrier_wait(uint64_t* barrier, unsigned parity) {
-  constexpr unsigned kMostPolls = 1 << 18;
-  uint64_t seen;
-  memcpy(&seen, barrier, sizeof seen);  // a plain read, see mbarrier_init
-  for (;;) {
-    bool waiting = false;
-    BulkCopy copy{};
-    {
-      const Quiet quiet;
-      change(barrier, [&](Mbarrier& state) { waiting = state.phase == parity; });
-      if (!waiting) break;
-      auto& copies = launch.running->block->bulk_copies;
-      const auto mine =
-          std::find_if(copies.begin(), copies.end(), [&](const BulkCopy& c) { return c.barrier == barrier; });
-      if (mine != copies.end()) {
-        copy = *mine;
-        copies.erase(mine);
-      }
-    }
-    if (copy.barrier != nullptr) {
-      memcpy(copy.to, copy.from, copy.bytes);  // as late as can be, and seen as an access of this thread
-      release_memory(barrier);
-      const Quiet quiet;
-      change(barrier, [&](Mbarrier& state) { state.bytes -= int(copy.bytes); });
-      launch.fruitless = 0;
-    } else {
-      if (++launch.fruitless > kMostPolls) fail("an mbarrier never completes");
-      {
-        const Quiet quiet;
-        launch.ready.push_back(launch.running);
-      }
-      leave();
-    }
-  }
-  acquire_memory(barrier);
 }
 
 }  // namespace emulation

@@ -13,13 +13,16 @@ struct thread_block {
 inline thread_block this_thread_block() { return {}; }
 
 struct cluster_group {
-  void sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
-    emulation::cluster_barrier({"cluster_group.sync", file, line});
+  using Caller = emulation::Caller;
+
+  void sync(Caller caller = Caller::here()) const {
+    emulation::cluster_arrive(caller);
+    emulation::cluster_wait(caller);
   }
   unsigned block_rank() const { return emulation::block_rank(); }
   unsigned num_blocks() const { return emulation::blocks_in_cluster(); }
-  template <class T> T* map_shared_rank(T* address, unsigned rank) const {
-    return static_cast<T*>(emulation::shared_of_block(const_cast<std::remove_const_t<T>*>(address), rank));
+  template <class T> T* map_shared_rank(T* address, unsigned rank, Caller caller = Caller::here()) const {
+    return static_cast<T*>(emulation::shared_of_block(const_cast<std::remove_const_t<T>*>(address), rank, caller));
   }
 };
 inline cluster_group this_cluster() { return {}; }

@@ -21,7 +21,7 @@
 
 // Static shared memory is one linker section, which is filled with NaN before each block; g++ keeps that of templates
 // out of it. AddressSanitizer guards only ordinary variables, and those only in kernels of an anonymous namespace.
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(EMULATION_ADDRESS_SANITIZER)
 #define __shared__ static
 #else
 #define __shared__ static __attribute__((section("emulated_shared")))

@@ -1,0 +1,178 @@
+// Copies that happen later. The hardware may do them at any time from the instruction to the wait: the sanitizers see
+// the access at both ends, and in between the destination is full of NaN.
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "runtime.h"
+
+namespace emulation {
+namespace {
+
+void begin_copy(const AsyncCopy& copy) {
+  note_read(copy.from, copy.source_bytes, copy.site);
+  note_write(copy.to, copy.bytes, copy.site);
+  const Quiet quiet;
+  memset(copy.to, 0xff, copy.bytes);
+  set_shadow(copy.to, copy.bytes, Shadow::kInFlight);
+}
+
+void finish_copy(const AsyncCopy& copy) {
+  set_shadow(copy.to, copy.bytes, Shadow::kNeverWritten);
+  note_read(copy.from, copy.source_bytes, copy.site);
+  note_write(copy.to, copy.bytes, copy.site);
+  const Quiet quiet;
+  memcpy(copy.to, copy.from, copy.source_bytes);
+  memset(copy.to + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
+}
+
+}  // namespace
+
+// ---- cp.async -------------------------------------------------------------------------------------------------------
+
+void copy_async(void* to, const void* from, unsigned bytes, int source_bytes, const Caller& caller) {
+  const Site site{"copy_async", caller.file, caller.line};
+  require_aligned(to, bytes, site);
+  require_aligned(from, bytes, site);
+  require_shared(to, bytes, site);
+  if (source_bytes < 0 || unsigned(source_bytes) > bytes)
+    fail("copies " + std::to_string(source_bytes) + " of " + std::to_string(bytes) + " bytes", site);
+  const AsyncCopy copy{static_cast<char*>(to), from, bytes, unsigned(source_bytes), site};
+  begin_copy(copy);
+  const Quiet quiet;
+  launch.running->open_group.push_back(copy);
+}
+
+void copy_async_commit() {
+  const Quiet quiet;
+  launch.running->groups.push_back(std::exchange(launch.running->open_group, {}));
+}
+
+void copy_async_wait(unsigned pending) {
+  auto& groups = launch.running->groups;
+  while (groups.size() > pending) {
+    for (const AsyncCopy& copy : groups.front()) finish_copy(copy);
+    const Quiet quiet;
+    groups.erase(groups.begin());
+  }
+}
+
+// ---- mbarrier -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr int kMostBytes = (1 << 20) - 1;
+
+struct Mbarrier {
+  uint32_t phase : 1, count : 15, pending : 16;
+  int32_t bytes;
+};
+static_assert(sizeof(Mbarrier) == sizeof(uint64_t));
+
+/// What mbarrier_init wrote is read, for the sanitizers; all later changes are atomic.
+Site checked(const char* what, uint64_t* barrier, const Caller& caller) {
+  const Site site{what, caller.file, caller.line};
+  require_aligned(barrier, sizeof *barrier, site);
+  require_shared(barrier, sizeof *barrier, site);
+  note_read(barrier, sizeof *barrier, site);
+  return site;
+}
+
+template <class Change> void change(uint64_t* barrier, const Change& f) {
+  Mbarrier state;
+  __builtin_memcpy(&state, barrier, sizeof state);
+  f(state);
+  if (state.pending == 0 && state.bytes == 0) {
+    state.phase ^= 1;
+    state.pending = state.count;
+  }
+  __builtin_memcpy(barrier, &state, sizeof state);
+}
+
+[[noreturn]] void never_completes(uint64_t* barrier, const Site& site) {
+  Mbarrier state;
+  __builtin_memcpy(&state, barrier, sizeof state);
+  const std::string bytes = state.bytes >= 0 ? std::to_string(state.bytes) + " bytes are missing"
+                                             : std::to_string(-state.bytes) + " bytes too many came";
+  fail("waits for ever: " + std::to_string(state.pending) + " arrivals and " + bytes, site);
+}
+
+}  // namespace
+
+void mbarrier_init(uint64_t* barrier, unsigned count, const Caller& caller) {
+  const Site site{"mbarrier_init", caller.file, caller.line};
+  require_aligned(barrier, sizeof *barrier, site);
+  require_shared(barrier, sizeof *barrier, site);
+  note_write(barrier, sizeof *barrier, site);
+  const Mbarrier state{0, count, count, 0};
+  __builtin_memcpy(barrier, &state, sizeof state);
+}
+
+void mbarrier_arrive(uint64_t* barrier, int expected_bytes, const Caller& caller) {
+  const Site site = checked("mbarrier_arrive", barrier, caller);
+  if (expected_bytes < 0 || expected_bytes > kMostBytes)
+    fail("expects more bytes than the " + std::to_string(kMostBytes) + " of a phase", site);
+  release_memory(barrier);
+  bool too_many = false;
+  change(barrier, [&](Mbarrier& state) {
+    too_many = state.pending == 0;
+    state.bytes += expected_bytes;
+    --state.pending;
+  });
+  if (too_many) fail("arrives more often than the mbarrier's count", site);
+  launch.fruitless = 0;
+}
+
+void copy_bulk(void* to, const void* from, unsigned bytes, uint64_t* barrier, const Caller& caller) {
+  const Site site = checked("copy_bulk", barrier, caller);
+  require_aligned(to, 16, site);
+  require_aligned(from, 16, site);
+  require_shared(to, bytes, site);
+  if (bytes % 16 != 0 || bytes > kMostBytes) fail("copies " + std::to_string(bytes) + " bytes", site);
+  const AsyncCopy copy{static_cast<char*>(to), from, bytes, bytes, site};
+  begin_copy(copy);
+  release_memory(barrier);
+  const Quiet quiet;
+  launch.running->block->bulk_copies.push_back({copy, barrier});
+}
+
+void mbarrier_wait(uint64_t* barrier, unsigned parity, const Caller& caller) {
+  constexpr unsigned kMostPolls = 1 << 18;
+  const Site site = checked("mbarrier_wait", barrier, caller);
+  if (parity > 1) fail("waits for a parity that is neither 0 nor 1", site);
+  Thread* me = launch.running;
+  me->waits_at = &site;
+  for (;;) {
+    bool waiting = false;
+    BulkCopy next{};
+    {
+      const Quiet quiet;
+      change(barrier, [&](Mbarrier& state) { waiting = state.phase == parity; });
+      if (!waiting) break;
+      auto& copies = me->block->bulk_copies;
+      const auto mine = std::find_if(copies.begin(), copies.end(), [&](auto& c) { return c.barrier == barrier; });
+      if (mine != copies.end()) {
+        next = *mine;
+        copies.erase(mine);
+      }
+    }
+    if (next.barrier != nullptr) {
+      acquire_memory(barrier);
+      finish_copy(next.copy);
+      release_memory(barrier);
+      change(barrier, [&](Mbarrier& state) { state.bytes -= int(next.copy.bytes); });
+      launch.fruitless = 0;
+    } else {
+      if (++launch.fruitless > kMostPolls) never_completes(barrier, site);
+      {
+        const Quiet quiet;
+        launch.ready.push_back(me);
+      }
+      leave();
+    }
+  }
+  me->waits_at = nullptr;
+  acquire_memory(barrier);
+}
+
+}  // namespace emulation
