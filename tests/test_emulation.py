@@ -1,14 +1,15 @@
 """The CUDA kernels and their launchers, unchanged, run on the CPU: results, races, bounds, and what finds those."""
 
-import functools
 import importlib.util
 import platform
+import re
 import subprocess
 
 import pytest
 import torch
 
 from common import assert_close, covariances, feature_maps, gradient_size, tolerance
+from emulation import coverage
 from emulation.build import EMULATION, build
 from isqrt_cov import reference
 from isqrt_cov.ops import OUTPUTS, ROOTS
@@ -22,9 +23,21 @@ IMAGES = ((1, 1), (1, 33), (5, 15), (13, 11))
 ORDERS = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
 
 
-@functools.cache
-def load_kernels():
-    path = build("isqrt_emulation")
+HOPPER_SHARED_BYTES = 227 * 1024
+
+
+def whole_file_runs(config):
+    """Nothing is left out, so that coverage can be asked for. It makes the kernels about three times slower."""
+    chosen = config.option.keyword or config.option.markexpr or any("::" in argument for argument in config.args)
+    return not chosen
+
+
+@pytest.fixture(scope="module")
+def loaded_kernels(request):
+    measured = whole_file_runs(request.config)
+    path = build("isqrt_emulation", "coverage" if measured else "plain")
+    if measured:
+        coverage.forget()
     spec = importlib.util.spec_from_file_location("isqrt_emulation", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -32,10 +45,10 @@ def load_kernels():
 
 
 @pytest.fixture
-def kernels():
-    module = load_kernels()
-    module.set_order("forward", 0)
-    return module
+def kernels(loaded_kernels):
+    loaded_kernels.set_order("forward", 0)
+    loaded_kernels.set_device(HOPPER_SHARED_BYTES, 9)
+    return loaded_kernels
 
 
 def in_layout(x, layout):
@@ -58,31 +71,48 @@ def name_of(dtype):
     return str(dtype).removeprefix("torch.")
 
 
+def not_a_number(*shape, dtype):
+    """For the kernels to write all of it."""
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
 def pool(kernels, x, chunk):
-    return [torch.from_numpy(result) for result in kernels.pool(array(x), chunk, name_of(x.dtype))]
+    batch, channels = x.shape[:2]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    sigma, mean = not_a_number(batch, channels, channels, dtype=dtype), not_a_number(batch, channels, dtype=dtype)
+    kernels.pool(name_of(x.dtype), array(x), chunk, array(sigma), array(mean))
+    return sigma, mean
 
 
 def pool_backward(kernels, grad_sigma, x, mean, chunk):
     grad_x = torch.full_like(x, float("nan"))
-    kernels.pool_backward(array(grad_sigma), array(x), array(mean), array(grad_x), chunk, name_of(x.dtype))
+    kernels.pool_backward(name_of(x.dtype), array(grad_sigma), array(x), array(mean), chunk, array(grad_x))
     return grad_x
 
 
 def root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False):
+    batch, channels = sigma.shape[:2]
+    shape = {"matrix": (channels, channels), "triu": (channels * (channels + 1) // 2,), "mean": (channels,)}[output]
+    result = not_a_number(batch, *shape, dtype=sigma.dtype)
     codes = ROOTS.index(root_name), OUTPUTS.index(output)
-    return torch.from_numpy(kernels.root(array(sigma), iterations, *codes, floor, grid))
+    kernels.root(name_of(sigma.dtype), array(sigma), iterations, *codes, floor, grid, array(result))
+    return result
 
 
 def root_backward(kernels, grad, sigma, iterations, root_name, output, floor=0.0, grid=False):
+    grad_sigma = torch.full_like(sigma, float("nan"))
     codes = ROOTS.index(root_name), OUTPUTS.index(output)
-    return torch.from_numpy(kernels.root_backward(array(grad), array(sigma), iterations, *codes, floor, grid))
+    kernels.root_backward(
+        name_of(sigma.dtype), array(grad.contiguous()), array(sigma), iterations, *codes, floor, grid, array(grad_sigma)
+    )
+    return grad_sigma
 
 
 def fits(kernels, sigma, backward):
     return kernels.root_shared_bytes(sigma.shape[1], sigma.element_size(), backward) > 0
 
 
-def check_pooling(kernels, x, chunk):
+def check_pooling(kernels, x, chunk, backward_chunk=None):
     exact_x = x.double()
     dtype = torch.promote_types(x.dtype, torch.float32)
     bound = tolerance(dtype, x.shape[1], x[0, 0].numel())
@@ -93,7 +123,7 @@ def check_pooling(kernels, x, chunk):
     assert torch.equal(sigma, sigma.mT)
     grad_sigma = torch.randn(sigma.shape, dtype=dtype)
     grad_sigma += grad_sigma.mT.clone()
-    grad_x = pool_backward(kernels, grad_sigma, x, mean, chunk)
+    grad_x = pool_backward(kernels, grad_sigma, x, mean, backward_chunk or chunk)
     # Rounding to x's own dtype is off by at most half its spacing.
     rounding = torch.finfo(x.dtype).eps / 2 if x.dtype != dtype else 0
     assert_close(grad_x, reference.covariance_pool_backward(grad_sigma.double(), exact_x), bound + rounding)
@@ -134,7 +164,7 @@ def test_pooling_matches_reference(kernels, channels, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last", "crop"))
 @pytest.mark.parametrize("batch", (1, 3))
-def test_layouts(kernels, batch, layout, dtype):
+def test_pooling_in_any_layout(kernels, batch, layout, dtype):
     x = in_layout(feature_maps(batch, 70, 77, dtype).unflatten(2, (7, 11)), layout)
     check_pooling(kernels, x, 50)
     check_pooling(kernels, x.transpose(2, 3), 50)
@@ -146,7 +176,7 @@ def test_layouts(kernels, batch, layout, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", CHANNELS)
-def test_root_matches_reference(kernels, channels, dtype):
+def test_newton_schulz_matches_reference(kernels, channels, dtype):
     sigma = covariances(2, channels, dtype)
     if not fits(kernels, sigma, backward=False):
         pytest.skip("does not fit into a block's shared memory")
@@ -170,28 +200,28 @@ def test_root_on_the_grid(kernels, channels, dtype):
     ("root_name", "output"), [("square", output) for output in OUTPUTS] + [("inverse", "matrix"), ("inverse", "triu")]
 )
 @pytest.mark.parametrize("batch", (1, 3))
-def test_outputs_and_roots(kernels, batch, root_name, output, dtype):
+def test_newton_schulz_outputs_and_roots(kernels, batch, root_name, output, dtype):
     for iterations in (1, 2, 3, 5):
         check_root(kernels, covariances(batch, 20, dtype), iterations, root_name, output)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("root_name", ROOTS)
-def test_tuned_steps(kernels, root_name, dtype):
+def test_newton_schulz_with_tuned_steps(kernels, root_name, dtype):
     for iterations in (1, 3, 5):
         check_root(kernels, covariances(2, 20, dtype), iterations, root_name, "matrix", floor=1e-2)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last", "crop"))
-def test_half_feature_maps(kernels, layout, dtype):
+def test_pooling_of_half_feature_maps(kernels, layout, dtype):
     for channels in (3, 70):
         x = in_layout(feature_maps(2, channels, 77, dtype).unflatten(2, (7, 11)), layout)
         check_pooling(kernels, x, 50)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
-def test_every_half_is_read_and_written(kernels, dtype):
+def test_pooling_reads_and_writes_every_half(kernels, dtype):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(1024, 64, 1)
     mean = pool(kernels, every, 1)[1]
     finite = every[:, :, 0].isfinite()
@@ -253,23 +283,62 @@ def test_same_bits_in_any_order_of_threads(kernels, dtype):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-def test_shared_memory_of_the_matrix_engine(kernels):
-    hopper = kernels.shared_bytes_limit(0)
-    assert 0 < kernels.root_shared_bytes(128, 4, True) <= hopper
-    assert 0 < kernels.root_shared_bytes(128, 8, False) <= hopper
-    assert kernels.root_shared_bytes(129, 4, False) == 0
+# Batch, channels, positions; the last column says what they make plan() choose.
+PLANS = (
+    (1, 3, 5, "one chunk"),
+    (1, 3, 700, "chunks of 256 positions at least, the last one shorter"),
+    (2, 100, 900, "chunks of 4 C positions at least"),
+    (1030, 2, 70, "more samples than pieces of work: one chunk each"),
+    (1, 128, 64, "the largest matrices of a block; in float64 their gradient is the library's"),
+    (1, 129, 33, "roots that are the library's"),
+)
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float16), ids=str)
+@pytest.mark.parametrize(("batch", "channels", "positions"), [plan[:3] for plan in PLANS])
+def test_what_plan_chooses(kernels, batch, channels, positions, dtype):
+    compute = torch.promote_types(dtype, torch.float32)
+    size = compute.itemsize
+    forward, backward, pool_chunk, pool_backward_chunk = kernels.plan(batch, channels, positions, size)
+    check_pooling(kernels, feature_maps(batch, channels, positions, dtype), pool_chunk, pool_backward_chunk)
+    assert (forward == "block") == (channels <= 128)
+    assert (backward == "block") == (channels <= (128 if size == 4 else 80))
+    if forward == "block" and dtype == compute:
+        check_root(kernels, covariances(min(batch, 2), channels, dtype), 2, "square", "matrix")
+
+
+@pytest.mark.parametrize("shared_bytes", (99 * 1024, 163 * 1024, HOPPER_SHARED_BYTES))
+def test_plan_keeps_to_the_shared_memory_of_the_device(kernels, shared_bytes):
+    kernels.set_device(shared_bytes, 9)
+    for dtype in DTYPES:
+        fitting = {"block": 0, "library": 0}
+        for channels in range(1, 140):
+            engines = kernels.plan(1, channels, 10, dtype.itemsize)[:2]
+            for engine, backward in zip(engines, (False, True), strict=True):
+                needed = kernels.root_shared_bytes(channels, dtype.itemsize, backward)
+                assert (engine == "block") == (0 < needed <= shared_bytes)
+            fitting[engines[1]] = channels
+        # The largest gradient that plan() gives to a block is one that it can do, and no larger one is.
+        largest = covariances(1, fitting["library"] - 1, dtype)
+        while kernels.plan(1, largest.shape[1], 10, dtype.itemsize)[1] != "block":
+            largest = largest[:, :-1, :-1].contiguous()
+        check_root(kernels, largest, 1, "square", "mean")
+
+
+def test_failing_launches_name_the_kernel(kernels):
     with pytest.raises(RuntimeError, match="root: 129 channels"):
         root(kernels, torch.eye(129)[None], 5, "square", "matrix")
+    kernels.set_device(99 * 1024, 8)
+    with pytest.raises(RuntimeError, match="root: invalid argument"):
+        root(kernels, covariances(1, 128, torch.float32), 5, "square", "matrix")
 
 
-def test_failing_launch_names_the_kernel(kernels):
-    limit = kernels.shared_bytes_limit(0)
-    try:
-        kernels.set_shared_limit(99 * 1024)
-        with pytest.raises(RuntimeError, match="root: invalid argument"):
-            root(kernels, covariances(1, 128, torch.float32), 5, "square", "matrix")
-    finally:
-        kernels.set_shared_limit(limit)
+def test_every_line_of_the_kernels_runs(request, kernels):
+    """Of all files that the kernels are compiled from; and every instance of every template."""
+    if not whole_file_runs(request.config):
+        pytest.skip("only some of the tests above were asked for")
+    kernels.write_coverage()
+    assert coverage.missed() == []
 
 
 # ---- Sanitizers
@@ -290,30 +359,71 @@ def run(program, mode, *arguments):
     return result.returncode, result.stdout
 
 
-@pytest.mark.parametrize(("mode", "channels"), (("address", (1, 3, 17, 64, 100)), ("thread", (1, 17, 65))))
-def test_sanitizers_find_nothing(mode, channels):
-    status, output = run("check", mode, *channels)
+SANITIZED = (("address", (1, 3, 17, 64, 100)), ("thread", (1, 17, 65)), ("shadow", (1, 17, 65, 100)))
+
+
+@pytest.mark.parametrize(("mode", "channels"), SANITIZED)
+def test_sanitizers_find_nothing_in_pooling(mode, channels):
+    status, output = run("check", mode, "pooling", *channels)
     assert status == 0, output[:4000]
+
+
+@pytest.mark.parametrize(("mode", "channels"), SANITIZED)
+def test_sanitizers_find_nothing_in_newton_schulz(mode, channels):
+    status, output = run("check", mode, "newton_schulz", *channels)
+    assert status == 0, output[:4000]
+
+
+@pytest.mark.parametrize("mode", ("plain", "address", "thread", "shadow"))
+def test_wrappers_do_what_a_plain_loop_does(mode):
+    status, output = run("conformance", mode)
+    assert status == 0 and "named_barrier: ok" in output, output[:4000]
 
 
 # Each fault of faults.cu, a mode that finds it, and what the report says; None where it shows the line of the fault.
 FAULTS = (
+    # Barriers
     ("read_too_early", "thread", None),
     ("write_too_early", "thread", None),
+    ("write_too_early", "plain", "depends on the order"),
     ("same_warp", "thread", None),
-    ("block_for_cluster", "thread", None),
+    ("divergent_barrier", "plain", None),
+    ("early_return", "plain", None),
+    ("named_wrong_count", "plain", None),
+    ("named_missing_lane", "plain", None),
+    ("named_for_block", "thread", None),
+    ("missing_lane", "plain", None),
+    ("matrix_missing_lane", "plain", None),
     ("between_blocks", "thread", None),
+    # Bounds, alignment, what was never written
     ("global_bounds", "address", None),
     ("dynamic_bounds", "address", None),
     ("static_bounds", "address", None),
     ("misaligned", "address", None),
-    ("divergent_barrier", "plain", None),
-    ("early_return", "plain", None),
-    ("missing_lane", "plain", None),
+    ("matrix_misaligned", "plain", None),
+    ("uninitialised", "shadow", None),
     ("uninitialised", "plain", "not finite"),
+    # Asynchronous copies
+    ("copy_without_wait", "shadow", None),
     ("copy_without_wait", "plain", "not finite"),
+    ("copy_without_barrier", "thread", None),
+    ("copy_too_early", "thread", None),
+    ("copy_bounds", "address", None),
+    ("copy_misaligned", "plain", None),
+    ("bulk_without_wait", "shadow", None),
     ("bulk_without_wait", "plain", "not finite"),
-    ("write_too_early", "plain", "depends on the order"),
+    ("bulk_too_early", "thread", None),
+    ("bulk_wrong_size", "plain", None),
+    ("barrier_used_too_early", "thread", None),
+    # Clusters
+    ("block_for_cluster", "thread", None),
+    ("other_block_too_early", "thread", None),
+    ("other_block_too_late", "thread", None),
+    ("other_block_too_late", "address", None),
+    ("other_block_too_late", "shadow", None),
+    ("outside_cluster", "plain", None),
+    ("cluster_without_arrival", "plain", None),
+    ("static_in_cluster", "plain", "static shared memory in a cluster"),
 )
 
 
@@ -328,7 +438,12 @@ def test_seeded_fault_is_found(fault, mode, expected):
     assert expected in output, output[:4000]
 
 
-@pytest.mark.parametrize("mode", ("plain", "address", "thread"))
+def test_every_fault_is_looked_for():
+    kernels = re.findall(r'\{"(\w+)", \[', (EMULATION / "faults.cu").read_text())
+    assert len(kernels) > 20 and set(kernels) == {fault for fault, _, _ in FAULTS}
+
+
+@pytest.mark.parametrize("mode", ("plain", "address", "thread", "shadow"))
 def test_without_faults_nothing_is_found(mode):
     status, output = run("faults", mode, "none")
     assert status == 0, output[:4000]

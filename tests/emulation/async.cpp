@@ -31,6 +31,7 @@ void finish_copy(const AsyncCopy& copy) {
 // ---- cp.async -------------------------------------------------------------------------------------------------------
 
 void copy_async(void* to, const void* from, unsigned bytes, int source_bytes, const Caller& caller) {
+  const CalledFrom here(__builtin_return_address(0));
   const Site site{"copy_async", caller.file, caller.line};
   require_aligned(to, bytes, site);
   require_aligned(from, bytes, site);
@@ -49,6 +50,7 @@ void copy_async_commit() {
 }
 
 void copy_async_wait(unsigned pending) {
+  const CalledFrom here(__builtin_return_address(0));
   auto& groups = launch.running->groups;
   while (groups.size() > pending) {
     for (const AsyncCopy& copy : groups.front()) finish_copy(copy);
@@ -100,6 +102,7 @@ template <class Change> void change(uint64_t* barrier, const Change& f) {
 }  // namespace
 
 void mbarrier_init(uint64_t* barrier, unsigned count, const Caller& caller) {
+  const CalledFrom here(__builtin_return_address(0));
   const Site site{"mbarrier_init", caller.file, caller.line};
   require_aligned(barrier, sizeof *barrier, site);
   require_shared(barrier, sizeof *barrier, site);
@@ -109,6 +112,7 @@ void mbarrier_init(uint64_t* barrier, unsigned count, const Caller& caller) {
 }
 
 void mbarrier_arrive(uint64_t* barrier, int expected_bytes, const Caller& caller) {
+  const CalledFrom here(__builtin_return_address(0));
   const Site site = checked("mbarrier_arrive", barrier, caller);
   if (expected_bytes < 0 || expected_bytes > kMostBytes)
     fail("expects more bytes than the " + std::to_string(kMostBytes) + " of a phase", site);
@@ -124,6 +128,7 @@ void mbarrier_arrive(uint64_t* barrier, int expected_bytes, const Caller& caller
 }
 
 void copy_bulk(void* to, const void* from, unsigned bytes, uint64_t* barrier, const Caller& caller) {
+  const CalledFrom here(__builtin_return_address(0));
   const Site site = checked("copy_bulk", barrier, caller);
   require_aligned(to, 16, site);
   require_aligned(from, 16, site);
@@ -137,6 +142,7 @@ void copy_bulk(void* to, const void* from, unsigned bytes, uint64_t* barrier, co
 }
 
 void mbarrier_wait(uint64_t* barrier, unsigned parity, const Caller& caller) {
+  const CalledFrom here(__builtin_return_address(0));
   constexpr unsigned kMostPolls = 1 << 18;
   const Site site = checked("mbarrier_wait", barrier, caller);
   if (parity > 1) fail("waits for a parity that is neither 0 nor 1", site);

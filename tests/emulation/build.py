@@ -1,8 +1,8 @@
 """Compiles csrc/cuda for the emulated device with g++; no nvcc is needed.
 
-    python tests/emulation/build.py [plain|address|thread|shadow ...]        builds everything in these modes
+    python tests/emulation/build.py [plain|address|thread|shadow|coverage ...]        builds everything in these modes
 
-What is built lies in build/emulation and is built again only when a source, a header or an option has changed.
+What is built lies in build/emulation; of it, only what a change reaches is built again.
 """
 
 import functools
@@ -19,14 +19,11 @@ EMULATION = ROOT / "tests" / "emulation"
 CACHE = ROOT / "build" / "emulation"
 CXX = os.environ.get("CXX", "g++")
 
-COMMON = [
-    "-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{EMULATION}",
-]  # fmt: skip
+COMMON = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{EMULATION}"]
 # CUDA code reads and writes floats as wider types, and unrolls loops with a pragma of its own.
-KERNELS = ["-x", "c++", "-fno-strict-aliasing", "-Wno-unknown-pragmas", f"-I{EMULATION / 'include'}",
-           '-DISQRT_CUDA_ARCHITECTURES="emulated"']  # fmt: skip
+KERNELS = ["-x", "c++", "-fno-strict-aliasing", "-Wno-unknown-pragmas", '-DISQRT_CUDA_ARCHITECTURES="emulated"']
 MODES = {
-    "plain": {"optimise": ["-O2"], "sanitizer": [], "define": []},
+    "plain": {"optimise": ["-O1"]},
     "address": {
         "optimise": ["-O1", "-g"],
         "sanitizer": ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"],
@@ -40,16 +37,25 @@ MODES = {
     # Each access is a call of checkers.cpp, which knows what of shared memory was written.
     "shadow": {
         "optimise": ["-O1", "-g"],
-        "sanitizer": ["-fsanitize=kernel-address", "--param=asan-instrumentation-with-call-threshold=0",
-                      "--param=asan-stack=0", "--param=asan-globals=0"],
+        "kernels": ["-fsanitize=kernel-address", "--param=asan-instrumentation-with-call-threshold=0",
+                    "--param=asan-stack=0", "--param=asan-globals=0"],
         "define": ["-DEMULATION_SHADOW"],
     },
-}
-RUNTIME_SOURCES = ["runtime.cpp", "async.cpp", "matrices.cpp", "fibers.cpp", "checkers.cpp", "api.cpp"]
+    # Kernels alone, and without optimisation: each line is then a line of its own.
+    "coverage": {
+        "optimise": ["-O1"],
+        "kernels": ["-O0", "-fprofile-arcs", "-ftest-coverage"],
+        "link": ["-lgcov"],
+    },
+}  # fmt: skip
+RUNTIME = ["runtime.cpp", "async.cpp", "matrices.cpp", "fibers.cpp", "checkers.cpp", "api.cpp"]
+CUDA = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+LAUNCHERS = ["launchers.cpp", ROOT / "csrc" / "plan.cpp", *CUDA]
 PROGRAMS = {
-    "check": ["check.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))],
+    "check": ["check.cpp", *LAUNCHERS],
+    "conformance": ["conformance.cu"],
     "faults": ["faults.cu"],
-    "isqrt_emulation": ["bindings.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))],
+    "isqrt_emulation": ["bindings.cpp", *LAUNCHERS],
 }
 
 
@@ -62,10 +68,10 @@ def digest(*parts):
     return hashlib.sha256(b"".join(p if isinstance(p, bytes) else repr(p).encode() for p in parts)).hexdigest()[:16]
 
 
-def contents(dependencies):
-    """Of the files that a compiler call read, as it noted them in the language of make; None where one is gone."""
+def digest_of_sources(dependencies):
+    """Of all files that a compiler call read, as it noted them in the language of make; None where one is gone."""
     paths = [Path(name) for name in dependencies.read_text().replace("\\\n", " ").split()[1:]]
-    return [path.read_bytes() for path in paths] if all(path.exists() for path in paths) else None
+    return digest(*(path.read_bytes() for path in paths)) if all(path.exists() for path in paths) else None
 
 
 def run(command):
@@ -74,50 +80,71 @@ def run(command):
         raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}")
 
 
+def object_path(mode, source):
+    """Kernels are all that coverage is measured of; the rest is that of the plain build."""
+    folder = "plain" if mode == "coverage" and Path(source).suffix != ".cu" else mode
+    return CACHE / folder / f"{Path(source).stem}.o"
+
+
 def compile_object(mode, source):
+    """The digest of what the object at object_path() was compiled from, now that it is up to date."""
     source = EMULATION / source  # an absolute source stays what it is
     options = MODES[mode]
-    command = [CXX, *COMMON, *options["optimise"], *options["define"]]
-    if source.name in RUNTIME_SOURCES:  # the sanitizer is told what happens there and must not watch
+    command = [CXX, *COMMON, *options["optimise"], *options.get("define", [])]
+    if source.name in RUNTIME or source.suffix == ".cu":
         command += [f"-I{EMULATION / 'include'}"]
-    else:
-        command += options["sanitizer"]
-        command += KERNELS if source.suffix == ".cu" else []
+    if source.name not in RUNTIME:  # the sanitizer is told what happens there and must not watch
+        command += options.get("sanitizer", [])
+    if source.suffix == ".cu":
+        command += [*KERNELS, *options.get("kernels", [])]
+    if source.name == "plan.cpp":
+        command += ["-DISQRT_WITH_CUDA"]
     if source.name == "bindings.cpp":
         import pybind11
 
         command += ["-fvisibility=hidden", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    name = CACHE / mode / f"{source.stem}-{digest(command, source, compiler_version())}"
-    dependencies = name.with_suffix(".d")
-    if dependencies.exists() and (read := contents(dependencies)):
-        target = name.with_name(f"{name.name}-{digest(*read)}.o")
-        if target.exists():
-            return target
-    name.parent.mkdir(parents=True, exist_ok=True)
-    scratch = name.with_suffix(f".{os.getpid()}")
-    run([*command, "-c", source, "-o", scratch, "-MD", "-MF", f"{scratch}.d"])
-    Path(f"{scratch}.d").replace(dependencies)
-    target = name.with_name(f"{name.name}-{digest(*contents(dependencies))}.o")
+    target = object_path(mode, source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.parent.name == "coverage":  # where the counts go is part of the object
+        command += ["-dumpdir", f"{target.parent}/", "-dumpbase", target.stem]
+    stamp, dependencies = target.with_suffix(".stamp"), target.with_suffix(".d")
+    call = digest([*command, source], compiler_version())
+    if target.exists() and stamp.exists() and stamp.read_text() == f"{call} {digest_of_sources(dependencies)}":
+        return stamp.read_text()
+    scratch = target.with_suffix(f".{os.getpid()}")
+    run([*command, "-c", source, "-o", scratch, "-MD", "-MF", dependencies])
     scratch.replace(target)
-    return target
+    stamp.write_text(f"{call} {digest_of_sources(dependencies)}")
+    return stamp.read_text()
 
 
 def build(program, mode="plain"):
     """The path of that program of PROGRAMS, up to date; a Python module has the suffix of one."""
+    sources = [*PROGRAMS[program], *RUNTIME]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda s: compile_object(mode, s), [*PROGRAMS[program], *RUNTIME_SOURCES]))
+        stamps = list(pool.map(lambda source: compile_object(mode, source), sources))
     module = program == "isqrt_emulation"
-    target = CACHE / mode / digest(objects) / (program + sysconfig.get_config_var("EXT_SUFFIX") if module else program)
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
+    target = CACHE / mode / (program + sysconfig.get_config_var("EXT_SUFFIX") if module else program)
+    stamp = target.with_suffix(".stamp")
+    if not target.exists() or not stamp.exists() or stamp.read_text() != digest(stamps):
+        objects = [object_path(mode, source) for source in sources]
+        options = MODES[mode]
+        link = [
+            *options.get("sanitizer", []),
+            *options.get("link", []),
+            *(["-shared"] if module else []),
+            "-lpthread",
+            "-ldl",
+        ]
         scratch = target.with_name(f"{target.name}.{os.getpid()}")
-        run([CXX, *MODES[mode]["sanitizer"], *(["-shared"] if module else []), *objects, "-o", scratch, "-lpthread"])
+        run([CXX, *(["-shared"] if module else []), *objects, "-o", scratch, *link])
         scratch.replace(target)
+        stamp.write_text(digest(stamps))
     return target
 
 
 if __name__ == "__main__":
     for mode in sys.argv[1:] or MODES:
         for program in PROGRAMS:
-            if mode == "plain" or program != "isqrt_emulation":
+            if (program == "isqrt_emulation") <= (mode in ("plain", "coverage")):
                 print(build(program, mode))

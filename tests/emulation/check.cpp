@@ -1,111 +1,152 @@
-// Runs every launcher of csrc/cuda once for each number of channels on the command line, for the sanitizers to watch:
-// both element types, three layouts of x, all outputs and both roots. Arrays have exactly the sizes they should have,
-// and a result that is not finite (what shared memory holds before it is written is NaN) is an error.
+// Runs the launchers for the sanitizers to watch, `check pooling C ...` or `check newton_schulz C ...`, for each number
+// C of channels: all element types, three layouts of x, one chunk and several, all outputs and both roots. Arrays have
+// exactly the sizes they should have and are not initialised, and a result that is not finite (what shared memory holds
+// before it is written is NaN) is an error.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <string>
 
-#include "cuda/cuda.h"
 #include "emulation.h"
-
-using namespace isqrt;
+#include "launchers.h"
 
 namespace {
 
-/// Uninitialised, unlike a std::vector: the kernels have to write all of it.
-template <class T> struct Buffer {
-  explicit Buffer(int64_t size) : size(size), data(new T[size]) {}
+using launchers::Array;
+
+struct Type {
+  std::string name;
   int64_t size;
-  std::unique_ptr<T[]> data;
-  T* get() const { return data.get(); }
+
+  double read(const char* from) const {
+    const auto as = [&](auto number) {
+      std::memcpy(&number, from, sizeof number);
+      return number;
+    };
+    if (name == "float64") return as(double());
+    if (name == "float32") return as(float());
+    if (name == "float16") return double(as(_Float16()));
+    const uint32_t bits = uint32_t(as(uint16_t())) << 16;
+    float number;
+    std::memcpy(&number, &bits, sizeof number);
+    return number;
+  }
+  void write(char* to, double value) const {
+    const auto as = [&](auto number) { std::memcpy(to, &number, sizeof number); };
+    if (name == "float64") return as(value);
+    if (name == "float32") return as(float(value));
+    if (name == "float16") return as(_Float16(value));
+    const float number = float(value);
+    uint32_t bits;
+    std::memcpy(&bits, &number, sizeof bits);
+    as(uint16_t(bits >> 16));
+  }
 };
 
-template <class T> Buffer<T> random_numbers(int64_t size, uint64_t seed) {
-  Buffer<T> buffer(size);
+const Type kFloat16{"float16", 2}, kBFloat16{"bfloat16", 2}, kFloat32{"float32", 4}, kFloat64{"float64", 8};
+
+/// A contiguous array of exactly `size` elements, uninitialised: the kernels have to write all of it.
+struct Buffer {
+  Buffer(const Type& type, int64_t size) : type(type), size(size), data(new char[size * type.size]) {}
+
+  Array array(int64_t a, int64_t b, int64_t c = 1) const {
+    return {data.get(), type.size, 3, {a, b, c}, {b * c, c, 1}};
+  }
+
+  const Type& type;
+  int64_t size;
+  std::unique_ptr<char[]> data;
+};
+
+Buffer random_numbers(const Type& type, int64_t size, uint64_t seed) {
+  Buffer buffer(type, size);
   for (int64_t i = 0; i < size; ++i) {
     seed = seed * 6364136223846793005u + 1442695040888963407u;
-    buffer.data[i] = T(double(seed >> 33) / double(1u << 31) + 0.5);
+    type.write(buffer.data.get() + i * type.size, double(seed >> 33) / double(1u << 31) + 0.5);
   }
   return buffer;
 }
 
-template <class T> void require_finite(const Buffer<T>& buffer, const char* what) {
+void require_finite(const Buffer& buffer, const char* what) {
   for (int64_t i = 0; i < buffer.size; ++i)
-    if (!std::isfinite(buffer.data[i])) {
+    if (!std::isfinite(buffer.type.read(buffer.data.get() + i * buffer.type.size))) {
       std::printf("%s: element %lld is not finite\n", what, static_cast<long long>(i));
       std::exit(1);
     }
 }
 
-template <class T> struct Check {
-  int64_t B, C, height = 7, width = 11, M = height * width;  // more positions than any tile has
+struct Pooling {
+  const Type &type, &compute;
+  int64_t B, C, height = 7, width = 11;  // more positions than any tile has
 
   /// x and its gradient lie in memory in the order B, H, W, C or B, C, H, W, the latter inside rows that are longer.
-  FeatureMaps<T> view(const Buffer<T>& buffer, bool channels_last, int64_t margin) const {
-    const int64_t row = width + margin;
-    if (channels_last) return {buffer.get(), B, C, height, width, C * M, 1, C * width, C};
-    return {buffer.get(), B, C, height, width, C * height * row, height * row, row, 1};
-  }
-
-  Buffer<T> pool_and_back(bool channels_last, int64_t margin, int64_t chunk) const {
-    const Chunks chunks{M, chunk, (M + chunk - 1) / chunk};
+  void run(bool channels_last, int64_t margin, int64_t chunk) const {
+    const int64_t row = width + margin, M = height * width;
     // The last row ends with the image and not with the margin.
-    const int64_t size = B * C * height * (width + margin) - margin;
-    const Buffer<T> x = random_numbers<T>(size, 1), grad_sigma = random_numbers<T>(B * C * C, 2);
-    const Buffer<T> partial_mean(B * chunks.count * C), partial_moment(B * chunks.count * C * C);
-    const Buffer<T> mean(B * C), grad_x = random_numbers<T>(size, 3);
-    Buffer<T> sigma(B * C * C);
-    const FeatureMaps<T> maps = view(x, channels_last, margin);
-    const FeatureMaps<const T> constant{maps.data,    B, C, height, width, maps.stride_b, maps.stride_c, maps.stride_h,
-                                        maps.stride_w};
-    const bool whole = chunks.count == 1;
-    cuda::pool(PoolTask<T>{constant, chunks, (whole ? mean : partial_mean).get(),
-                           (whole ? sigma : partial_moment).get(), mean.get(), sigma.get()},
-               nullptr);
+    const int64_t size = B * C * height * row - margin;
+    const Buffer x = random_numbers(type, size, 1), grad_x = random_numbers(type, size, 2);
+    const auto maps = [&](const Buffer& b) -> Array {
+      if (channels_last) return {b.data.get(), type.size, 4, {B, C, height, width}, {C * M, 1, C * width, C}};
+      return {b.data.get(), type.size, 4, {B, C, height, width}, {C * height * row, height * row, row, 1}};
+    };
+    const Buffer sigma(compute, B * C * C), mean(compute, B * C);
+    launchers::pool(type.name, maps(x), chunk, sigma.array(B, C, C), mean.array(B, C));
     require_finite(mean, "mean");
     require_finite(sigma, "sigma");
-    cuda::pool_backward(
-        PoolBackwardTask<T>{constant, chunks, mean.get(), grad_sigma.get(), view(grad_x, channels_last, margin)},
-        nullptr);
+    launchers::pool_backward(type.name, sigma.array(B, C, C), maps(x), mean.array(B, C), chunk, maps(grad_x));
     require_finite(grad_x, "grad_x");
-    return sigma;
-  }
-
-  void root_and_back(const Buffer<T>& sigma, int iterations, Root root, Output output) const {
-    const RootView<const T> source{sigma.get(), Output::kMatrix, C};
-    const int64_t size = RootView<T>{nullptr, output, C}.size();
-    const Buffer<T> result(B * size), grad = random_numbers<T>(B * size, 4), grad_sigma(B * C * C);
-    if (cuda::root_shared_bytes(C, sizeof(T), false) == 0) return;
-    cuda::root(RootTask<T>{B, source, {iterations}, root, {result.get(), output, C}}, nullptr);
-    require_finite(result, "root");
-    if (cuda::root_shared_bytes(C, sizeof(T), true) == 0) return;
-    cuda::root_backward(
-        RootBackwardTask<T>{
-            B, {grad.get(), output, C}, source, {iterations}, root, {grad_sigma.get(), Output::kMatrix, C}},
-        nullptr);
-    require_finite(grad_sigma, "grad_sigma");
-  }
-
-  void run() const {
-    const Buffer<T> sigma = pool_and_back(false, 0, M);
-    pool_and_back(true, 0, 40);
-    pool_and_back(false, 3, 40);
-    root_and_back(sigma, 1, Root::kSquare, Output::kMean);
-    root_and_back(sigma, 3, Root::kSquare, Output::kMatrix);
-    root_and_back(sigma, 2, Root::kInverse, Output::kTriu);
   }
 };
 
+struct NewtonSchulz {
+  const Type& type;
+  int64_t B, C;
+
+  void run(int iterations, int root, int output) const {
+    const int64_t size = output == 0 ? C * C : output == 1 ? C * (C + 1) / 2 : C;
+    Buffer sigma = random_numbers(type, B * C * C, 1);  // and more on the diagonal
+    for (int64_t i = 0; i < B * C; ++i) type.write(sigma.data.get() + (i * C + i % C) * type.size, double(C));
+    const Buffer result(type, B * size), grad = random_numbers(type, B * size, 2), grad_sigma(type, B * C * C);
+    if (launchers::root_shared_bytes(C, type.size, false) == 0) return;
+    launchers::root(type.name, sigma.array(B, C, C), iterations, root, output, 0, result.array(B, size));
+    require_finite(result, "root");
+    if (launchers::root_shared_bytes(C, type.size, true) == 0) return;
+    launchers::root_backward(type.name, grad.array(B, size), sigma.array(B, C, C), iterations, root, output, 0,
+                             grad_sigma.array(B, C, C));
+    require_finite(grad_sigma, "grad_sigma");
+  }
+};
+
+void check_pooling(int64_t channels) {
+  for (const Type* type : {&kFloat32, &kFloat64, &kFloat16, &kBFloat16}) {
+    const Pooling pooling{*type, type->size == 2 ? kFloat32 : *type, 2, channels};
+    pooling.run(false, 0, 77);
+    pooling.run(true, 0, 40);
+    pooling.run(false, 3, 40);
+  }
+}
+
+void check_newton_schulz(int64_t channels) {
+  for (const Type* type : {&kFloat32, &kFloat64}) {
+    const NewtonSchulz newton_schulz{*type, 2, channels};
+    newton_schulz.run(1, 0, 2);
+    newton_schulz.run(3, 0, 0);
+    newton_schulz.run(2, 1, 1);
+  }
+}
+
 }  // namespace
 
-int main(int argc, char** argv) {
+int main(int argc, char** argv) try {
   emulation::options.order = emulation::Order::kRandom;
-  for (int a = 1; a < argc; ++a) {
-    const int64_t channels = std::stoll(argv[a]);
-    std::printf("%lld channels\n", static_cast<long long>(channels));
-    Check<float>{2, channels}.run();
-    Check<double>{1, channels}.run();
+  const bool pooling = argc > 1 && std::string(argv[1]) == "pooling";
+  for (int a = 2; a < argc; ++a) {
+    std::printf("%s channels\n", argv[a]);
+    (pooling ? check_pooling : check_newton_schulz)(std::stoll(argv[a]));
   }
+} catch (const std::exception& error) {
+  std::printf("%s\n", error.what());
+  return 1;
 }

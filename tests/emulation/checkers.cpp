@@ -16,12 +16,16 @@
 extern "C" {
 void __asan_loadN(const void* p, size_t bytes);
 void __asan_storeN(void* p, size_t bytes);
+/// The stacks of a launch that failed are left as they are, with all that they own.
+const char* __asan_default_options() { return "detect_leaks=0"; }
 }
 #endif
 #if defined(EMULATION_THREAD_SANITIZER)
 extern "C" {
 void __tsan_acquire(void* p);
 void __tsan_release(void* p);
+void __tsan_func_entry(void* return_address);
+void __tsan_func_exit();
 void __tsan_read_range(const void* p, size_t bytes);
 void __tsan_write_range(void* p, size_t bytes);
 void AnnotateIgnoreReadsBegin(const char* file, int line);
@@ -44,7 +48,11 @@ Quiet::~Quiet() {
   AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
   AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
 }
+CalledFrom::CalledFrom(void* return_address) { __tsan_func_entry(return_address); }
+CalledFrom::~CalledFrom() { __tsan_func_exit(); }
 #else
+CalledFrom::CalledFrom(void*) {}
+CalledFrom::~CalledFrom() {}
 void release_memory(void*) {}
 void acquire_memory(void*) {}
 Quiet::Quiet() {}

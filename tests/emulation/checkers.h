@@ -25,6 +25,15 @@ class Quiet {
 void note_read(const void* p, size_t bytes, const Site& site);
 void note_write(void* p, size_t bytes, const Site& site);
 
+/// While one lives, ThreadSanitizer's reports of notes show where the runtime was called from: its own functions, not
+/// being instrumented, are on no list of calls.
+class CalledFrom {
+ public:
+  explicit CalledFrom(void* return_address);
+  ~CalledFrom();
+  CalledFrom(const CalledFrom&) = delete;
+};
+
 /// What the shadow knows of a byte of shared memory.
 enum class Shadow : unsigned char { kWritten, kNeverWritten, kInFlight, kGone };
 

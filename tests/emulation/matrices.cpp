@@ -89,6 +89,7 @@ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], con
 }
 
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, const Caller& caller) {
+  const CalledFrom here(__builtin_return_address(0));
   const Site site{"load_matrix", caller.file, caller.line};
   struct alignas(16) Row {
     uint16_t element[8];

@@ -13,7 +13,7 @@
 #define __device__
 #define __host__
 #define __constant__ static
-#define __forceinline__ inline
+#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)
 #define __grid_constant__
@@ -139,11 +139,24 @@ inline void __threadfence_block() {}
 
 // ---- the runtime API ------------------------------------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidClusterSize = 912
+};
 using cudaStream_t = struct CUstream_st*;
 
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 14
+};
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 
 struct cudaLaunchAttribute {
@@ -166,25 +179,24 @@ struct cudaLaunchConfig_t {
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaMalloc(void** memory, size_t bytes);
+cudaError_t cudaFree(void* memory);
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
+cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 
 namespace emulation {
-/// What CUDA would say to a launch of that shape, before anything runs.
-cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel);
+/// What CUDA would say to a launch of that shape, before anything runs. Sets the number of blocks in a cluster.
+cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel, unsigned& cluster_size);
 }  // namespace emulation
 
 /// Returns once the kernel has run.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  const cudaError_t status = emulation::check_launch(*config, reinterpret_cast<const void*>(kernel));
-  if (status != cudaSuccess) return status;
   unsigned cluster_size = 1;
-  for (unsigned a = 0; a < config->numAttrs; ++a)
-    if (config->attrs[a].id == cudaLaunchAttributeClusterDimension) {
-      const auto& dim = config->attrs[a].val.clusterDim;
-      cluster_size = dim.x * dim.y * dim.z;
-    }
+  const cudaError_t status = emulation::check_launch(*config, reinterpret_cast<const void*>(kernel), cluster_size);
+  if (status != cudaSuccess) return status;
   emulation::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, cluster_size,
                  [&] { kernel(static_cast<Parameters>(arguments)...); });
   return cudaSuccess;

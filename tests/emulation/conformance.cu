@@ -1,0 +1,369 @@
+// Each wrapper of csrc/cuda/ptx.cuh compared with a plain loop: what the emulation says it does, and what a device
+// does.
+//
+//     python tests/emulation/build.py plain                                       builds it for the emulation
+//     nvcc -std=c++20 -O3 -arch=native -Icsrc tests/emulation/conformance.cu      builds it for the device that is
+//     there
+//
+// The program names what it runs, and exits with 1 where a wrapper does something else.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <random>
+#include <vector>
+
+#include "cuda/launch.cuh"
+#include "cuda/ptx.cuh"
+
+using namespace isqrt::cuda;
+
+namespace {
+
+constexpr int kWarp = 32, kThreads = 128, kSharedBytes = 32 * 1024;
+
+// ---- kernels --------------------------------------------------------------------------------------------------------
+
+__global__ void round_kernel(const float* x, uint32_t* y) { y[threadIdx.x] = to_tf32(x[threadIdx.x]); }
+
+enum class Kind { kTf32, kF16, kBf16 };
+
+/// D += A B for one warp; A is 16 x K and B is K x 8, both row-major, as registers hold their elements.
+template <Kind kKind, class Element> __global__ void mma_kernel(const Element* A, const Element* B, float* D) {
+  constexpr int kPack = 4 / sizeof(Element), K = 8 * kPack;
+  const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  const auto pack = [](const Element* first, int step) {
+    uint32_t bits = 0;
+    for (int e = 0; e < kPack; ++e) bits |= uint32_t(first[e * step]) << (16 * e);
+    return bits;
+  };
+  uint32_t a[4], b[2];
+  for (int r = 0; r < 4; ++r) a[r] = pack(A + (g + r % 2 * 8) * K + (t + r / 2 * 4) * kPack, 1);
+  for (int r = 0; r < 2; ++r) b[r] = pack(B + (t + r * 4) * kPack * 8 + g, 8);
+  float d[4];
+  for (int i = 0; i < 4; ++i) d[i] = D[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+  if (kKind == Kind::kTf32) mma_tf32(d, a, b);
+  if (kKind == Kind::kF16) mma_f16(d, a, b);
+  if (kKind == Kind::kBf16) mma_bf16(d, a, b);
+  for (int i = 0; i < 4; ++i) D[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
+}
+
+/// Four 8 x 8 matrices, the rows of which lie in shared memory in reverse order.
+template <bool kTransposed> __global__ void load_matrix_kernel(const uint16_t* x, uint32_t* y) {
+  uint16_t* s = shared_memory<uint16_t>();
+  for (int e = 0; e < 8; ++e) s[(kWarp - 1 - threadIdx.x) * 8 + e] = x[threadIdx.x * 8 + e];
+  __syncthreads();
+  uint32_t r[4];
+  if (kTransposed)
+    load_matrix_x4_trans(r, s + (kWarp - 1 - threadIdx.x) * 8);
+  else
+    load_matrix_x4(r, s + (kWarp - 1 - threadIdx.x) * 8);
+  for (int m = 0; m < 4; ++m) y[threadIdx.x * 4 + m] = r[m];
+}
+
+/// Two groups: of all bytes, and of fewer and fewer.
+template <int kBytes> __global__ void copy_async_kernel(const unsigned char* x, unsigned char* y) {
+  unsigned char *first = shared_memory<unsigned char>(), *second = first + kThreads * kBytes;
+  const int at = threadIdx.x * kBytes;
+  copy_async<kBytes>(first + at, x + at);
+  copy_async_commit();
+  copy_async<kBytes>(second + at, x + at, int(threadIdx.x) % (kBytes + 1));
+  copy_async_commit();
+  copy_async_wait<1>();
+  __syncthreads();
+  const int other = (kThreads - 1 - threadIdx.x) * kBytes;
+  for (int e = 0; e < kBytes; ++e) y[other + e] = first[other + e];
+  copy_async_wait<0>();
+  __syncthreads();
+  for (int e = 0; e < kBytes; ++e) y[kThreads * kBytes + other + e] = second[other + e];
+}
+
+/// Three phases of two copies each, and one arrival of another warp.
+__global__ void bulk_kernel(const float* x, float* y) {
+  float* s = shared_memory<float>();
+  uint64_t* barrier = reinterpret_cast<uint64_t*>(s + 2 * kThreads);
+  if (threadIdx.x == 0) {
+    mbarrier_init(barrier, 2);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  for (unsigned phase = 0; phase < 3; ++phase) {
+    if (threadIdx.x % 64 == 0) {
+      const int half = threadIdx.x / 64 * kThreads;
+      mbarrier_expect(barrier, kThreads * sizeof(float));
+      copy_bulk(s + half, x + phase * 2 * kThreads + half, kThreads * sizeof(float), barrier);
+    }
+    mbarrier_wait(barrier, phase % 2);
+    for (int i = 0; i < 2; ++i) y[(2 * phase + i) * kThreads + threadIdx.x] = s[(i + 1) * kThreads - 1 - threadIdx.x];
+    __syncthreads();
+  }
+}
+
+/// Each block writes to the next one and reads from the one before, around the cluster.
+__global__ void cluster_kernel(const int* x, int* y) {
+  int *own = shared_memory<int>(), *mailbox = own + kThreads;
+  const unsigned rank = cluster_rank(), size = cluster_size(), at = blockIdx.x * kThreads + threadIdx.x;
+  own[threadIdx.x] = x[at];
+  cluster_sync();
+  map_shared(mailbox, (rank + 1) % size)[threadIdx.x] = x[at];
+  const int previous = map_shared(static_cast<const int*>(own), (rank + size - 1) % size)[kThreads - 1 - threadIdx.x];
+  cluster_arrive();
+  const int place = int(rank * 1000 + size);
+  cluster_wait();
+  y[4 * at] = previous;
+  y[4 * at + 1] = mailbox[threadIdx.x];
+  y[4 * at + 2] = place;
+  y[4 * at + 3] = int(blockIdx.x);
+  cluster_sync();
+}
+
+/// Two halves of the block, each with a barrier of its own and each its own number of times.
+__global__ void named_barrier_kernel(const int* x, int* y) {
+  int* s = shared_memory<int>();
+  const int half = threadIdx.x / 64, in_half = threadIdx.x % 64;
+  s[threadIdx.x] = x[threadIdx.x];
+  for (int step = 0; step < 3 + 2 * half; ++step) {
+    named_barrier(1 + half, 64);
+    const int neighbour = s[half * 64 + (in_half + 1) % 64];
+    named_barrier(1 + half, 64);
+    s[threadIdx.x] = neighbour;
+  }
+  named_barrier(3, kThreads);
+  y[threadIdx.x] = s[kThreads - 1 - threadIdx.x];
+}
+
+// ---- what a plain loop says -----------------------------------------------------------------------------------------
+
+/// A copy of `values` on the device, for one launch.
+template <class T> class DeviceArray {
+ public:
+  explicit DeviceArray(const std::vector<T>& values) : size_(values.size()) {
+    check(cudaMalloc(reinterpret_cast<void**>(&data_), size_ * sizeof(T)), "cudaMalloc");
+    check(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  ~DeviceArray() { cudaFree(data_); }
+  DeviceArray(const DeviceArray&) = delete;
+
+  T* get() const { return data_; }
+  std::vector<T> values() const {
+    std::vector<T> result(size_);
+    check(cudaMemcpy(result.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    return result;
+  }
+
+ private:
+  T* data_;
+  size_t size_;
+};
+
+template <class... Parameters>
+void launch_clusters(void (*kernel)(Parameters...), unsigned blocks, unsigned cluster, int threads,
+                     Parameters... arguments) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = kSharedBytes;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
+  check(cudaDeviceSynchronize(), "kernel");
+}
+
+/// y after kernel(x, y), y being zeros before.
+template <class X, class Y>
+std::vector<Y> run(void (*kernel)(const X*, Y*), const std::vector<X>& x, size_t size, int threads, unsigned blocks = 1,
+                   unsigned cluster = 1) {
+  const DeviceArray<X> device_x(x);
+  const DeviceArray<Y> device_y(std::vector<Y>(size, Y(0)));
+  launch_clusters<const X*, Y*>(kernel, blocks, cluster, threads, device_x.get(), device_y.get());
+  return device_y.values();
+}
+
+std::mt19937 generator;
+
+template <class T> std::vector<T> counting(size_t size) {
+  std::vector<T> result(size);
+  for (size_t i = 0; i < size; ++i) result[i] = T(i);
+  return result;
+}
+
+bool check_to_tf32() {
+  std::vector<float> x = {0.0f, -0.0f, 1.0f, 1.0f + 0x1p-11f, -1.0f - 0x1p-11f, 1.0f + 3 * 0x1p-11f, 0x1p-130f, 3e38f};
+  while (x.size() < kThreads) x.push_back(std::ldexp(float(int32_t(generator())), int(generator() % 200) - 120));
+  const std::vector<uint32_t> y = run(round_kernel, x, kThreads, kThreads);
+  for (int i = 0; i < kThreads; ++i) {
+    int exponent;
+    std::frexp(x[i], &exponent);
+    const double spacing = std::ldexp(1.0, std::max(exponent, -125) - 11);
+    const uint32_t bits = y[i] & ~0x1fffu;  // what reads a tf32 ignores the others
+    float rounded;
+    std::memcpy(&rounded, &bits, sizeof rounded);
+    if (rounded != float(std::round(x[i] / spacing) * spacing)) return false;  // std::round: ties away from zero
+  }
+  return true;
+}
+
+template <Kind kKind, class Element> Element encode(float x) {
+  if (kKind == Kind::kF16) return Element(__half_as_ushort(__float2half_rn(x)));
+  if (kKind == Kind::kBf16) return Element(__bfloat16_as_ushort(__float2bfloat16_rn(x)));
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return Element(bits | (generator() & 0x1fffu));  // bits that do not count
+}
+
+/// Of numbers with 6 bits: integers, whose sums are exact, and multiples of powers of two.
+template <Kind kKind, class Element> bool check_mma() {
+  constexpr int K = 8 * 4 / sizeof(Element);
+  for (const bool exact : {true, false}) {
+    std::vector<float> A(16 * K), B(K * 8), D(16 * 8);
+    const auto number = [&] {
+      return std::ldexp(float(int(generator() % 127) - 63), exact ? 0 : -int(generator() % 8));
+    };
+    for (auto* matrix : {&A, &B, &D})
+      for (float& x : *matrix) x = number();
+    std::vector<Element> a, b;
+    for (const float x : A) a.push_back(encode<kKind, Element>(x));
+    for (const float x : B) b.push_back(encode<kKind, Element>(x));
+    const DeviceArray<Element> device_a(a), device_b(b);
+    const DeviceArray<float> device_d(D);
+    launch_clusters<const Element*, const Element*, float*>(mma_kernel<kKind, Element>, 1, 1, kWarp, device_a.get(),
+                                                            device_b.get(), device_d.get());
+    const std::vector<float> result = device_d.values();
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 8; ++j) {
+        double sum = D[i * 8 + j], size = std::fabs(sum);
+        for (int k = 0; k < K; ++k) {
+          const double term = double(A[i * K + k]) * B[k * 8 + j];
+          sum += term;
+          size += std::fabs(term);
+        }
+        // Each of the K + 1 terms may lose what lies below the last place of the largest one.
+        const double bound = exact ? 0 : (K + 1) * std::ldexp(size, -23);
+        if (!(std::fabs(result[i * 8 + j] - sum) <= bound)) return false;
+      }
+  }
+  return true;
+}
+
+template <bool kTransposed> bool check_load_matrix() {
+  const std::vector<uint16_t> x = counting<uint16_t>(kWarp * 8);
+  const std::vector<uint32_t> y = run(load_matrix_kernel<kTransposed>, x, kWarp * 4, kWarp);
+  for (int lane = 0; lane < kWarp; ++lane)
+    for (int m = 0; m < 4; ++m)
+      for (int e = 0; e < 2; ++e) {
+        const int g = lane / 4, t = 2 * (lane % 4) + e;
+        const uint32_t expected = x[m * 64 + (kTransposed ? t * 8 + g : g * 8 + t)];
+        if ((y[lane * 4 + m] >> (16 * e) & 0xffff) != expected) return false;
+      }
+  return true;
+}
+
+template <int kBytes> bool check_copy_async() {
+  std::vector<unsigned char> x(kThreads * kBytes);
+  for (unsigned char& byte : x) byte = static_cast<unsigned char>(1 + generator() % 255);
+  const std::vector<unsigned char> y = run(copy_async_kernel<kBytes>, x, 2 * x.size(), kThreads);
+  for (int i = 0; i < kThreads * kBytes; ++i) {
+    const bool copied = i % kBytes < i / kBytes % (kBytes + 1);
+    if (y[i] != x[i] || y[kThreads * kBytes + i] != (copied ? x[i] : 0)) return false;
+  }
+  return true;
+}
+
+bool check_bulk() {
+  const std::vector<float> x = counting<float>(6 * kThreads), y = run(bulk_kernel, x, x.size(), kThreads);
+  for (int i = 0; i < 6; ++i)
+    for (int t = 0; t < kThreads; ++t)
+      if (y[i * kThreads + t] != x[(i + 1) * kThreads - 1 - t]) return false;
+  return true;
+}
+
+bool check_cluster(unsigned size) {
+  const unsigned blocks = 3 * size;
+  const std::vector<int> x = counting<int>(blocks * kThreads);
+  const std::vector<int> y = run(cluster_kernel, x, 4 * x.size(), kThreads, blocks, size);
+  for (unsigned block = 0; block < blocks; ++block)
+    for (int t = 0; t < kThreads; ++t) {
+      const unsigned rank = block % size, previous = block - rank + (rank + size - 1) % size;
+      const int expected[] = {int((previous + 1) * kThreads) - 1 - t, int(previous * kThreads) + t,
+                              int(rank * 1000 + size), int(block)};
+      if (std::memcmp(expected, &y[4 * (block * kThreads + t)], sizeof expected) != 0) return false;
+    }
+  return true;
+}
+
+bool check_named_barrier() {
+  const std::vector<int> x = counting<int>(kThreads), y = run(named_barrier_kernel, x, kThreads, kThreads);
+  for (int t = 0; t < kThreads; ++t) {
+    const int from = kThreads - 1 - t, half = from / 64;
+    if (y[t] != x[half * 64 + (from % 64 + 3 + 2 * half) % 64]) return false;
+  }
+  return true;
+}
+
+struct Check {
+  const char* wrappers;
+  int capability;  // the least compute capability
+  std::function<bool()> holds;
+};
+
+const Check kChecks[] = {
+    {"to_tf32", 8, check_to_tf32},
+    {"mma_tf32", 8, check_mma<Kind::kTf32, uint32_t>},
+    {"mma_f16", 8, check_mma<Kind::kF16, uint16_t>},
+    {"mma_bf16", 8, check_mma<Kind::kBf16, uint16_t>},
+    {"load_matrix_x4", 8, check_load_matrix<false>},
+    {"load_matrix_x4_trans", 8, check_load_matrix<true>},
+    {"copy_async<4>, copy_async_commit, copy_async_wait", 8, check_copy_async<4>},
+    {"copy_async<8>, copy_async_commit, copy_async_wait", 8, check_copy_async<8>},
+    {"copy_async<16>, copy_async_commit, copy_async_wait", 8, check_copy_async<16>},
+    {"mbarrier_init, fence_mbarrier_init, mbarrier_expect, copy_bulk, mbarrier_wait", 9, check_bulk},
+    {"cluster_rank, cluster_size, cluster_arrive, cluster_wait, map_shared; no cluster", 8,
+     [] { return check_cluster(1); }},
+    {"cluster_rank, cluster_size, cluster_arrive, cluster_wait, map_shared; 2 blocks", 9,
+     [] { return check_cluster(2); }},
+    {"cluster_rank, cluster_size, cluster_arrive, cluster_wait, map_shared; 8 blocks", 9,
+     [] { return check_cluster(8); }},
+    {"named_barrier", 8, check_named_barrier},
+};
+
+/// The number of checks that fail.
+int run_checks(int capability) {
+  int failed = 0;
+  for (const Check& each : kChecks) {
+    const char* verdict = "ok";
+    if (capability < each.capability)
+      verdict = "skipped: not on this device";
+    else if (!each.holds())
+      verdict = "FAILED", ++failed;
+    std::printf("%s: %s\n", each.wrappers, verdict);
+  }
+  return failed;
+}
+
+}  // namespace
+
+int main() try {
+  int capability = 0;
+  check(cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, 0), "compute capability");
+#if defined(__CUDACC__)
+  return run_checks(capability) == 0 ? 0 : 1;
+#else
+  int failed = 0;
+  for (const auto order : {emulation::Order::kForward, emulation::Order::kReverse, emulation::Order::kRandom}) {
+    emulation::options.order = order;
+    failed += run_checks(capability);
+  }
+  return failed == 0 ? 0 : 1;
+#endif
+} catch (const std::exception& error) {
+  std::printf("%s\n", error.what());
+  return 1;
+}
