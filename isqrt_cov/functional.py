@@ -41,7 +41,8 @@ def covariance_pool(x: Tensor) -> Tensor:
             place. The 16-bit types are accumulated in float32.
 
     Returns:
-        The biased covariances over the M = H W positions, (B, C, C), in the dtype of ``x``.
+        The biased covariances over the M = H W positions, (B, C, C), in the dtype of ``x``; under autocast in float32,
+        as for all functions here.
 
     Raises:
         RuntimeError: ``x`` has another rank or dtype, no channel or no position.
@@ -71,7 +72,7 @@ def matrix_sqrt(
             eigenvalues under the floor show: a rank-deficient ``sigma`` is then better served by more steps.
 
     Returns:
-        (B, C, C). Zero, with zero gradient, where ``sigma`` is zero; NaN where its trace is negative.
+        (B, C, C). Zero, with zero gradient, where ``sigma`` is zero; NaN, gradient too, where its trace is negative.
 
     Raises:
         RuntimeError: ``sigma`` is not a batch of square matrices, has another dtype, ``iterations`` < 1, or

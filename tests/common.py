@@ -81,3 +81,21 @@ def covariances(batch, channels, dtype, device="cpu", seed=0):
     q, _ = torch.linalg.qr(torch.randn(batch, channels, channels, generator=generator, dtype=torch.float64))
     spectrum = torch.logspace(0, -2, channels, dtype=torch.float64)
     return ((q * spectrum) @ q.mT).to(dtype).to(device)
+
+
+def layouts(x):
+    """The same feature maps (B, C, H, W) in every layout that has a path of its own, under a name."""
+    padded = torch.zeros(x.shape[0], x.shape[1] + 2, x.shape[2] + 4, x.shape[3] + 6, dtype=x.dtype, device=x.device)
+    cropped = padded[:, 1:-1, 2:-2, 3:-3].copy_(x)
+    every_other = x.repeat_interleave(2, dim=3)[..., ::2]
+    return {
+        "NCHW": x.contiguous(),
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "cropped": cropped,
+        "cropped channels_last": padded.contiguous(memory_format=torch.channels_last)[:, 1:-1, 2:-2, 3:-3].copy_(x),
+        "transposed": x.mT.contiguous().mT,
+        "every other column": every_other,
+        "batch last": x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+        "one column": x.flatten(2)[..., None],
+        "expanded": x[:1].expand(x.shape[0], -1, -1, -1),
+    }

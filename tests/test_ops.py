@@ -10,6 +10,7 @@ from common import (
     engine_device,
     feature_maps,
     gradient_size,
+    layouts,
     missing_cuda,
     skip_unless_fits,
     tolerance,
@@ -104,24 +105,6 @@ def test_minimax_steps_match_reference(engine, root, iterations, floor, dtype):
     bound = 8 * tolerance(dtype, 20, 1, iterations)
     assert_close(y, exact_y, bound)
     assert_close(grad, exact_grad, 2 * bound, gradient_size(upstream, y, sigma))
-
-
-def layouts(x):
-    """The same feature maps (B, C, 6, 10) in every layout that has a path of its own, under a name."""
-    padded = torch.zeros(x.shape[0], x.shape[1] + 2, x.shape[2] + 4, x.shape[3] + 6, dtype=x.dtype, device=x.device)
-    cropped = padded[:, 1:-1, 2:-2, 3:-3].copy_(x)
-    every_other = x.repeat_interleave(2, dim=3)[..., ::2]
-    return {
-        "NCHW": x.contiguous(),
-        "channels_last": x.contiguous(memory_format=torch.channels_last),
-        "cropped": cropped,
-        "cropped channels_last": padded.contiguous(memory_format=torch.channels_last)[:, 1:-1, 2:-2, 3:-3].copy_(x),
-        "transposed": x.mT.contiguous().mT,
-        "every other column": every_other,
-        "batch last": x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-        "one column": x.flatten(2)[..., None],
-        "expanded": x[:1].expand(x.shape[0], -1, -1, -1),
-    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -267,25 +250,26 @@ def test_nan_and_inf_stay_in_their_sample(engine, bad):
         assert after[2].isnan().any()
 
 
-@pytest.mark.parametrize("channels", (64, 100))
-def test_same_bits_each_time_and_for_any_number_of_threads(engine, channels):
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("shape", ((1, 24, 9000), (5, 64, 700), (3, 100, 3000)), ids=str)
+def test_same_bits_each_time_and_for_any_number_of_threads(engine, shape, dtype):
     if engine == "library":
         pytest.skip("the library engine is as deterministic as the GEMM of this torch")
     device = engine_device(engine)
-    x = feature_maps(3, channels, 3000, torch.float32, device)
+    x = feature_maps(*shape, dtype, device).requires_grad_()
+    upstream = torch.randn(shape[0], shape[1], shape[1]).to(x)
     threads = torch.get_num_threads()
-    seen = []
+    first = None
     try:
-        for number in (1, threads, 1 if device == "cuda" else threads + 3):
+        for number in (1,) if device == "cuda" else (1, 2, 3, 8):
             torch.set_num_threads(number)
-            leaf = x.clone().requires_grad_()
-            y = ops.cov_sqrt(leaf, 5, 0, engine=engine_code(engine))[0]
-            (grad,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
-            seen.append((y.detach(), grad))
+            for _ in range(20 if device == "cuda" else 5):
+                y = ops.cov_sqrt(x, 5, 0, engine=engine_code(engine))[0]
+                result = (y, *torch.autograd.grad(y, x, upstream))
+                first = first or result
+                assert all(torch.equal(a, b) for a, b in zip(first, result, strict=True))
     finally:
         torch.set_num_threads(threads)
-    for y, grad in seen[1:]:
-        assert torch.equal(y, seen[0][0]) and torch.equal(grad, seen[0][1])
 
 
 def test_pooling_does_not_cancel(engine):

@@ -1,0 +1,62 @@
+"""What is allocated: beside x and its gradient only C x C matrices, whatever the layout and the dtype of x."""
+
+import pytest
+import torch
+
+from common import layouts
+from isqrt_cov import cov_sqrt, covariance_pool
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+LAYOUTS = tuple(layouts(torch.zeros(1, 1, 1, 1)))
+
+
+def allocated(function, device):
+    """Result of ``function()``, and the bytes that it allocated: all of them on a CPU, their peak on a CUDA device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return function(), torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    return result, sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_copy_of_x(device, layout, dtype):
+    x = layouts(torch.randn(2, 8, 200, 240, device=device).to(dtype))[layout].detach().requires_grad_()
+    size = x.numel() * x.element_size()
+    for function in (cov_sqrt, covariance_pool):
+        y, in_forward = allocated(lambda function=function: function(x), device)
+        upstream = torch.randn_like(y)
+        (slope,), in_backward = allocated(lambda y=y, upstream=upstream: torch.autograd.grad(y, x, upstream), device)
+        assert 0 < in_forward < size / 4
+        assert size <= in_backward < size * 5 / 4
+        assert slope.dtype == dtype
+
+
+def test_a_copy_would_be_seen(device):
+    x = layouts(torch.randn(2, 8, 200, 240, device=device))["cropped"]
+    size = x.numel() * x.element_size()
+    assert allocated(lambda: cov_sqrt(x.contiguous()), device)[1] > size
+    half = x.bfloat16()
+    assert allocated(lambda: cov_sqrt(half.float()), device)[1] > size
+
+
+def test_kept_for_backward_is_one_matrix_per_sample(device):
+    x = torch.randn(16, 64, 48, 48, device=device, requires_grad=True)
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = cov_sqrt(x)
+    beyond_x = sum(size for address, size in kept.items() if address != x.untyped_storage().data_ptr())
+    assert x.untyped_storage().data_ptr() in kept
+    assert beyond_x == 4 * (16 * 64 * 64 + 16 * 64)  # sigma and mu in float32
+    assert beyond_x < 1 << 20
+    y.sum().backward()
