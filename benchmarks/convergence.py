@@ -154,6 +154,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.plot(runs[0]["epochs"], means, color=COLOURS[name], linewidth=1.8, label=f"NLRG_{_title(name)}")
     axis.axhline(result["bicubic"], color="black", linewidth=0.8, linestyle=":", label="bicubic")
     arguments, machine = result["arguments"], result["machine"]
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel(f"epoch of {arguments['epoch']} iterations")
     axis.set_ylabel(f"PSNR [dB] on {arguments['val']}, x{arguments['scale']}")
     axis.spines[["top", "right"]].set_visible(False)
