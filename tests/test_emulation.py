@@ -289,8 +289,8 @@ PLANS = (
     (1, 3, 700, "chunks of 256 positions at least, the last one shorter"),
     (2, 100, 900, "chunks of 4 C positions at least"),
     (1030, 2, 70, "more samples than pieces of work: one chunk each"),
-    (1, 128, 64, "the largest matrices of a block; in float64 their gradient is the library's"),
-    (1, 129, 33, "roots that are the library's"),
+    (1, 128, 64, "the largest matrices of a block; in float64 their gradient is the grid's"),
+    (1, 129, 33, "roots that are the grid's"),
 )
 
 
@@ -303,15 +303,16 @@ def test_what_plan_chooses(kernels, batch, channels, positions, dtype):
     check_pooling(kernels, feature_maps(batch, channels, positions, dtype), pool_chunk, pool_backward_chunk)
     assert (forward == "block") == (channels <= 128)
     assert (backward == "block") == (channels <= (128 if size == 4 else 80))
-    if forward == "block" and dtype == compute:
-        check_root(kernels, covariances(min(batch, 2), channels, dtype), 2, "square", "matrix")
+    if dtype == compute:
+        sigma = covariances(min(batch, 2), channels, dtype)
+        check_root(kernels, sigma, 2, "square", "matrix", grid=forward == "grid")
 
 
 @pytest.mark.parametrize("shared_bytes", (99 * 1024, 163 * 1024, HOPPER_SHARED_BYTES))
 def test_plan_keeps_to_the_shared_memory_of_the_device(kernels, shared_bytes):
     kernels.set_device(shared_bytes, 9)
     for dtype in DTYPES:
-        fitting = {"block": 0, "library": 0}
+        fitting = {"block": 0, "grid": 0}
         for channels in range(1, 140):
             engines = kernels.plan(1, channels, 10, dtype.itemsize)[:2]
             for engine, backward in zip(engines, (False, True), strict=True):
@@ -319,7 +320,7 @@ def test_plan_keeps_to_the_shared_memory_of_the_device(kernels, shared_bytes):
                 assert (engine == "block") == (0 < needed <= shared_bytes)
             fitting[engines[1]] = channels
         # The largest gradient that plan() gives to a block is one that it can do, and no larger one is.
-        largest = covariances(1, fitting["library"] - 1, dtype)
+        largest = covariances(1, fitting["grid"] - 1, dtype)
         while kernels.plan(1, largest.shape[1], 10, dtype.itemsize)[1] != "block":
             largest = largest[:, :-1, :-1].contiguous()
         check_root(kernels, largest, 1, "square", "mean")
