@@ -1,6 +1,8 @@
 # make demo   install into .venv and run the benchmark on real feature maps
 # make test   install into .venv and run the whole test suite
 # make lint   ruff and clang-format        make format   apply them
+# make emulate K=pooling, K=newton_schulz or nothing
+#             the CUDA kernels of that name on the CPU (tests/emulation/README.md)
 #
 # PYTHON  the interpreter to start from; if it has a torch, that torch is used
 # TORCH   what to install where it has none
@@ -14,7 +16,7 @@ PIN = $(shell $(BIN)/python -c "import torch; print('torch==' + torch.__version_
 SOURCES := $(shell git ls-files 'csrc/*' 'isqrt_cov/*' 'san_model/*' setup.py pyproject.toml 2>/dev/null)
 CXX_FILES := $(shell git ls-files '*.h' '*.cuh' '*.cpp' '*.cu' 2>/dev/null)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test emulate lint format clean
 
 demo: .venv/san
 	$(BIN)/python -P -m isqrt_cov
@@ -23,6 +25,10 @@ demo: .venv/san
 
 test: .venv/test
 	$(BIN)/pytest
+
+# The kernels are compiled as they lie here. The tests also import the package, any version of it: it need not be built.
+emulate: $(if $(wildcard .venv/test),,.venv/test)
+	$(BIN)/pytest tests/test_emulation.py $(if $(K),-k "$(K)")
 
 .venv/torch:
 	if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages .venv; \
