@@ -2,6 +2,8 @@
 # make test   install into .venv and run the whole test suite
 # make fuzz   10,000 random cases against the reference, other ones each time
 # make lint   ruff and clang-format        make format   apply them
+# make emulate K=pooling, K=newton_schulz or nothing
+#             the CUDA kernels of that name on the CPU (tests/emulation/README.md)
 # make types  mypy over the packages, and over a user's code with them
 # make docs   the pages and the API reference into build/docs; any warning is an error
 # make dist   source archive and wheel into dist, checked against each other and against what an index asks for
@@ -33,7 +35,7 @@ PIN = $(shell $(BIN)/python -c "import torch; print('torch==' + torch.__version_
 SOURCES := $(shell git ls-files 'csrc/*' 'isqrt_cov/*' 'san_model/*' setup.py pyproject.toml 2>/dev/null)
 CXX_FILES := $(shell git ls-files '*.h' '*.cuh' '*.cpp' '*.cu' 2>/dev/null)
 
-.PHONY: demo test lint format kernels check-cuda-torch gpu fuzz types docs dist clean
+.PHONY: demo test emulate lint format kernels check-cuda-torch gpu fuzz types docs dist clean
 
 demo: .venv/san
 	$(BIN)/python -P -m isqrt_cov
@@ -50,6 +52,10 @@ test: .venv/test
 
 fuzz: .venv/test
 	FUZZ_CASES=10000 $(BIN)/pytest tests/test_fuzz.py
+
+# The kernels are compiled as they lie here. The tests also import the package, any version of it: it need not be built.
+emulate: $(if $(wildcard .venv/test),,.venv/test)
+	$(BIN)/pytest tests/test_emulation.py $(if $(K),-k "$(K)")
 
 .venv/torch:
 	if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages .venv; \

@@ -45,7 +45,7 @@ MODES = {
     "coverage": {
         "optimise": ["-O1"],
         "kernels": ["-O0", "-fprofile-arcs", "-ftest-coverage"],
-        "link": ["-lgcov"],
+        "link": ["-lgcov", "-Wl,--undefined=__gcov_dump"],
     },
 }  # fmt: skip
 RUNTIME = ["runtime.cpp", "async.cpp", "matrices.cpp", "fibers.cpp", "checkers.cpp", "api.cpp"]
@@ -125,21 +125,15 @@ def build(program, mode="plain"):
         stamps = list(pool.map(lambda source: compile_object(mode, source), sources))
     module = program == "isqrt_emulation"
     target = CACHE / mode / (program + sysconfig.get_config_var("EXT_SUFFIX") if module else program)
-    stamp = target.with_suffix(".stamp")
-    if not target.exists() or not stamp.exists() or stamp.read_text() != digest(stamps):
+    options = MODES[mode]
+    link = [*options.get("sanitizer", []), *options.get("link", []), "-lpthread", "-ldl"]
+    stamp, built_from = target.with_suffix(".stamp"), digest(stamps, link)
+    if not target.exists() or not stamp.exists() or stamp.read_text() != built_from:
         objects = [object_path(mode, source) for source in sources]
-        options = MODES[mode]
-        link = [
-            *options.get("sanitizer", []),
-            *options.get("link", []),
-            *(["-shared"] if module else []),
-            "-lpthread",
-            "-ldl",
-        ]
         scratch = target.with_name(f"{target.name}.{os.getpid()}")
         run([CXX, *(["-shared"] if module else []), *objects, "-o", scratch, *link])
         scratch.replace(target)
-        stamp.write_text(digest(stamps))
+        stamp.write_text(built_from)
     return target
 
 

@@ -209,4 +209,6 @@ extern "C" void __asan_storeN_noabort(const void* p, size_t bytes) {
   emulation::check_access(p, bytes, true, __builtin_return_address(0));
 }
 extern "C" void __asan_handle_no_return() {}
+extern "C" void __asan_before_dynamic_init(const char*) {}
+extern "C" void __asan_after_dynamic_init() {}
 #endif

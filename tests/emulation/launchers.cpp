@@ -1,6 +1,5 @@
 #include "launchers.h"
 
-#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <vector>
@@ -19,10 +18,10 @@ template <class T> T* elements(const Array& a) {
 }
 
 template <class T> T* contiguous(const Array& a) {
-  const bool empty = std::count(a.shape, a.shape + a.rank, 0) > 0;  // then numpy's strides are anything
-  int64_t stride = 1;
-  for (int d = a.rank - 1; d >= 0; stride *= a.shape[d--])
-    if (a.strides[d] != stride && a.shape[d] > 1 && !empty) throw std::invalid_argument("array: not contiguous");
+  int64_t size = 1;  // of an index of dimension d
+  bool contiguous = true;
+  for (int d = a.rank - 1; d >= 0; size *= a.shape[d--]) contiguous &= a.strides[d] == size || a.shape[d] == 1;
+  if (!contiguous && size > 0) throw std::invalid_argument("array: not contiguous");
   return elements<T>(a);
 }
 
