@@ -1,7 +1,9 @@
 """The processes of one training: those that torchrun started, or this one alone."""
 
 import gc
+import importlib
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +44,8 @@ def processes(device: str) -> Iterator[Process]:
     if "WORLD_SIZE" not in os.environ:
         yield Process(0, 1, find_device(device))
         return
+    # Its functions keep, as a default argument, the group there is when they are imported; torch does so on the way.
+    importlib.import_module("torch.distributed.nn.functional")
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     chosen = find_device(device)
@@ -51,6 +55,9 @@ def processes(device: str) -> Iterator[Process]:
     try:
         yield Process(dist.get_rank(), dist.get_world_size(), chosen)
         dist.barrier()  # nobody leaves while another still talks to it
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # whose variables may hold the network, which holds the group
+        raise
     finally:
-        gc.collect()  # what holds the group, in a cycle perhaps, goes first: its threads must not outlive Python
+        gc.collect()  # what holds the group, in a cycle perhaps, goes first: threads that outlive Python abort it
         dist.destroy_process_group()

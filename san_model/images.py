@@ -42,6 +42,9 @@ def read(path: str | Path) -> Picture:
     path = Path(path)
     try:
         with Image.open(path) as image:
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":  # a camera's JPEG, with a preview behind the photograph
+                raise InputError(f"{path}: {frames} images in one file, expected a single one")
             image.load()
             metadata = {key: image.info[key] for key in ("icc_profile", "exif", "dpi") if image.info.get(key)}
             metadata["text"] = dict(getattr(image, "text", {}))
@@ -95,10 +98,7 @@ def _read_deep_png(path: Path) -> np.ndarray | None:
 def write(path: str | Path, picture: Picture) -> None:
     """Writes a picture in the format that the suffix names; 16 bits only as PNG, alpha not as JPEG or BMP."""
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{path}: unknown suffix {path.suffix!r}, one of {', '.join(SUFFIXES)} is needed")
-    if picture.alpha is not None and path.suffix.lower() in (".jpg", ".jpeg", ".bmp"):
-        raise InputError(f"{path}: the image has transparency, which {path.suffix} cannot hold; write a .png")
+    check_target(path, picture.alpha is not None)
     planes = picture.colour.mean(0, keepdim=True) if picture.grey else picture.colour
     if picture.alpha is not None:
         planes = torch.cat([planes, picture.alpha])
@@ -113,6 +113,14 @@ def write(path: str | Path, picture: Picture) -> None:
         image.save(buffer, format=Image.registered_extensions()[path.suffix.lower()], **_save_options(path, picture))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(buffer.getvalue())
+
+
+def check_target(path: Path, alpha: bool = False) -> None:
+    """Raises InputError where the suffix names no format to write an image in, with transparency if need be."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"{path}: unknown suffix {path.suffix!r}, one of {', '.join(SUFFIXES)} is needed")
+    if alpha and path.suffix.lower() in (".jpg", ".jpeg", ".bmp"):
+        raise InputError(f"{path}: the image has transparency, which {path.suffix} cannot hold; write a .png")
 
 
 def _save_options(path: Path, picture: Picture) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """Super-resolution of images of any size by a network, and the command that does it to files."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count, product
 from pathlib import Path
 from typing import Literal
 
@@ -17,10 +20,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import SAN
-from .images import InputError, Picture, bicubic, list_images, read, write
+from .images import InputError, Picture, bicubic, check_target, list_images, read, write
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "san_light_x2.safetensors"
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -78,6 +81,7 @@ def upscale(options: UpscaleOptions) -> list[Path]:
             task = progress.add_task(source.name, total=None)
             try:
                 picture = read(source)
+                check_target(target, picture.alpha is not None)
             except InputError as error:
                 if options.bad_files == "refuse":
                     raise
@@ -113,6 +117,7 @@ def _jobs(source: Path, output: Path | None, scale: int) -> list[tuple[Path, Pat
     else:
         jobs = [(source, output)]
     for _, target in jobs:
+        check_target(target)  # now, not after minutes of work
         if target.exists() and any(target.samefile(file) for file, _ in jobs):
             raise InputError(f"--output {target}: would overwrite an input")
     return jobs
@@ -141,29 +146,47 @@ def super_resolve(
 ) -> Tensor:
     """(3, H, W) -> (3, scale H, scale W), float32 on the scale 0..255, on the CPU.
 
-    ``model`` is in eval mode on its device; ``step(done, total)`` is called after each run of it. The other arguments
-    are those of :class:`UpscaleOptions`.
+    ``model`` is in eval mode on its device; ``step(done, total)`` is called after each of its groups. The other
+    arguments are those of :class:`UpscaleOptions`.
     """
+    scale = model.config["scale"]
+    views = [(turns, flip) for flip in (False, True) for turns in range(4)] if self_ensemble else [(0, False)]
+    runs = len(views) * math.prod(len(_tiles(side, tile, overlap)) for side in colour.shape[1:])
+    mean = torch.zeros(3, colour.shape[1] * scale, colour.shape[2] * scale)
+    with _counted(model.RG, runs, step):
+        for turns, flip in views:
+            seen = torch.rot90(colour.flip(2) if flip else colour, turns, (1, 2))
+            back = torch.rot90(_tiled(model, seen, tile, overlap), -turns, (1, 2))
+            mean += (back.flip(2) if flip else back) / len(views)
+    return mean.clamp(0, 255)
+
+
+def _tiled(model: SAN, seen: Tensor, tile: int, overlap: int) -> Tensor:
+    """One view of the image, (3, H, W) -> (3, scale H, scale W), not clipped."""
     device, scale = next(model.parameters()).device, model.config["scale"]
     white = model.config["rgb_range"] / 255
-    views = [(turns, flip) for flip in (False, True) for turns in range(4)] if self_ensemble else [(0, False)]
-    mean = torch.zeros(3, colour.shape[1] * scale, colour.shape[2] * scale)
-    for view, (turns, flip) in enumerate(views):
-        seen = torch.rot90(colour.flip(2) if flip else colour, turns, (1, 2))
-        height, width = seen.shape[1:]
-        out, weight = torch.zeros(3, height * scale, width * scale), torch.zeros(height * scale, width * scale)
-        tiles = [(rows, columns) for rows in _tiles(height, tile, overlap) for columns in _tiles(width, tile, overlap)]
-        for number, (rows, columns) in enumerate(tiles):
-            result = model(seen[None, :, slice(*rows), slice(*columns)].to(device, torch.float32) * white)[0] / white
-            ramps = _ramp(*rows, height, overlap), _ramp(*columns, width, overlap)
-            ramp = torch.outer(*(r.repeat_interleave(scale) for r in ramps))
-            top, bottom, left, right = (edge * scale for edge in (*rows, *columns))
-            out[:, top:bottom, left:right] += ramp * result.float().cpu()
-            weight[top:bottom, left:right] += ramp
-            step(view * len(tiles) + number + 1, len(views) * len(tiles))
-        back = torch.rot90(out / weight, -turns, (1, 2))
-        mean += (back.flip(2) if flip else back) / len(views)
-    return mean.clamp(0, 255)
+    height, width = seen.shape[1:]
+    out, weight = torch.zeros(3, height * scale, width * scale), torch.zeros(height * scale, width * scale)
+    for rows, columns in product(_tiles(height, tile, overlap), _tiles(width, tile, overlap)):
+        result = model(seen[None, :, slice(*rows), slice(*columns)].to(device, torch.float32) * white)[0] / white
+        ramps = _ramp(*rows, height, overlap), _ramp(*columns, width, overlap)
+        ramp = torch.outer(*(r.repeat_interleave(scale) for r in ramps))
+        top, bottom, left, right = (edge * scale for edge in (*rows, *columns))
+        out[:, top:bottom, left:right] += ramp * result.float().cpu()
+        weight[top:bottom, left:right] += ramp
+    return out / weight
+
+
+@contextmanager
+def _counted(groups: nn.ModuleList, runs: int, step: Callable[[int, int], None]) -> Iterator[None]:
+    """Calls ``step(done, total)`` after each group, in all ``runs``: of a large image a single one takes minutes."""
+    total, done = runs * len(groups), count(1)
+    hooks = [group.register_forward_hook(lambda *_: step(next(done), total)) for group in groups]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_tile(tile: int, overlap: int) -> None:

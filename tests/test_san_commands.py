@@ -243,6 +243,15 @@ def test_upscale_refuses(root, tmp_path, capsys, monkeypatch):
     assert "--tile -1" in refused(capsys, "upscale", tmp_path / "a.png", *model, "--tile", -1)
     assert "--model absent.pt" in refused(capsys, "upscale", tmp_path / "a.png", "--model", "absent.pt")
     assert "--device warp" in refused(capsys, "upscale", tmp_path / "a.png", *model, "--device", "warp")
+    write(tmp_path / "clear.png", Picture(torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)))
+    with monkeypatch.context() as patch:
+        patch.delattr(upscale, "super_resolve")  # what cannot be written is refused before the work is done
+        assert "a.xyz: unknown suffix" in refused(
+            capsys, "upscale", tmp_path / "a.png", *model, "--output", tmp_path / "a.xyz"
+        )
+        assert "c.jpg: the image has transparency" in refused(
+            capsys, "upscale", tmp_path / "clear.png", *model, "--output", tmp_path / "c.jpg"
+        )
     monkeypatch.setattr(upscale, "DEFAULT_WEIGHTS", tmp_path / "none.safetensors")
     assert "--model: this installation has no weights" in refused(capsys, "upscale", tmp_path / "a.png")
 
@@ -263,17 +272,20 @@ def test_upscale_uses_the_weights_of_the_package_and_says_so(root, tmp_path, cap
 
 
 class Nearest(torch.nn.Module):
-    """A network that looks at each pixel alone, so that tiles and views change nothing; it counts its runs."""
+    """Two groups that look at each pixel alone, so that tiles and views change nothing; it counts its runs."""
 
     config = {"scale": 2, "rgb_range": 255}
 
     def __init__(self):
         super().__init__()
         self.unused = torch.nn.Parameter(torch.zeros(1))
+        self.RG = torch.nn.ModuleList(torch.nn.Identity() for _ in range(2))
         self.sizes = []
 
     def forward(self, x):
         self.sizes.append(tuple(x.shape[2:]))
+        for group in self.RG:
+            x = group(x)
         return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
@@ -285,7 +297,8 @@ def test_tiles_and_views_fit_together(tile, overlap, self_ensemble):
     result = super_resolve(model, image, tile, overlap, self_ensemble, lambda *step: steps.append(step))
     torch.testing.assert_close(result, image.repeat_interleave(2, 1).repeat_interleave(2, 2), rtol=0, atol=1e-3)
     assert all(max(size) <= (tile or 30) for size in model.sizes) or tile == 40
-    assert steps == [(done + 1, len(model.sizes)) for done in range(len(model.sizes))]
+    assert steps == [(done + 1, 2 * len(model.sizes)) for done in range(2 * len(model.sizes))]
+    assert not any(group._forward_hooks for group in model.RG)
     assert len(model.sizes) % (8 if self_ensemble else 1) == 0
 
 

@@ -140,6 +140,22 @@ def test_a_bad_file_is_named(tmp_path, damage):
         read(path)
 
 
+def test_several_images_in_a_file_are_refused_but_not_a_preview(tmp_path):
+    frames = [Image.fromarray(pixels(3).astype(np.uint8)).transpose(turn) for turn in (0, 1)]
+    for name, options in {
+        "a.tif": {},
+        "b.png": {},
+        "c.webp": {"lossless": True},
+        "photo.jpg": {"format": "MPO"},
+    }.items():
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+        if name == "photo.jpg":
+            assert read(tmp_path / name).colour.shape == (3, 6, 9)
+        else:
+            with pytest.raises(InputError, match=f"{name}: 2 images in one file"):
+                read(tmp_path / name)
+
+
 def test_what_a_format_cannot_hold_is_refused(tmp_path):
     picture = Picture(torch.zeros(3, 4, 4), alpha=torch.zeros(1, 4, 4))
     with pytest.raises(InputError, match=r"a\.jpg.*transparency"):

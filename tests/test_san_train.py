@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from san_model import SAN
 from san_model import train as training
+from san_model.distributed import processes
 from san_model.images import InputError, Picture, write
 from san_model.train import PRESETS, TrainingError, TrainOptions, train
 
@@ -183,6 +185,40 @@ def test_torchrun_gives_the_same_losses(images, uninterrupted, tmp_path):
         # The same batches; the sums over them are rounded in another order.
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert mine["psnr"]["val"] == pytest.approx(theirs["psnr"]["val"], abs=1e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in /proc")
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_thread_outlives_the_process_group(monkeypatch, fails):
+    """One that did would meet a Python that is gone, and abort the process: now and then, at its end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+    class Holder:
+        """Holds the group in a cycle, as a run does."""
+
+        def __init__(self):
+            self.network, self.cycle = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1)), self
+
+        def run(self):
+            self.network(torch.ones(1, 1)).sum().backward()
+            assert any("gloo" in name for name in threads())
+            if fails:
+                raise TrainingError("stop")
+
+    def threads():
+        return [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+
+    try:
+        with processes("cpu"):
+            Holder().run()
+    except TrainingError:  # its traceback, and what hangs on it, is there until the block ends
+        assert fails and not any("gloo" in name for name in threads())
+    assert not any("gloo" in name for name in threads())
 
 
 @pytest.mark.parametrize("when", ["loss", "gradient"])
