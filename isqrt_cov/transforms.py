@@ -24,7 +24,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def register_derivatives(
-    name: str, setup_context: Callable, backward: Callable, jvp: Callable, *, autocast: bool
+    name: str,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    jvp: Callable[..., Any],
+    *,
+    autocast: bool,
 ) -> None:
     """Derivatives of ``isqrt_cov::name`` by the methods of ``torch.autograd.Function`` of these names.
 
@@ -76,7 +81,7 @@ def register_derivatives(
         if forward_ad._current_level < 0 and not (_C.is_grad_enabled() and _C._any_requires_grad(*args)):
             return below_autograd(keyset, args)
         with enable_single_level_autograd_function():
-            return Derivatives.apply(keyset, *args)
+            return Derivatives.apply(keyset, *args)  # type: ignore[attr-defined]  # torch declares it in a subclass
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
     if autocast:
