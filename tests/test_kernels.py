@@ -137,10 +137,9 @@ def test_rules(pool, monkeypatch):
     assert faults(registers="88") == []
     assert "89 registers, 80 on the page (margin 8)" in faults(registers="89")[0]
     assert "wide accesses lost" in faults(**{"LDG 128-bit": "1 of 3"})[0]
-    assert "no FFMA (products in float32)" in faults(FFMA="0")[0]
-    assert "no LDS 128-bit" in faults(**{"LDS 128-bit": "0 of 2"})[0]
-    assert "no tensor instruction left" in faults(tensor="0")[0]
-    assert "no LDGSTS instruction left" in faults(LDGSTS="0")[0]
+    for name, why in (("tensor", "products run"), ("LDGSTS", "operands are copied")):
+        expected, lost = faults(**{name: "0"})
+        assert f"no {name} ({why}" in expected and f"no {name} instruction left" in lost
     assert "not on the page" in kernels.instruction_faults({}, good)[0]
     assert "not in the library" in kernels.instruction_faults(good, {})[0]
 

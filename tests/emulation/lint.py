@@ -82,8 +82,8 @@ def compile_program(program: str) -> Path:
 
     def compile_object(source: str | Path) -> Path:
         source = build.EMULATION / source
-        runtime = [] if source.suffix == ".cu" else [f"-I{build.EMULATION / 'include'}"]
-        command = [build.CXX, *build.COMMON, *(build.KERNELS if source.suffix == ".cu" else runtime)]
+        command = [build.CXX, *build.COMMON, f"-I{build.EMULATION / 'include'}"]
+        command += build.KERNELS if source.suffix == ".cu" else []
         command += INSTRUMENTED if source.suffix == ".cu" else ["-O2"]
         target = build.CACHE / "lint" / f"{source.stem}-{fingerprint(command, source)}.o"
         if not target.exists():
@@ -91,11 +91,11 @@ def compile_program(program: str) -> Path:
             build.run([*command, "-c", source, "-o", target])
         return target
 
-    sources = [*PROGRAMS[program], "lint_recorder.cpp", *build.RUNTIME_SOURCES]
+    sources = [*PROGRAMS[program], "lint_recorder.cpp", *build.RUNTIME]
     with ThreadPoolExecutor() as pool:
         objects = list(pool.map(compile_object, sources))
     target = build.CACHE / "lint" / program
-    build.run([build.CXX, "-no-pie", *WRAPPED, *objects, "-o", target, "-lpthread"])
+    build.run([build.CXX, "-no-pie", *WRAPPED, *objects, "-o", target, "-lpthread", "-ldl"])
     return target
 
 
