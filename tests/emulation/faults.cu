@@ -271,9 +271,10 @@ template <bool kFault> __global__ void cluster_without_arrival(float* y) {
   y[blockIdx.x * kThreads + threadIdx.x] = 1;
 }
 
-template <bool kFault> __global__ void static_in_cluster(float* y) {
+// No template: g++ keeps the static variables of those out of the section that the emulation watches.
+__global__ void static_in_cluster(float* y, bool fault) {
   __shared__ float s[kThreads];
-  float* own = kFault ? s : shared_memory<float>();
+  float* own = fault ? s : shared_memory<float>();
   own[threadIdx.x] = 1;
   __syncthreads();
   y[blockIdx.x * kThreads + threadIdx.x] = own[threadIdx.x];
@@ -328,7 +329,7 @@ template <bool kFault> std::map<std::string, std::function<std::vector<float>()>
       {"other_block_too_late", [] { return run(2, 2, other_block_too_late<kFault>); }},
       {"outside_cluster", [] { return run(2, 2, outside_cluster<kFault>); }},
       {"cluster_without_arrival", [] { return run(2, 2, cluster_without_arrival<kFault>); }},
-      {"static_in_cluster", [] { return run(2, 2, static_in_cluster<kFault>); }},
+      {"static_in_cluster", [] { return run(2, 2, static_in_cluster, kFault); }},
       {"between_blocks", [] { return run(2, 1, between_blocks<kFault>); }},
   };
 }
