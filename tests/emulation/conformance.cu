@@ -308,6 +308,28 @@ bool check_named_barrier() {
   return true;
 }
 
+/// x: A (8 x 4), B (4 x 8), then what is added to (8 x 8), row-major.
+__global__ void mma_f64_kernel(const double* x, double* D) {
+  const int g = int(threadIdx.x) / 4, t = int(threadIdx.x) % 4;
+  double d[2] = {x[64 + g * 8 + 2 * t], x[64 + g * 8 + 2 * t + 1]};
+  mma_f64(d, x[g * 4 + t], x[32 + t * 8 + g]);
+  for (int e = 0; e < 2; ++e) D[g * 8 + 2 * t + e] = d[e];
+}
+
+bool check_mma_f64() {
+  std::vector<double> x(128);
+  for (double& v : x) v = double(generator() % 127) - 63;  // sums are exact
+  const std::vector<double> D = run(mma_f64_kernel, x, 64, kWarp);
+  bool same = true;
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < 8; ++j) {
+      double sum = x[64 + i * 8 + j];
+      for (int k = 0; k < 4; ++k) sum += x[i * 4 + k] * x[32 + k * 8 + j];
+      same &= D[i * 8 + j] == sum;
+    }
+  return same;
+}
+
 struct Check {
   const char* wrappers;
   int capability;  // the least compute capability
@@ -319,6 +341,7 @@ const Check kChecks[] = {
     {"mma_tf32", 8, check_mma<Kind::kTf32, uint32_t>},
     {"mma_f16", 8, check_mma<Kind::kF16, uint16_t>},
     {"mma_bf16", 8, check_mma<Kind::kBf16, uint16_t>},
+    {"mma_f64", 8, check_mma_f64},
     {"load_matrix_x4", 8, check_load_matrix<false>},
     {"load_matrix_x4_trans", 8, check_load_matrix<true>},
     {"copy_async<4>, copy_async_commit, copy_async_wait", 8, check_copy_async<4>},
