@@ -259,7 +259,7 @@ template <class T> class GridEngine {
 
   static constexpr int kMostScalars = 16;
   static int64_t workspace_size(const GridShape& shape, int matrices) {
-    return shape.batch * (shape.size() * matrices + round_up(kMostScalars, kPacketBytes));
+    return shape.batch * (shape.size() * matrices + kMostScalars);
   }
 
   GridEngine(const GridShape& shape, int matrices, T* workspace, void* stream)

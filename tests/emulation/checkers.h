@@ -1,5 +1,5 @@
 // What watches the accesses of kernels: ThreadSanitizer, AddressSanitizer, or the runtime's own shadow of shared memory
-// in a build of mode "shared". Kernels are instrumented and watched by themselves; the runtime is not, and says what it
+// in a build of mode "shadow". Kernels are instrumented and watched by themselves; the runtime is not, and says what it
 // reads, writes and orders in their name.
 #pragma once
 #include <cstddef>
