@@ -107,7 +107,10 @@ template <class X> class PoolEngine {
         for (int64_t r = 0; r < vector_run; r += W) {
           Vector<T> rows[W];
 #pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) rows[i] = load_vector(x + (c + i) * x_.stride_c + r);
+          for (int i = 0; i < W; ++i) {
+            rows[i] = load_vector(x + (c + i) * x_.stride_c + r);
+            __builtin_prefetch(x + (c + i) * x_.stride_c + r + 4 * W);
+          }
           transpose<T>(rows);
 #pragma GCC unroll 16
           for (int i = 0; i < W; ++i) {
@@ -210,6 +213,9 @@ template <class X> class PoolBackwardEngine {
   int64_t tile_positions() const { return tile_positions_; }
 
   void load_centered(int64_t m, int64_t n) const {  // tile: [channel, position]
+    if (x_.stride_w == 1)
+      return for_each_run(x_, m, n,
+                          [&](int64_t offset, int64_t r, int64_t run) { load_rows(tile_ + r, sample_ + offset, run); });
     for_each_run(x_, m, n, [&](int64_t offset, int64_t r, int64_t run) {
       copy_strided(tile_ + r, ld_tile_, int64_t(1), sample_ + offset, x_.stride_c, x_.stride_w, x_.channels, run);
     });
@@ -230,6 +236,22 @@ template <class X> class PoolBackwardEngine {
   }
 
  private:
+  /// One run of contiguous positions, less the mean. The hardware does not foresee that a row ends: the rows to come
+  /// are asked for early.
+  void load_rows(T* tile, const X* x, int64_t run) const {
+    constexpr int64_t W = S::kWidth, kAhead = 6;
+    for (int64_t c = 0; c < x_.channels; ++c, tile += ld_tile_, x += x_.stride_c) {
+      const T mean = mean_[c];
+      const int64_t ahead = minimum(kAhead, x_.channels - 1 - c) * x_.stride_c;
+      int64_t r = 0;
+      for (; r + W <= run; r += W) {
+        __builtin_prefetch(x + ahead + r);
+        store_vector(tile + r, load_vector(x + r) - mean);
+      }
+      for (; r < run; ++r) tile[r] = to_number(x[r]) - mean;
+    }
+  }
+
   /// target = W tile, whole register tiles.
   template <class To> void multiply(int64_t n, To* target, int64_t ld) const {
     for (int64_t j = 0; j < n; j += S::kColumns)
