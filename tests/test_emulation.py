@@ -76,26 +76,30 @@ def not_a_number(*shape, dtype):
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
-def pool(kernels, x, chunk):
+NO_SCALE = torch.empty(0)
+
+
+def pool(kernels, x, chunk, scale=NO_SCALE):
     batch, channels = x.shape[:2]
     dtype = torch.promote_types(x.dtype, torch.float32)
     sigma, mean = not_a_number(batch, channels, channels, dtype=dtype), not_a_number(batch, channels, dtype=dtype)
-    kernels.pool(name_of(x.dtype), array(x), chunk, array(sigma), array(mean))
+    kernels.pool(name_of(x.dtype), array(x), chunk, array(sigma), array(mean), array(scale))
     return sigma, mean
 
 
-def pool_backward(kernels, grad_sigma, x, mean, chunk):
+def pool_backward(kernels, grad_sigma, x, mean, chunk, scale=NO_SCALE):
     grad_x = torch.full_like(x, float("nan"))
-    kernels.pool_backward(name_of(x.dtype), array(grad_sigma), array(x), array(mean), chunk, array(grad_x))
+    arrays = array(grad_sigma), array(x), array(mean), array(scale)
+    kernels.pool_backward(name_of(x.dtype), *arrays, chunk, array(grad_x))
     return grad_x
 
 
-def root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False):
+def root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False, scale=NO_SCALE):
     batch, channels = sigma.shape[:2]
     shape = {"matrix": (channels, channels), "triu": (channels * (channels + 1) // 2,), "mean": (channels,)}[output]
     result = not_a_number(batch, *shape, dtype=sigma.dtype)
     codes = ROOTS.index(root_name), OUTPUTS.index(output)
-    kernels.root(name_of(sigma.dtype), array(sigma), iterations, *codes, floor, grid, array(result))
+    kernels.root(name_of(sigma.dtype), array(sigma), iterations, *codes, floor, grid, array(scale), array(result))
     return result
 
 
@@ -247,6 +251,39 @@ def test_pooling_reads_and_writes_every_half(kernels, dtype):
     x = torch.randn(512, 1, 64).to(dtype)
     grad_x = pool_backward(kernels, grad_sigma, x, torch.zeros(512, 1), 64)
     assert torch.equal(grad_x, (2 / 64 * grad_sigma * x.float()).to(dtype))
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize(("dtype", "factors"), ((torch.float32, (1e-30, 1, 1e18)), (torch.float64, (1e-180, 1, 1e200))))
+def test_pooling_beyond_the_range_of_squares(kernels, dtype, factors, layout):
+    ordinary = feature_maps(3, 40, 77, torch.float64).unflatten(2, (7, 11))
+    x = in_layout((ordinary * torch.tensor(factors, dtype=torch.float64)[:, None, None, None]).to(dtype), layout)
+    scale = not_a_number(3, dtype=dtype)
+    sigma, mean = pool(kernels, x, 40, scale)
+    assert scale[1] == 1 and torch.equal(scale.frexp()[0], torch.full((3,), 0.5, dtype=dtype))
+    exact = x.double() if dtype == torch.float32 else ordinary  # whose squares float64 holds
+    of_exact = torch.tensor([1.0, 1, 1] if dtype == torch.float32 else factors, dtype=torch.float64)
+    bound = tolerance(dtype, 40, 77)
+    assert_close(mean / of_exact[:, None].to(dtype), exact.flatten(2).mean(-1), bound)
+    normal = exact * (scale.double() * of_exact)[:, None, None, None]
+    for b in range(3):
+        assert_close(sigma[b], reference.covariance_pool(normal[b : b + 1])[0], bound)
+    assert torch.equal(sigma[1:2], pool(kernels, x[1:2].contiguous(), 40)[0]) or layout != "contiguous"
+    # The covariance itself where it is wanted: of numbers up to 1e18 it is in the range of float32.
+    if dtype == torch.float32:
+        assert_close(pool(kernels, x, 40)[0][2], reference.covariance_pool(exact)[2], bound)
+    # The gradient of <G, Sigma of scale x> / scale, as the root's is handed over.
+    grad_sigma = torch.randn(sigma.shape, dtype=dtype)
+    grad_sigma += grad_sigma.mT.clone()
+    grad_x = pool_backward(kernels, grad_sigma, x, mean, 40, scale)
+    for b in range(3):
+        expected = reference.covariance_pool_backward(grad_sigma[b : b + 1].double(), normal[b : b + 1])
+        assert_close(grad_x[b : b + 1], expected, 2 * bound)
+    y = root(kernels, sigma, 5, "square", "matrix", scale=scale)
+    for result in (y, root(kernels, sigma, 5, "square", "matrix", grid=True, scale=scale)):
+        for b in range(3):
+            expected = reference.cov_sqrt(normal[b : b + 1], 5, "matrix")[0]
+            assert_close(result[b].double() * scale[b].double(), expected, 4 * bound)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

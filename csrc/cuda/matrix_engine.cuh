@@ -103,13 +103,13 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
     return block_sum(sum, shared_memory<T>());
   }
 
-  /// <sym(source), A>
-  template <class Source> __device__ T inner(const Source& source, Matrix A) const {
+  /// <factor sym(source), A>
+  template <class Source> __device__ T inner(const Source& source, Matrix A, T factor = 1) const {
     T sum = 0;
     for_own_tiles([&](const Place& own, int) {
       const T times = own.I < own.J ? 2 : 1;  // tile (J, I) is not stored
       WarpTile<T> tile = read_tile(A, own);
-      tile.for_each([&](T a, int r, int c) { sum += times * (symmetric(source, own.i(r), own.j(c)) * a); });
+      tile.for_each([&](T a, int r, int c) { sum += times * (factor * symmetric(source, own.i(r), own.j(c)) * a); });
     });
     return block_sum(sum, shared_memory<T>());
   }
