@@ -95,6 +95,8 @@ def compile_object(mode, source):
         command += [f"-I{EMULATION / 'include'}"]
     if source.name not in RUNTIME:  # the sanitizer is told what happens there and must not watch
         command += options.get("sanitizer", [])
+    else:  # runs far more often than it is compiled
+        command += ["-O2"]
     if source.suffix == ".cu":
         command += [*KERNELS, *options.get("kernels", [])]
     if source.name == "plan.cpp":

@@ -56,7 +56,7 @@ emulation_switch_stacks:
 namespace emulation {
 namespace {
 
-constexpr size_t kStackSize = 256 << 10, kGuard = 4096;
+constexpr size_t kStackSize = 256 << 10, kGuard = 4096, kCacheLine = 64;
 constexpr int kSavedRegisters = 6;
 
 std::vector<Fiber> ended_fibers;
@@ -69,6 +69,8 @@ Fiber new_fiber() {
   Fiber fiber;
   fiber.stack = static_cast<char*>(memory) + kGuard;
   fiber.stack_size = kStackSize;
+  static size_t count = 0;
+  fiber.stack_offset = count++ % (kGuard / kCacheLine) * kCacheLine;
 #if defined(EMULATION_THREAD_SANITIZER)
   fiber.thread_sanitizer = __tsan_create_fiber(0);
 #endif
@@ -77,7 +79,7 @@ Fiber new_fiber() {
 
 }  // namespace
 
-Fiber start_fiber(void (*entry)(), bool fresh, [[maybe_unused]] const char* name) {
+Fiber start_fiber(void (*entry)(), bool fresh, [[maybe_unused]] const std::function<std::string()>& name) {
   Fiber fiber;
   if (fresh || ended_fibers.empty()) {
     fiber = new_fiber();
@@ -89,14 +91,14 @@ Fiber start_fiber(void (*entry)(), bool fresh, [[maybe_unused]] const char* name
   __asan_unpoison_memory_region(fiber.stack, kStackSize);
 #endif
   // From the top: an aligned frame without a return address, the entry to "return" to, the registers.
-  void** top = reinterpret_cast<void**>(fiber.stack + kStackSize) - 1;
+  void** top = reinterpret_cast<void**>(fiber.stack + kStackSize - fiber.stack_offset) - 1;
   *top-- = nullptr;
   *top = reinterpret_cast<void*>(entry);
   top -= kSavedRegisters;
   memset(top, 0, kSavedRegisters * sizeof(void*));
   fiber.stack_pointer = top;
 #if defined(EMULATION_THREAD_SANITIZER)
-  __tsan_set_fiber_name(fiber.thread_sanitizer, name);
+  __tsan_set_fiber_name(fiber.thread_sanitizer, name().c_str());
 #endif
   return fiber;
 }

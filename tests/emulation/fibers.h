@@ -1,6 +1,8 @@
 // Fibers: several stacks that one thread of the operating system runs in turn.
 #pragma once
 #include <cstddef>
+#include <functional>
+#include <string>
 
 namespace emulation {
 
@@ -8,13 +10,14 @@ struct Fiber {
   void* stack_pointer = nullptr;  // while it does not run
   char* stack = nullptr;
   size_t stack_size = 0;
+  size_t stack_offset = 0;  // of the first frame; stacks that all begin alike would share few sets of the cache
   void* address_sanitizer = nullptr;
   void* thread_sanitizer = nullptr;
 };
 
 /// A fiber that starts with entry(), which never returns, at the first switch to it. It is one that has ended, if there
 /// is one, and a new one where `fresh`.
-Fiber start_fiber(void (*entry)(), bool fresh, const char* name);
+Fiber start_fiber(void (*entry)(), bool fresh, const std::function<std::string()>& name);
 
 /// `reusable` says that it got to its last switch.
 void end_fiber(const Fiber& fiber, bool reusable);

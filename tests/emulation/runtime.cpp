@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <utility>
 
 extern char __start_emulated_shared[] __attribute__((weak)), __stop_emulated_shared[] __attribute__((weak));
@@ -48,18 +49,23 @@ std::string describe(const Site& site) {
   return std::string(site.what) + " at " + site.file + ":" + std::to_string(site.line);
 }
 
+/// The names of one place are mostly the same literals; they need not be where it was compiled into several objects.
 bool same(const Site& a, const Site& b) {
-  return a.line == b.line && !strcmp(a.file, b.file) && !strcmp(a.what, b.what);
+  const auto equal = [](const char* x, const char* y) { return x == y || !strcmp(x, y); };
+  return a.line == b.line && equal(a.file, b.file) && equal(a.what, b.what);
 }
 
 // ---- scheduling -----------------------------------------------------------------------------------------------------
 
+void forget_those_that_ran() {
+  if (launch.next < launch.ready.size()) return;
+  launch.ready.clear();
+  launch.next = 0;
+}
+
 Thread* next_thread() {
-  if (launch.next == launch.ready.size()) {
-    launch.ready.clear();
-    launch.next = 0;
-    return nullptr;
-  }
+  forget_those_that_ran();
+  if (launch.ready.empty()) return nullptr;
   if (options.order == Order::kRandom)
     std::swap(launch.ready[launch.next],
               launch.ready[launch.next + random_number() % (launch.ready.size() - launch.next)]);
@@ -76,11 +82,15 @@ template <class Message> [[noreturn]] void stop(const Message& message) {
   abort();
 }
 
+/// Mostly they have come in that order.
 void sort_by_order(std::vector<Thread*>& threads) {
-  std::sort(threads.begin(), threads.end(), [](const Thread* a, const Thread* b) {
-    const auto key = [](const Thread* t) { return std::pair(t->block->rank, t->number); };
-    return options.order == Order::kReverse ? key(a) > key(b) : key(a) < key(b);
-  });
+  const auto sort = [&](const auto& before) {
+    const auto by_place = [&](const Thread* a, const Thread* b) { return before(a->place, b->place); };
+    if (!std::is_sorted(threads.begin(), threads.end(), by_place))
+      std::sort(threads.begin(), threads.end(), by_place);
+  };
+  if (options.order == Order::kForward) sort(std::less());
+  if (options.order == Order::kReverse) sort(std::greater());
 }
 
 /// The barrier of the cluster, once all threads that have not returned have arrived.
@@ -184,8 +194,9 @@ void prepare(Block& block, unsigned number, unsigned rank) {
     thread->index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
     thread->block_index = block.index;
     thread->number = t;
+    thread->place = uint64_t(rank) << 32 | t;
     thread->block = &block;
-    thread->fiber = start_fiber(thread_main, options.blocks_race, describe(*thread).c_str());
+    thread->fiber = start_fiber(thread_main, options.blocks_race, [&] { return describe(*thread); });
     block.threads.push_back(std::move(thread));
   }
 }
@@ -269,6 +280,7 @@ void leave(bool last) {
 }
 
 void open(Rendezvous& r) {
+  forget_those_that_ran();
   sort_by_order(r.waiting);
   launch.ready.insert(launch.ready.end(), r.waiting.begin(), r.waiting.end());
   r.waiting.clear();
@@ -389,29 +401,33 @@ void require_aligned(const void* p, size_t alignment, const Site& site) {
     fail("names an address that is not aligned to " + std::to_string(alignment), site);
 }
 
-const Slots& gather(uint32_t mask, const void* value, unsigned bytes, bool orders_memory, const Site& site) {
-  Thread* me = launch.running;
-  Block& block = *me->block;
-  Collective* collective = nullptr;
-  unsigned expected = 0, half = 0;
+namespace {
+Collective& collective_of(uint32_t mask, const Thread& thread) {
+  auto& of_warp = thread.block->collectives[thread.number / 32];
+  for (const auto& c : of_warp)
+    if (c->mask == mask) return *c;
+  const size_t lanes = std::min<size_t>(32, thread.block->threads.size() - thread.number / 32 * 32);
+  Collective& added = *of_warp.emplace_back(std::make_unique<Collective>());
+  added.mask = mask;
+  added.lanes = unsigned(__builtin_popcountll(mask & ((uint64_t(1) << lanes) - 1)));
+  return added;
+}
+}  // namespace
+
+const Slots& gather(uint32_t mask, const void* value, unsigned bytes, bool orders_memory, const Site& site,
+                    void (*complete)(Slots&)) {
+  Collective* collective;
+  Slots* slots;
   if (!(mask >> lane() & 1)) fail("is not in its own mask", site);
   {
     const Quiet quiet;
-    auto& of_warp = block.collectives[me->number / 32];
-    for (const auto& c : of_warp)
-      if (c->mask == mask) collective = c.get();
-    if (collective == nullptr) {
-      of_warp.push_back(std::make_unique<Collective>());
-      collective = of_warp.back().get();
-      collective->mask = mask;
-    }
-    half = collective->rendezvous.generation % 2;
-    memcpy(collective->slots[half][lane()], value, bytes);
-    const size_t lanes = std::min<size_t>(32, block.threads.size() - me->number / 32 * 32);
-    expected = unsigned(__builtin_popcountll(mask & ((uint64_t(1) << lanes) - 1)));
+    collective = &collective_of(mask, *launch.running);
+    slots = &collective->slots[collective->rendezvous.generation % 2];
+    memcpy((*slots)[lane()], value, bytes);
+    if (complete && collective->rendezvous.waiting.size() + 1 == collective->lanes) complete(*slots);
   }
-  meet(collective->rendezvous, expected, orders_memory, site);
-  return collective->slots[half];
+  meet(collective->rendezvous, collective->lanes, orders_memory, site);
+  return *slots;
 }
 
 }  // namespace emulation

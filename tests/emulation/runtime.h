@@ -31,6 +31,7 @@ struct Thread {
   uint3 index, block_index;
   Fiber fiber;
   unsigned number = 0;  // in its block
+  uint64_t place = 0;   // in the order of all threads of the cluster
   Block* block = nullptr;
   bool done = false;
   const Site* waits_at = nullptr;
@@ -52,8 +53,9 @@ struct Rendezvous {
 /// The warp functions of the lanes in one mask. A lane may be in the next generation while another one still reads.
 struct Collective {
   uint32_t mask;
+  unsigned lanes;  // of the mask that the block has
   Rendezvous rendezvous;
-  alignas(16) unsigned char slots[2][32][kSlotBytes];
+  alignas(16) Slots slots[2];
 };
 
 constexpr int kNamedBarriers = 16;
