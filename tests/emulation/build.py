@@ -19,7 +19,7 @@ EMULATION = ROOT / "tests" / "emulation"
 CACHE = ROOT / "build" / "emulation"
 CXX = os.environ.get("CXX", "g++")
 
-COMMON = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{EMULATION}"]
+COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{EMULATION}"]
 # CUDA code reads and writes floats as wider types, and unrolls loops with a pragma of its own.
 KERNELS = ["-x", "c++", "-fno-strict-aliasing", "-Wno-unknown-pragmas", '-DISQRT_CUDA_ARCHITECTURES="emulated"']
 MODES = {
@@ -104,7 +104,7 @@ def compile_object(mode, source):
     if source.name == "bindings.cpp":
         import pybind11
 
-        command += ["-fvisibility=hidden", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+        command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     target = object_path(mode, source)
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.parent.name == "coverage":  # where the counts go is part of the object
