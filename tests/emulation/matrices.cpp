@@ -33,28 +33,37 @@ template <int kPack> struct Fragments {
   float a[4][kPack], b[2][kPack], d[4];
 };
 
+/// Neighbours in a row, which any x86-64 adds and multiplies together.
+using Pair = double __attribute__((vector_size(16)));
+
 /// d += A B of a whole warp, A being 16 x 8 kPack and B 8 kPack x 8. Lane 4 g + t has columns t and t + 4 of each kPack
 /// of A's rows g and g + 8, and of B's column g.
 template <int kPack> void multiply_warp(Slots& slots) {
   static_assert(sizeof(Fragments<kPack>) <= kSlotBytes);
   constexpr int K = 8 * kPack;
-  double A[16][K], B[K][8], D[16][8];
+  double A[16][K];
+  Pair B[K][4], D[16][4];
   const auto of = [&](int lane) -> Fragments<kPack>& { return reinterpret_cast<Fragments<kPack>&>(slots[lane]); };
   const auto for_results = [&](const auto& f) {
     for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < 4; ++i) f(of(lane).d[i], D[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
+      for (int i = 0; i < 4; ++i) f(of(lane).d[i], D[lane / 4 + i / 2 * 8][lane % 4], i % 2);
   };
   for (int lane = 0; lane < 32; ++lane)
     for (int e = 0; e < kPack; ++e) {
       const int g = lane / 4, t = lane % 4;
       for (int r = 0; r < 4; ++r) A[g + r % 2 * 8][(t + r / 2 * 4) * kPack + e] = of(lane).a[r][e];
-      for (int r = 0; r < 2; ++r) B[(t + r * 4) * kPack + e][g] = of(lane).b[r][e];
+      for (int r = 0; r < 2; ++r) B[(t + r * 4) * kPack + e][g / 2][g % 2] = of(lane).b[r][e];
     }
-  for_results([](float from, double& to) { to = from; });
-  for (int i = 0; i < 16; ++i)
+  for_results([](float& d, Pair& in, int e) { in[e] = d; });
+  for (auto& row : D) {
+    Pair sum[4];
+    memcpy(sum, row, sizeof sum);
     for (int k = 0; k < K; ++k)
-      for (int j = 0; j < 8; ++j) D[i][j] += A[i][k] * B[k][j];
-  for_results([](float& to, double from) { to = toward_zero(from); });
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sum[j] += A[&row - D][k] * B[k][j];
+    memcpy(row, sum, sizeof sum);
+  }
+  for_results([](float& d, Pair& in, int e) { d = toward_zero(in[e]); });
 }
 
 /// number(r, e) is the element at place e of register r.
@@ -75,7 +84,8 @@ struct FragmentsF64 {
   double a, b, d[2];
 };
 
-void multiply_warp_f64(Slots& slots) {
+/// Where the processor has the instruction, std::fma is no call.
+__attribute__((target_clones("fma", "default"))) void multiply_warp_f64(Slots& slots) {
   const auto of = [&](int lane) -> FragmentsF64& { return reinterpret_cast<FragmentsF64&>(slots[lane]); };
   for (int lane = 0; lane < 32; ++lane)
     for (int i = 0; i < 2; ++i)
