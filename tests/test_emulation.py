@@ -14,7 +14,10 @@ from emulation.build import EMULATION, build
 from isqrt_cov import reference
 from isqrt_cov.ops import OUTPUTS, ROOTS
 
-pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulation switches stacks of x86-64 only")
+pytestmark = [
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulation switches stacks of x86-64 only"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 CHANNELS = (1, 2, 3, 16, 17, 33, 64, 65, 100, 128)
 DTYPES = (torch.float32, torch.float64)
@@ -188,7 +191,7 @@ def test_newton_schulz_matches_reference(kernels, channels, dtype):
 # One tile, a tail, two tiles of which one ends in the middle of a panel; and more.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", (1, 33, 70, 96, 130))
-def test_root_on_the_grid(kernels, channels, dtype):
+def test_newton_schulz_on_the_grid(kernels, channels, dtype):
     sigma = covariances(2 if channels < 100 else 1, channels, dtype)
     for number, iterations in enumerate((1, 2, 3)):
         check_root(kernels, sigma, iterations, "square", OUTPUTS[(number + channels) % 3], grid=True)
