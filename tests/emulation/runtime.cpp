@@ -189,15 +189,15 @@ void prepare(Block& block, unsigned number, unsigned rank) {
   block.running = count;
   block.collectives.resize((count + 31) / 32);
   block.shared = new_shared_memory();
+  block.threads.resize(count);
   for (unsigned t = 0; t < count; ++t) {
-    auto thread = std::make_unique<Thread>();
-    thread->index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
-    thread->block_index = block.index;
-    thread->number = t;
-    thread->place = uint64_t(rank) << 32 | t;
-    thread->block = &block;
-    thread->fiber = start_fiber(thread_main, options.blocks_race, [&] { return describe(*thread); });
-    block.threads.push_back(std::move(thread));
+    Thread& thread = block.threads[t];
+    thread.index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
+    thread.block_index = block.index;
+    thread.number = t;
+    thread.place = uint64_t(rank) << 32 | t;
+    thread.block = &block;
+    thread.fiber = start_fiber(thread_main, options.blocks_race, [&] { return describe(thread); });
   }
 }
 
@@ -206,17 +206,17 @@ void run_cluster(Cluster& cluster) {
   launch.ready.clear();
   launch.next = 0;
   for (Block& block : cluster.blocks)
-    for (const auto& thread : block.threads) launch.ready.push_back(thread.get());
+    for (Thread& thread : block.threads) launch.ready.push_back(&thread);
   cluster.running = unsigned(launch.ready.size());
   sort_by_order(launch.ready);
   release_memory(&launch.begin);
   switch_to(next_thread());
   if (!options.blocks_race) acquire_memory(&launch.end);
   for (Block& block : cluster.blocks)
-    for (const auto& thread : block.threads) {
-      if (launch.error.empty() && !thread->done)
-        launch.error = "deadlock: " + describe(*thread) + " waits at " + describe(*thread->waits_at);
-      end_fiber(thread->fiber, thread->done && !options.blocks_race);
+    for (const Thread& thread : block.threads) {
+      if (launch.error.empty() && !thread.done)
+        launch.error = "deadlock: " + describe(thread) + " waits at " + describe(*thread.waits_at);
+      end_fiber(thread.fiber, thread.done && !options.blocks_race);
     }
   if (launch.error.empty() && cluster.blocks.size() > 1 && static_shared_was_written())
     launch.error = "static shared memory in a cluster: its blocks have one between them here, use dynamic";

@@ -37,8 +37,8 @@ struct Thread {
   const Site* waits_at = nullptr;
   bool arrived_at_cluster = false;  // in that generation of the cluster's barrier
   unsigned cluster_generation = 0;
-  std::vector<AsyncCopy> open_group;
-  std::vector<std::vector<AsyncCopy>> groups;
+  std::vector<AsyncCopy> copies;  // not waited for yet
+  std::vector<size_t> group_ends;  // those of each committed group end at such a place of `copies`
 };
 
 /// Where threads wait for each other, over and over.
@@ -65,7 +65,7 @@ struct Block {
   unsigned rank = 0, running = 0;
   bool started = false;
   char order_of_start, order_of_end;  // addresses for release_memory
-  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<Thread> threads;
   std::vector<std::vector<std::unique_ptr<Collective>>> collectives;  // by warp
   Rendezvous barrier, named_barriers[kNamedBarriers];
   char* shared = nullptr;
