@@ -56,7 +56,7 @@ emulation_switch_stacks:
 namespace emulation {
 namespace {
 
-constexpr size_t kStackSize = 256 << 10, kGuard = 4096, kCacheLine = 64;
+constexpr size_t kStackSize = 256 << 10, kGuard = 4096;
 constexpr int kSavedRegisters = 6;
 
 std::vector<Fiber> ended_fibers;
@@ -69,8 +69,6 @@ Fiber new_fiber() {
   Fiber fiber;
   fiber.stack = static_cast<char*>(memory) + kGuard;
   fiber.stack_size = kStackSize;
-  static size_t count = 0;
-  fiber.stack_offset = count++ % (kGuard / kCacheLine) * kCacheLine;
 #if defined(EMULATION_THREAD_SANITIZER)
   fiber.thread_sanitizer = __tsan_create_fiber(0);
 #endif
@@ -91,7 +89,7 @@ Fiber start_fiber(void (*entry)(), bool fresh, [[maybe_unused]] const std::funct
   __asan_unpoison_memory_region(fiber.stack, kStackSize);
 #endif
   // From the top: an aligned frame without a return address, the entry to "return" to, the registers.
-  void** top = reinterpret_cast<void**>(fiber.stack + kStackSize - fiber.stack_offset) - 1;
+  void** top = reinterpret_cast<void**>(fiber.stack + kStackSize) - 1;
   *top-- = nullptr;
   *top = reinterpret_cast<void*>(entry);
   top -= kSavedRegisters;

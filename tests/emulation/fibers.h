@@ -10,7 +10,6 @@ struct Fiber {
   void* stack_pointer = nullptr;  // while it does not run
   char* stack = nullptr;
   size_t stack_size = 0;
-  size_t stack_offset = 0;  // of the first frame; stacks that all begin alike would share few sets of the cache
   void* address_sanitizer = nullptr;
   void* thread_sanitizer = nullptr;
 };
