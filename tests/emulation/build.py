@@ -19,7 +19,8 @@ EMULATION = ROOT / "tests" / "emulation"
 CACHE = ROOT / "build" / "emulation"
 CXX = os.environ.get("CXX", "g++")
 
-COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{EMULATION}"]
+COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+COMMON += [f"-I{ROOT / 'csrc'}", f"-I{EMULATION}"]
 # CUDA code reads and writes floats as wider types, and unrolls loops with a pragma of its own.
 KERNELS = ["-x", "c++", "-fno-strict-aliasing", "-Wno-unknown-pragmas", '-DISQRT_CUDA_ARCHITECTURES="emulated"']
 MODES = {

@@ -89,8 +89,8 @@ void named_barrier(int id, int threads, const Caller& caller);
 void cluster_arrive(const Caller& caller);
 void cluster_wait(const Caller& caller);
 
-/// What each lane of a warp put in, once all lanes of `mask` have; orders memory between them only where asked. The last
-/// lane to come calls `complete`, so that a result that takes all of them is made once and not by each lane.
+/// What each lane of a warp put in, once all lanes of `mask` have; orders memory between them only where asked. The
+/// last lane to come calls `complete`, so that a result that takes all of them is made once and not by each lane.
 constexpr unsigned kSlotBytes = 128;
 using Slots = unsigned char[32][kSlotBytes];
 const Slots& gather(uint32_t mask, const void* value, unsigned bytes, bool orders_memory, const Site& site,
