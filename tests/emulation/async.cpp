@@ -50,7 +50,7 @@ void copy_async_commit() {
 
 void copy_async_wait(unsigned pending) {
   const CalledFrom here(__builtin_return_address(0));
-  auto &copies = launch.running->copies;
+  auto& copies = launch.running->copies;
   auto& ends = launch.running->group_ends;
   if (ends.size() <= pending) return;
   const size_t groups = ends.size() - pending, done = ends[groups - 1];

@@ -20,7 +20,7 @@ float from_bits(uint32_t bits) {
   return number;
 }
 
-/// Without a branch, so that g++ makes vectors of many.
+/// The float next to another one in the direction of zero has the bits before.
 float toward_zero(double x) {
   const float nearest = static_cast<float>(x);
   uint32_t bits;
@@ -55,13 +55,13 @@ template <int kPack> void multiply_warp(Slots& slots) {
       for (int r = 0; r < 2; ++r) B[(t + r * 4) * kPack + e][g / 2][g % 2] = of(lane).b[r][e];
     }
   for_results([](float& d, Pair& in, int e) { in[e] = d; });
-  for (auto& row : D) {
+  for (int i = 0; i < 16; ++i) {
     Pair sum[4];
-    memcpy(sum, row, sizeof sum);
+    memcpy(sum, D[i], sizeof sum);
     for (int k = 0; k < K; ++k)
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) sum[j] += A[&row - D][k] * B[k][j];
-    memcpy(row, sum, sizeof sum);
+      for (int j = 0; j < 4; ++j) sum[j] += A[i][k] * B[k][j];
+    memcpy(D[i], sum, sizeof sum);
   }
   for_results([](float& d, Pair& in, int e) { d = toward_zero(in[e]); });
 }
@@ -79,7 +79,7 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], con
   memcpy(d, reinterpret_cast<const Fragments<kPack>&>(slots[lane()]).d, sizeof d);
 }
 
-/// The same with A of 8 x 4 and B of 4 x 8 elements of float64, where each product is rounded to nearest as it is added.
+/// The same in float64, A being 8 x 4 and B 4 x 8: each product is rounded to nearest as it is added.
 struct FragmentsF64 {
   double a, b, d[2];
 };

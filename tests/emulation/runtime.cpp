@@ -86,8 +86,7 @@ template <class Message> [[noreturn]] void stop(const Message& message) {
 void sort_by_order(std::vector<Thread*>& threads) {
   const auto sort = [&](const auto& before) {
     const auto by_place = [&](const Thread* a, const Thread* b) { return before(a->place, b->place); };
-    if (!std::is_sorted(threads.begin(), threads.end(), by_place))
-      std::sort(threads.begin(), threads.end(), by_place);
+    if (!std::is_sorted(threads.begin(), threads.end(), by_place)) std::sort(threads.begin(), threads.end(), by_place);
   };
   if (options.order == Order::kForward) sort(std::less());
   if (options.order == Order::kReverse) sort(std::greater());

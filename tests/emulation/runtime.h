@@ -37,7 +37,7 @@ struct Thread {
   const Site* waits_at = nullptr;
   bool arrived_at_cluster = false;  // in that generation of the cluster's barrier
   unsigned cluster_generation = 0;
-  std::vector<AsyncCopy> copies;  // not waited for yet
+  std::vector<AsyncCopy> copies;   // not waited for yet
   std::vector<size_t> group_ends;  // those of each committed group end at such a place of `copies`
 };
 
