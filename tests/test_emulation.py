@@ -33,7 +33,7 @@ HOPPER_SHARED_BYTES = 227 * 1024
 
 def whole_file_runs(request):
     """All tests of this file in their order, whatever might leave some out, so that coverage can be asked for. It makes
-    the kernels about three times slower."""
+    the kernels slower."""
     module = request.node.getparent(pytest.Module)
     chosen = [item.nodeid for item in request.session.items if item.getparent(pytest.Module) is module]
     return chosen == [item.nodeid for item in module.collect()]

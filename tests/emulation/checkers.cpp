@@ -50,13 +50,6 @@ Quiet::~Quiet() {
 }
 CalledFrom::CalledFrom(void* return_address) { __tsan_func_entry(return_address); }
 CalledFrom::~CalledFrom() { __tsan_func_exit(); }
-#else
-CalledFrom::CalledFrom(void*) {}
-CalledFrom::~CalledFrom() {}
-void release_memory(void*) {}
-void acquire_memory(void*) {}
-Quiet::Quiet() {}
-Quiet::~Quiet() {}
 #endif
 
 #if defined(EMULATION_SHADOW)
