@@ -98,23 +98,19 @@ def accuracy(shown: Iterable[tuple[float | None, int]] = SHOWN) -> list[str]:
     return [*markdown(["", *map(_spectrum, entries)], rows), "", where(result)]
 
 
-def most_steps(entry: dict[str, Any], floor: float | None, dtype: str) -> tuple[int, bool]:
-    """The most steps up to which the kernels stay within a tenth of the plain loop in float32; whether all do."""
-    kernels = _distance(entry, floor, "kernels", dtype)
-    plain = _distance(entry, floor, "reference", "float32")
-    off = [n for n in kernels if kernels[n] is None or kernels[n] > 1.1 * plain[n] + 1e-5]
-    return max(n for n in kernels if not off or n < off[0]), not off
+def nearest(entry: dict[str, Any], floor: float | None, of: str) -> tuple[float, int]:
+    """The least distance to the root in float32, and after how many steps."""
+    return min((d, n) for n, d in _distance(entry, floor, of, "float32").items() if d is not None)
 
 
 def steps() -> list[str]:
     result = load("accuracy")
     floors = list(dict.fromkeys(curve["spectrum_floor"] for curve in result["spectra"][0]["curves"]))
     rows = []
-    for dtype in ("float32", "float64"):
+    for of, title in (("kernels", "kernels"), ("reference", "plain loop")):
         for floor in floors:
-            found = (most_steps(entry, floor, dtype) for entry in result["spectra"])
-            cells = [f"{most} and more" if every else f"{most}" for most, every in found]
-            rows.append([f"{dtype}, {_title(floor)}", *cells])
+            found = (nearest(entry, floor, of) for entry in result["spectra"])
+            rows.append([f"{title}, {_title(floor)}", *(f"{number(d, 2)} after {n}" for d, n in found)])
     return [*markdown(["", *map(_spectrum, result["spectra"])], rows), "", where(result)]
 
 
@@ -175,7 +171,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "soca_wide": lambda: speed("soca_cpu_wide", ("eig", "eager", "baddbmm")),
     "accuracy": accuracy,
     "accuracy_short": lambda: accuracy(SHOWN[:3]),
-    "most_steps": steps,
+    "nearest": steps,
     "classifier": classifier,
     "published": published,
 }

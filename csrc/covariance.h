@@ -22,7 +22,7 @@ struct ChanWeights {
   double shift;   // n_b^2 / n, of delta delta^T where the n_b positions are relative to the mean of the n_a
 };
 
-ISQRT_FN inline ChanWeights chan_weights(int64_t n_a, int64_t n_b) {
+ISQRT_FN ChanWeights chan_weights(int64_t n_a, int64_t n_b) {
   const double share = double(n_b) / double(n_a + n_b);
   return {share, share * double(n_a), share * double(n_b)};
 }

@@ -14,8 +14,8 @@
 namespace isqrt {
 
 /// t itself, 1 where t = 0.
-ISQRT_FN inline float nonzero(float t) { return t == 0.0f ? 1.0f : t; }
-ISQRT_FN inline double nonzero(double t) { return t == 0.0 ? 1.0 : t; }
+ISQRT_FN float nonzero(float t) { return t == 0.0f ? 1.0f : t; }
+ISQRT_FN double nonzero(double t) { return t == 0.0 ? 1.0 : t; }
 
 /// What multiplies Y_N or Z_N, as a function of the trace: sqrt(t) or 1 / sqrt(t), and 0 for t = 0. There Sigma
 /// vanishes, so that any divisor makes A = 0, and the root and its gradient are defined as 0.
@@ -25,26 +25,27 @@ template <class Scalar> ISQRT_FN Scalar compensation(const Scalar& t, Root root)
 }
 
 /// Eqs. 1-3: Yhat = sqrt(t) Y_N(Sigma / t), or Z_N(Sigma / t) / sqrt(t). Returns the matrix that holds it.
-template <class Engine, class Matrix, class Source>
-ISQRT_FN Matrix matrix_root(Engine& e, const Source& sigma, Matrix& Y, Matrix& Z, Matrix& T, const Steps& steps,
-                            Root root) {
-  e.load(Y, sigma);
-  const auto t = e.trace(Y);               // Eq. 2: t = tr(Sigma)
-  e.divide(Y, nonzero(t));                 //        A = Sigma / t
-  newton_schulz(e, Y, Z, T, steps, root);  // Eq. 1
-  Matrix result = root == Root::kSquare ? Y : Z;
+template <class Engine, class Source>
+ISQRT_FN auto matrix_root(Engine& e, const Source& sigma, const Steps& steps, Root root) {
+  auto m = make_iterates(e, steps);
+  e.load(m.Y, sigma);
+  const auto t = e.trace(m.Y);       // Eq. 2: t = tr(Sigma)
+  e.divide(m.Y, nonzero(t));         //        A = Sigma / t
+  newton_schulz(e, m, steps, root);  // Eq. 1
+  auto result = root == Root::kSquare ? m.Y : m.Z;
   e.scale(result, compensation(t, root), result);  // Eq. 3: Yhat = sqrt(t) Y_N
   return result;
 }
 
 /// Eqs. 1-3 for the mean of Yhat over its first channel index. Returns the vector that holds it.
-template <class Engine, class Matrix, class Column, class Source>
-ISQRT_FN Column matrix_root_mean(Engine& e, const Source& sigma, Matrix& Y, Matrix& Z, Matrix& T, Column& sums,
-                                 Column& u, Column& v, const Steps& steps, int64_t channels) {
-  e.load(Y, sigma);
-  const auto t = e.trace(Y);
-  e.divide(Y, nonzero(t));
-  newton_schulz_sums(e, Y, Z, T, steps, sums, u, v);
+template <class Engine, class Source>
+ISQRT_FN auto matrix_root_mean(Engine& e, const Source& sigma, const Steps& steps, int64_t channels) {
+  auto m = make_iterates(e, steps);
+  auto sums = e.column(), u = e.column(), v = e.column();
+  e.load(m.Y, sigma);
+  const auto t = e.trace(m.Y);
+  e.divide(m.Y, nonzero(t));
+  newton_schulz_sums(e, m, steps, sums, u, v);
   e.add(sums, compensation(t, Root::kSquare) / channels, 0, sums);
   return sums;
 }
@@ -64,33 +65,35 @@ ISQRT_FN void normalization_backward(Engine& e, Matrix& D, const Source& sigma, 
 }
 
 /// Eqs. 4-8 for the upstream gradient G = dL/dYhat. Returns the matrix that holds dL/dSigma, symmetric.
-template <class Engine, class Matrix, class SigmaSource, class GradSource>
-ISQRT_FN Matrix matrix_root_backward(Engine& e, const SigmaSource& sigma, const GradSource& grad, Matrix& Y, Matrix& Z,
-                                     Matrix& T, Matrix& dY, Matrix& dZ, Matrix& dT, const Steps& steps, Root root) {
-  e.load(Y, sigma);
-  e.load(dY, grad);
-  const auto t = e.trace(Y);
-  e.divide(Y, nonzero(t));                                     // A = Sigma / t
-  newton_schulz_tangent(e, Y, Z, T, dY, dZ, dT, steps, root);  // Eqs. 6-7
-  const Matrix P = root == Root::kSquare ? Y : Z;
-  Matrix D = root == Root::kSquare ? dY : dZ;
+template <class Engine, class SigmaSource, class GradSource>
+ISQRT_FN auto matrix_root_backward(Engine& e, const SigmaSource& sigma, const GradSource& grad, const Steps& steps,
+                                   Root root) {
+  auto m = make_iterates(e, steps), d = make_iterates(e, steps);
+  e.load(m.Y, sigma);
+  e.load(d.Y, grad);
+  const auto t = e.trace(m.Y);
+  e.divide(m.Y, nonzero(t));                    // A = Sigma / t
+  newton_schulz_tangent(e, m, d, steps, root);  // Eqs. 6-7
+  const auto P = root == Root::kSquare ? m.Y : m.Z;
+  auto D = root == Root::kSquare ? d.Y : d.Z;
   normalization_backward(e, D, sigma, t, e.inner(grad, P), root);
   return D;
 }
 
 /// The same for the upstream gradient g of the mean of Yhat.
-template <class Engine, class Matrix, class Column, class SigmaSource, class GradSource>
-ISQRT_FN Matrix matrix_root_mean_backward(Engine& e, const SigmaSource& sigma, const GradSource& grad, Matrix& Y,
-                                          Matrix& Z, Matrix& T, Matrix& dY, Matrix& dZ, Matrix& dT, Column& g,
-                                          Column& sums, Column& u, Column& v, const Steps& steps, int64_t channels) {
-  e.load(Y, sigma);
-  e.load(dY, grad);
+template <class Engine, class SigmaSource, class GradSource>
+ISQRT_FN auto matrix_root_mean_backward(Engine& e, const SigmaSource& sigma, const GradSource& grad, const Steps& steps,
+                                        int64_t channels) {
+  auto m = make_iterates(e, steps), d = make_iterates(e, steps);
+  auto g = e.column(), sums = e.column(), u = e.column(), v = e.column();
+  e.load(m.Y, sigma);
+  e.load(d.Y, grad);
   e.load(g, grad);
-  const auto t = e.trace(Y);
-  e.divide(Y, nonzero(t));
-  newton_schulz_tangent_sums(e, Y, Z, T, dY, dZ, dT, steps, g, 0.5 / channels, sums, u, v);
-  normalization_backward(e, dY, sigma, t, e.dot(g, sums) / channels, Root::kSquare);  // <G, Y_N> = g' Y_N 1 / C
-  return dY;
+  const auto t = e.trace(m.Y);
+  e.divide(m.Y, nonzero(t));
+  newton_schulz_tangent_sums(e, m, d, steps, g, 0.5 / channels, sums, u, v);
+  normalization_backward(e, d.Y, sigma, t, e.dot(g, sums) / channels, Root::kSquare);  // <G, Y_N> = g' Y_N 1 / C
+  return d.Y;
 }
 
 }  // namespace isqrt

@@ -84,12 +84,11 @@ void check_beside(const Tensor& t, const char* name, std::vector<int64_t> sizes,
         device(first), ", got ", device(t));
 }
 
-/// The paper's steps for a spectrum_floor of 0, minimax ones for any other.
 Steps check_steps(int64_t iterations, double spectrum_floor) {
   check(iterations >= 1 && iterations <= 1000, "iterations: expected 1 to 1000, got ", iterations);
   check(spectrum_floor == 0 || (spectrum_floor >= 1e-12 && spectrum_floor < 1),
         "spectrum_floor: expected 1e-12 or more and less than 1, got ", spectrum_floor);
-  return spectrum_floor == 0 ? Steps{int(iterations)} : minimax_steps(int(iterations), spectrum_floor);
+  return choose_steps(int(iterations), spectrum_floor);
 }
 
 template <class Enum> Enum check_enum(int64_t value, Enum last, const char* name) {
@@ -169,7 +168,7 @@ struct Cpu {
   template <class T> void root_backward(const RootBackwardTask<T>& task, EngineKind kind) const {
     cpu::root_backward(task, kind);
   }
-  static int64_t workspace_size(EngineKind, const Tensor&, bool) { return 0; }
+  static int64_t workspace_size(EngineKind, const Tensor&, const Steps&, bool) { return 0; }
 };
 
 #ifdef ISQRT_WITH_CUDA
@@ -191,10 +190,10 @@ struct Cuda {
     kind == EngineKind::kGrid ? cuda::grid_root_backward(task, stream) : cuda::root_backward(task, stream);
   }
   /// Elements that the engine needs beside sigma.
-  static int64_t workspace_size(EngineKind kind, const Tensor& sigma, bool backward) {
-    return kind == EngineKind::kGrid
-               ? cuda::grid_workspace_size(sigma.size(0), sigma.size(1), int64_t(sigma.element_size()), backward)
-               : 0;
+  static int64_t workspace_size(EngineKind kind, const Tensor& sigma, const Steps& steps, bool backward) {
+    if (kind != EngineKind::kGrid) return 0;
+    return cuda::grid_workspace_size(sigma.size(0), sigma.size(1), int64_t(sigma.element_size()), backward,
+                                     steps.any_in_full());
   }
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
@@ -207,10 +206,10 @@ template <class Device> struct Engine {
   Device device;
   Plan choice;
 
-  Engine(const Tensor& t, int64_t positions, EngineKind requested)
+  Engine(const Tensor& t, int64_t positions, EngineKind requested, const Steps& steps = choose_steps(1, 0))
       : device(t),
         choice(plan({Device::kCuda, Device::kCuda ? t.get_device_index() : 0, t.size(0), t.size(1), positions,
-                     t.scalar_type() == ScalarType::Double ? 8 : 4},
+                     t.scalar_type() == ScalarType::Double ? 8 : 4, steps.any_in_full()},
                     requested)) {}
 
   /// Sigma and mu, in the dtype that x is computed in.
@@ -253,7 +252,8 @@ template <class Device> struct Engine {
     if (choice.forward == EngineKind::kLibrary && B > 0) return library::root(sigma, steps, root, output);
     const Tensor result = torch::stable::new_empty(sigma, output_shape(B, C, output));
     if (B == 0) return result;
-    const Tensor workspace = torch::stable::new_empty(sigma, {device.workspace_size(choice.forward, sigma, false)});
+    const Tensor workspace =
+        torch::stable::new_empty(sigma, {device.workspace_size(choice.forward, sigma, steps, false)});
     dispatch_matrices(sigma, [&](auto zero) {
       using T = decltype(zero);
       device.root(RootTask<T>{B, source<T>(sigma, Output::kMatrix, C), steps, root, target<T>(result, output, C),
@@ -269,7 +269,8 @@ template <class Device> struct Engine {
       return library::root_backward(grad, sigma, steps, root, output);
     const Tensor result = torch::stable::new_empty(sigma, {B, C, C});
     if (B == 0) return result;
-    const Tensor workspace = torch::stable::new_empty(sigma, {device.workspace_size(choice.backward, sigma, true)});
+    const Tensor workspace =
+        torch::stable::new_empty(sigma, {device.workspace_size(choice.backward, sigma, steps, true)});
     dispatch_matrices(sigma, [&](auto zero) {
       using T = decltype(zero);
       device.root_backward(
@@ -303,7 +304,7 @@ template <class Device>
 Tensor matrix_root(const Tensor& sigma, int64_t iterations, int64_t root, double spectrum_floor, int64_t engine) {
   check_matrices(sigma);
   const Steps steps = check_steps(iterations, spectrum_floor);
-  const Engine<Device> chosen(sigma, 1, check_engine(engine));
+  const Engine<Device> chosen(sigma, 1, check_engine(engine), steps);
   return as(chosen.root(matrices(sigma), steps, check_root(root), Output::kMatrix), sigma.scalar_type());
 }
 
@@ -313,7 +314,7 @@ Tensor matrix_root_backward(const Tensor& grad, const Tensor& sigma, int64_t ite
   check_matrices(sigma);
   check_beside(grad, "grad", {sigma.size(0), sigma.size(1), sigma.size(1)}, sigma.scalar_type(), sigma);
   const Steps steps = check_steps(iterations, spectrum_floor);
-  const Engine<Device> chosen(sigma, 1, check_engine(engine));
+  const Engine<Device> chosen(sigma, 1, check_engine(engine), steps);
   return as(chosen.root_backward(matrices(grad), matrices(sigma), steps, check_root(root), Output::kMatrix),
             sigma.scalar_type());
 }
@@ -324,7 +325,7 @@ std::tuple<Tensor, Tensor, Tensor> cov_sqrt(const Tensor& x, int64_t iterations,
   check_feature_maps(x);
   const Steps steps = check_steps(iterations, spectrum_floor);
   const Output layout = check_output(output);
-  const Engine<Device> chosen(x, positions_of(x), check_engine(engine));
+  const Engine<Device> chosen(x, positions_of(x), check_engine(engine), steps);
   const auto [sigma, mean] = chosen.pool(x);
   return {as(chosen.root(sigma, steps, Root::kSquare, layout), x.scalar_type()), sigma, mean};
 }
@@ -340,7 +341,7 @@ Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigm
   check_beside(grad, "grad", output_shape(B, C, layout), x.scalar_type(), x);
   check_beside(sigma, "sigma", {B, C, C}, kept, x);
   check_beside(mean, "mean", {B, C}, kept, x);
-  const Engine<Device> chosen(x, positions_of(x), check_engine(engine));
+  const Engine<Device> chosen(x, positions_of(x), check_engine(engine), steps);
   const Tensor grad_sigma = chosen.root_backward(matrices(grad), matrices(sigma), steps, Root::kSquare, layout);
   return chosen.pool_backward(grad_sigma, x, matrices(mean));
 }
@@ -349,14 +350,15 @@ Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigm
 
 /// What plan.h decides, as JSON.
 std::string describe_plan(bool cuda, int64_t device, int64_t batch, int64_t channels, int64_t positions,
-                          int64_t element_size, int64_t engine) {
+                          int64_t element_size, int64_t iterations, double spectrum_floor, int64_t engine) {
   check(batch >= 0, "batch: expected 0 or more, got ", batch);
   check(channels > 0, "channels: expected 1 or more, got ", channels);
   check(positions > 0, "positions: expected 1 or more, got ", positions);
 #ifndef ISQRT_WITH_CUDA
   check(!cuda, "device: this build of isqrt_cov has no CUDA kernels");
 #endif
-  const Plan p = plan({cuda, int(device), batch, channels, positions, element_size}, check_engine(engine));
+  const bool in_full = check_steps(iterations, spectrum_floor).any_in_full();
+  const Plan p = plan({cuda, int(device), batch, channels, positions, element_size, in_full}, check_engine(engine));
   std::ostringstream text;
   text << "{\"pooling\": \"" << engine_name(p.pooling) << "\", \"forward\": \"" << engine_name(p.forward)
        << "\", \"backward\": \"" << engine_name(p.backward) << "\", \"pool_chunks\": " << p.pool.count
@@ -405,7 +407,8 @@ STABLE_TORCH_LIBRARY(isqrt_cov, m) {
         " -> (Tensor y, Tensor sigma, Tensor mean)");
   m.def("cov_sqrt_backward(Tensor grad, Tensor x, Tensor sigma, Tensor mean, int iterations, int output,"
         " float spectrum_floor=0.0, int engine=0) -> Tensor");
-  m.def("plan(bool cuda, int device, int batch, int channels, int positions, int element_size, int engine=0) -> str");
+  m.def("plan(bool cuda, int device, int batch, int channels, int positions, int element_size, int iterations=5,"
+        " float spectrum_floor=0.0, int engine=0) -> str");
   m.def("build_info() -> str");
 }
 // clang-format on

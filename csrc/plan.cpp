@@ -43,7 +43,7 @@ Plan plan_cpu(const Problem& p, EngineKind requested) {
 #ifdef ISQRT_WITH_CUDA
 Plan plan_cuda(const Problem& p, EngineKind requested) {
   const auto choose = [&](bool backward) {
-    const int64_t bytes = cuda::root_shared_bytes(p.channels, p.element_size, backward);
+    const int64_t bytes = cuda::root_shared_bytes(p.channels, p.element_size, backward, p.in_full);
     const bool fits = bytes > 0 && bytes <= cuda::shared_bytes_limit(p.device);
     switch (requested) {
       case EngineKind::kAuto:

@@ -13,6 +13,7 @@ struct Problem {
   bool cuda;
   int device;
   int64_t batch, channels, positions, element_size;
+  bool in_full = false;  // some steps of the iteration compute T in full, newton_schulz.h, and need more memory
 };
 
 struct Plan {

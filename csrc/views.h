@@ -2,10 +2,11 @@
 #pragma once
 #include <cstdint>
 
+// A call that nvcc does not inline keeps its arguments in local memory.
 #if defined(__CUDACC__)
-#define ISQRT_FN __host__ __device__
+#define ISQRT_FN __host__ __device__ __forceinline__
 #else
-#define ISQRT_FN
+#define ISQRT_FN inline
 #endif
 
 namespace isqrt {
@@ -50,9 +51,7 @@ template <class T> struct FeatureMaps {
 enum class Output : int { kMatrix = 0, kTriu = 1, kMean = 2 };
 
 /// Index of (i, j), i <= j, in the row-major upper triangle of a C x C matrix.
-ISQRT_FN inline int64_t triu_index(int64_t i, int64_t j, int64_t channels) {
-  return i * channels - i * (i - 1) / 2 + (j - i);
-}
+ISQRT_FN int64_t triu_index(int64_t i, int64_t j, int64_t channels) { return i * channels - i * (i - 1) / 2 + (j - i); }
 
 /// The result of one batch of roots, [B, C, C], [B, C (C + 1) / 2] or [B, C], contiguous; or the upstream gradient
 /// dL/dYhat in the same layout.

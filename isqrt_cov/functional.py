@@ -63,8 +63,8 @@ def matrix_sqrt(
     Args:
         sigma: (B, C, C), float32, float64, float16 or bfloat16 (iterated in float32). Its symmetric part is used.
         iterations: number of steps N, at least 1. More are nearer to the exact root until the iteration has converged
-            (5 to 15 steps); beyond, rounding errors grow by about 1.4 each step. Where ``sigma`` has small eigenvalues,
-            float32 bears about 12 steps, or 6 to 9 with minimax coefficients, before the iteration diverges.
+            (5 to 15 steps). Where ``sigma`` is singular it does not converge: each step multiplies the rounding errors
+            there by about 1.5, and 20 steps in float32 leave few digits of the gradient.
         coefficients: ``"newton_schulz"``, the paper's 3/2 and -1/2 in each step; or ``"minimax"``, in each step the
             pair that is best for eigenvalues of ``sigma`` / trace between ``spectrum_floor`` and 1. The same number of
             products comes several times nearer to the exact root; eigenvalues below the floor stay bounded.
@@ -140,6 +140,9 @@ def plan(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     engine: str = "auto",
+    iterations: int = 5,
+    coefficients: str = "newton_schulz",
+    spectrum_floor: float = 1e-3,
 ) -> dict[str, Any]:
     """Which engine :func:`cov_sqrt` uses for feature maps of this kind, and how it splits their positions.
 
@@ -148,6 +151,7 @@ def plan(
         dtype: float32, float64, float16 or bfloat16.
         device: where the feature maps lie.
         engine: ask for one of "library", "portable", "avx2", "avx512", "block" and "grid" instead of "auto".
+        iterations, coefficients, spectrum_floor: those of :func:`cov_sqrt`. Many steps need more memory on a GPU.
 
     Returns:
         ``pooling``, ``forward`` and ``backward``: the engine of the covariance, of the root and of its gradient;
@@ -164,8 +168,9 @@ def plan(
     index = device.index if device.index is not None else (torch.cuda.current_device() if on_cuda else 0)
     batch, channels, *positions = shape
     requested = code("engine", engine, ENGINES)
-    element_size = compute_dtype(dtype).itemsize
-    return json.loads(_ops.plan(on_cuda, index, batch, channels, math.prod(positions), element_size, requested))
+    problem = (on_cuda, index, batch, channels, math.prod(positions), compute_dtype(dtype).itemsize)
+    floor = _spectrum_floor(coefficients, spectrum_floor)
+    return json.loads(_ops.plan(*problem, iterations, floor, requested))
 
 
 def build_info() -> dict[str, Any]:

@@ -115,8 +115,8 @@ def root_backward(kernels, grad, sigma, iterations, root_name, output, floor=0.0
     return grad_sigma
 
 
-def fits(kernels, sigma, backward):
-    return kernels.root_shared_bytes(sigma.shape[1], sigma.element_size(), backward) > 0
+def fits(kernels, sigma, backward, iterations=5, floor=0.0):
+    return kernels.root_shared_bytes(sigma.shape[1], sigma.element_size(), backward, iterations, floor) > 0
 
 
 def check_pooling(kernels, x, chunk, backward_chunk=None):
@@ -146,7 +146,7 @@ def check_root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=Fa
     assert_close(result, expected.detach(), bound)
     if output == "matrix":
         assert torch.equal(result, result.mT)
-    if grid or fits(kernels, sigma, backward=True):
+    if grid or fits(kernels, sigma, True, iterations, floor):
         upstream = torch.randn(result.shape, dtype=sigma.dtype)
         (grad,) = torch.autograd.grad(expected, exact_sigma, upstream.double())
         result = root_backward(kernels, upstream, sigma, iterations, root_name, output, floor, grid)
@@ -217,6 +217,19 @@ def test_newton_schulz_outputs_and_roots(kernels, batch, root_name, output, dtyp
 def test_newton_schulz_with_tuned_steps(kernels, root_name, dtype):
     for iterations in (1, 3, 5):
         check_root(kernels, covariances(2, 20, dtype), iterations, root_name, "matrix", floor=1e-2)
+
+
+# For this floor the fourth step computes T = Z Y in full, and so does the fifth.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grid", (False, True), ids=("block", "grid"))
+@pytest.mark.parametrize(("channels", "output"), ((20, "mean"), (40, "triu"), (65, "matrix"), (112, "matrix")))
+def test_newton_schulz_in_full(kernels, channels, output, grid, dtype):
+    sigma = covariances(1, channels, dtype)
+    if not grid and not fits(kernels, sigma, False, 5, 1e-4):
+        pytest.skip("does not fit into a block's shared memory")
+    check_root(kernels, sigma, 5, "square", output, floor=1e-4, grid=grid)
+    if channels == 20:
+        check_root(kernels, sigma, 5, "inverse", "matrix", floor=1e-4, grid=grid)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)

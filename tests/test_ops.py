@@ -108,6 +108,38 @@ def test_minimax_steps_match_reference(engine, root, iterations, floor, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("iterations", "floor"), ((10, 0), (16, 0), (40, 0), (7, 1e-2), (12, 1e-3), (24, 1e-4)))
+@pytest.mark.parametrize("root", ROOTS)
+def test_errors_do_not_grow_once_converged(engine, root, iterations, floor, dtype):
+    sigma = covariances(2, 40, dtype, engine_device(engine)).requires_grad_()
+    y = ops.matrix_root(sigma, iterations, ROOTS.index(root), floor, engine=engine_code(engine))
+    upstream = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, sigma, upstream)
+    exact = sigma.detach().double().requires_grad_()
+    function = {"square": reference.matrix_sqrt, "inverse": reference.matrix_inv_sqrt}[root]
+    exact_y = function(exact, iterations, reference.minimax_steps(iterations, floor) if floor else reference.PAPER_STEP)
+    (exact_grad,) = torch.autograd.grad(exact_y, exact, upstream.double())
+    # As for few steps, times the condition number 10 of the root. Were T = Z Y taken for symmetric throughout, errors
+    # would grow by 1.4 in each step: 16 steps as printed and 7 of minimax would be the last ones below.
+    bound = 10 * tolerance(dtype, 40)
+    assert_close(y, exact_y, bound)
+    assert_close(grad, exact_grad, 4 * bound, gradient_size(upstream, y, sigma))
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_outputs_of_many_steps(engine, output):
+    x = feature_maps(2, 40, 300, torch.float32, engine_device(engine)).requires_grad_()
+    y = ops.cov_sqrt(x, 14, OUTPUTS.index(output), engine=engine_code(engine))[0]
+    upstream = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, x, upstream)
+    exact_x = x.detach().double()
+    bound = 10 * tolerance(torch.float32, 40, 300)
+    assert_close(y, reference.cov_sqrt(exact_x, 14, output), bound)
+    exact_grad = reference.cov_sqrt_backward(upstream.double(), exact_x, 14, output)
+    assert_close(grad, exact_grad, 4 * bound, gradient_size(upstream, y, x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", (3, 40))
 def test_layouts_are_read_in_place(engine, channels, dtype):
     device = engine_device(engine)

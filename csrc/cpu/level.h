@@ -65,34 +65,28 @@ void write_root(const MatrixEngine<T>& engine, const typename MatrixEngine<T>::M
 
 template <class T> void root(const RootTask<T>& task, int64_t begin, int64_t end) {
   const int64_t C = task.sigma.channels;
-  const Scratch<T> storage(MatrixEngine<T>::storage_size(C, 3, 3));
+  const Scratch<T> storage(MatrixEngine<T>::storage_size(C, task.steps.any_in_full() ? 4 : 3, 3));
   for (int64_t sample = begin; sample < end; ++sample) {
     MatrixEngine<T> e(C, storage.get());
-    auto Y = e.matrix(), Z = e.matrix(), ZY = e.matrix();
-    auto sums = e.column(), u = e.column(), v = e.column();
     const auto sigma = task.sigma.sample(sample);
     const auto result = task.result.sample(sample);
     if (result.output == Output::kMean) {
-      const auto mean = matrix_root_mean(e, sigma, Y, Z, ZY, sums, u, v, task.steps, C);
+      const auto mean = matrix_root_mean(e, sigma, task.steps, C);
       copy_strided(result.data, C, int64_t(1), mean.data, C, int64_t(1), int64_t(1), C);
     } else {
-      write_root(e, matrix_root(e, sigma, Y, Z, ZY, task.steps, task.root), result);
+      write_root(e, matrix_root(e, sigma, task.steps, task.root), result);
     }
   }
 }
 
 template <class T> void root_backward(const RootBackwardTask<T>& task, int64_t begin, int64_t end) {
   const int64_t C = task.sigma.channels;
-  const Scratch<T> storage(MatrixEngine<T>::storage_size(C, 6, 4));
+  const Scratch<T> storage(MatrixEngine<T>::storage_size(C, task.steps.any_in_full() ? 8 : 6, 4));
   for (int64_t sample = begin; sample < end; ++sample) {
     MatrixEngine<T> e(C, storage.get());
-    auto Y = e.matrix(), Z = e.matrix(), ZY = e.matrix(), dY = e.matrix(), dZ = e.matrix(), dZY = e.matrix();
-    auto g = e.column(), sums = e.column(), u = e.column(), v = e.column();
     const auto sigma = task.sigma.sample(sample), grad = task.grad.sample(sample);
-    const auto gradient =
-        grad.output == Output::kMean
-            ? matrix_root_mean_backward(e, sigma, grad, Y, Z, ZY, dY, dZ, dZY, g, sums, u, v, task.steps, C)
-            : matrix_root_backward(e, sigma, grad, Y, Z, ZY, dY, dZ, dZY, task.steps, task.root);
+    const auto gradient = grad.output == Output::kMean ? matrix_root_mean_backward(e, sigma, grad, task.steps, C)
+                                                       : matrix_root_backward(e, sigma, grad, task.steps, task.root);
     write_root(e, gradient, task.grad_sigma.sample(sample));
   }
 }

@@ -11,7 +11,7 @@ template <class T> class MatrixEngine {
  public:
   /// Storage of one matrix, ld_ columns and as many rows, zero outside C x C.
   struct Matrix {
-    T* data;
+    T* data = nullptr;
   };
 
   /// A vector of C elements, and zeros.
@@ -110,19 +110,22 @@ template <class T> class MatrixEngine {
     });
   }
 
-  void product(Matrix& D, const Matrix& A, const Matrix& B) {
-    combine<false>(D, T(0), T(1), [&](Tile<T>& t, int64_t i, int64_t j) { add(t, A, B, i, j); });
-  }
   void product(Matrix& D, T alpha, T beta, const Matrix& A, const Matrix& B) {
-    combine<true>(D, alpha, beta, [&](Tile<T>& t, int64_t i, int64_t j) { add(t, A, B, i, j); });
-  }
-  void products(Matrix& D, const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2) {
-    combine<false>(D, T(0), T(1),
-                   [&](Tile<T>& t, int64_t i, int64_t j) { add(t, A1, B1, i, j), add(t, A2, B2, i, j); });
+    combine<true>(D, alpha, beta, false, [&](Tile<T>& t, int64_t i, int64_t j) { add(t, A, B, i, j); });
   }
   void products(Matrix& D, T alpha, T beta, const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2) {
-    combine<true>(D, alpha, beta,
+    combine<true>(D, alpha, beta, false,
                   [&](Tile<T>& t, int64_t i, int64_t j) { add(t, A1, B1, i, j), add(t, A2, B2, i, j); });
+  }
+  Matrix product(Matrix& D, Matrix& E, const Matrix& A, const Matrix& B, bool in_full) {
+    combine<false>(D, T(0), T(1), in_full, [&](Tile<T>& t, int64_t i, int64_t j) { add(t, A, B, i, j); });
+    return in_full ? transpose(E, D) : D;
+  }
+  Matrix products(Matrix& D, Matrix& E, const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2,
+                  bool in_full) {
+    combine<false>(D, T(0), T(1), in_full,
+                   [&](Tile<T>& t, int64_t i, int64_t j) { add(t, A1, B1, i, j), add(t, A2, B2, i, j); });
+    return in_full ? transpose(E, D) : D;
   }
 
  private:
@@ -135,16 +138,19 @@ template <class T> class MatrixEngine {
     }
   }
 
+  /// A is symmetric: its rows stand for its columns.
   inline __attribute__((always_inline)) void add(Tile<T>& tile, const Matrix& A, const Matrix& B, int64_t i,
                                                  int64_t j) const {
     multiply_add(tile, A.data + i, ld_, B.data + j, ld_, channels_);
   }
 
-  /// D = alpha D + beta (sum of products), tile by tile over the upper triangle, into the spare matrix.
+  /// D = alpha D + beta (sum of products), tile by tile, into the spare matrix: all of it, or the upper triangle.
   template <bool kAddD, class Products>
-  inline __attribute__((always_inline)) void combine(Matrix& D, T alpha, T beta, const Products& products) {
+  inline __attribute__((always_inline)) void combine(Matrix& D, T alpha, T beta, bool in_full,
+                                                     const Products& products) {
     for (int64_t j = 0; j < channels_; j += S::kColumns) {
-      for (int64_t i = 0; i < minimum(channels_, j + S::kColumns); i += S::kRows) {
+      const int64_t rows = in_full ? channels_ : minimum(channels_, j + S::kColumns);
+      for (int64_t i = 0; i < rows; i += S::kRows) {
         Tile<T> tile;
         products(tile, i, j);
 #pragma GCC unroll 16
@@ -158,10 +164,18 @@ template <class T> class MatrixEngine {
           }
       }
     }
-    mirror(spare_);
+    if (!in_full) mirror(spare_);
     const Matrix previous = D;
     D = spare_;
     spare_ = previous;
+  }
+
+  /// E = D'
+  Matrix transpose(const Matrix& E, const Matrix& D) const {
+    for (int64_t i = 0; i < channels_; i += S::kWidth)
+      for (int64_t j = 0; j < channels_; j += S::kWidth)
+        transpose_block(E.data + j * ld_ + i, ld_, D.data + i * ld_ + j, ld_);
+    return E;
   }
 
   /// The lower triangle from the upper one.

@@ -16,11 +16,11 @@ template <class T> void root_backward(const RootBackwardTask<T>& task, void* str
 /// The same of matrices in global memory, with the workspace of the task: so many elements.
 template <class T> void grid_root(const RootTask<T>& task, void* stream);
 template <class T> void grid_root_backward(const RootBackwardTask<T>& task, void* stream);
-int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_size, bool backward);
+int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_size, bool backward, bool in_full);
 
-/// Shared memory in bytes that one block needs for root or root_backward of a C x C matrix, 0 where no kernel is
-/// compiled for so many channels; and the most that a block of this device can have.
-int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward);
+/// Shared memory in bytes that one block needs for root or root_backward of a C x C matrix, with or without steps in
+/// full, 0 where no kernel is compiled for so many channels; and the most that a block of this device can have.
+int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full);
 int64_t shared_bytes_limit(int device);
 
 /// The architectures compiled in, as "8.0 9.0 10.0+PTX".

@@ -11,7 +11,7 @@ namespace isqrt::cuda {
 namespace {
 
 /// Those of the algorithm, and the results of a launch whose operands are still needed.
-constexpr int kMatrices = 3 + 2, kMatricesBackward = 6 + 4;
+int matrices(bool backward, bool in_full) { return ((in_full ? 4 : 3) + 2) * (backward ? 2 : 1); }
 
 /// Samples at a time, so that their matrices stay in the second-level cache of some 50 MB.
 int64_t slice(int64_t batch, int64_t channels, int64_t element_size, int matrices) {
@@ -30,27 +30,26 @@ void for_each_slice(const Task& task, int64_t channels, int matrices, const F& f
 }  // namespace
 
 template <class T> void grid_root(const RootTask<T>& task, void* stream) {
-  for_each_slice<T>(task, task.sigma.channels, kMatrices, [&](const GridShape& shape, int64_t first) {
-    GridEngine<T> e(shape, kMatrices, task.workspace, stream);
-    typename GridEngine<T>::Matrix Y, Z, ZY;
-    e.write(matrix_root(e, task.sigma.sample(first), Y, Z, ZY, task.steps, task.root), task.result.sample(first));
+  const int count = matrices(false, task.steps.any_in_full());
+  for_each_slice<T>(task, task.sigma.channels, count, [&](const GridShape& shape, int64_t first) {
+    GridEngine<T> e(shape, count, task.workspace, stream);
+    e.write(matrix_root(e, task.sigma.sample(first), task.steps, task.root), task.result.sample(first));
   });
 }
 
 template <class T> void grid_root_backward(const RootBackwardTask<T>& task, void* stream) {
-  for_each_slice<T>(task, task.sigma.channels, kMatricesBackward, [&](const GridShape& shape, int64_t first) {
-    GridEngine<T> e(shape, kMatricesBackward, task.workspace, stream);
-    typename GridEngine<T>::Matrix Y, Z, ZY, dY, dZ, dZY;
-    e.write(matrix_root_backward(e, task.sigma.sample(first), task.grad.sample(first), Y, Z, ZY, dY, dZ, dZY,
-                                 task.steps, task.root),
+  const int count = matrices(true, task.steps.any_in_full());
+  for_each_slice<T>(task, task.sigma.channels, count, [&](const GridShape& shape, int64_t first) {
+    GridEngine<T> e(shape, count, task.workspace, stream);
+    e.write(matrix_root_backward(e, task.sigma.sample(first), task.grad.sample(first), task.steps, task.root),
             task.grad_sigma.sample(first));
   });
 }
 
-int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_size, bool backward) {
-  const int matrices = backward ? kMatricesBackward : kMatrices;
-  const GridShape shape(slice(batch, channels, element_size, matrices), channels);
-  return GridEngine<float>::workspace_size(shape, matrices);
+int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_size, bool backward, bool in_full) {
+  const int count = matrices(backward, in_full);
+  const GridShape shape(slice(batch, channels, element_size, count), channels);
+  return GridEngine<float>::workspace_size(shape, count);
 }
 
 template void grid_root(const RootTask<float>&, void*);

@@ -24,12 +24,15 @@ struct GridShape {
   ISQRT_FN int64_t tiles() const { return (channels + kPanelVectors - 1) / kPanelVectors; }
 };
 
-/// result = alpha added + beta (A1 B1 + A2 B2), only the first of them where terms = 1 and nothing added where null.
+/// The upper triangle of result = alpha added + beta (A1 B1 + A2 B2), only the first of them where terms = 1 and
+/// nothing added where null, and its mirror image, of the result itself or of the transpose of one that is not
+/// symmetric. Each B is given by its transpose, whose rows are contiguous terms.
 template <class T> struct GridProduct {
-  T* result;
+  T *result, *mirrored;
   const T *added, *A[2], *B[2];
   T alpha, beta;
   int terms;
+  bool diagonal = true;  // is written too
 };
 
 /// Products of one launch: no operand is the result of another.
@@ -39,7 +42,7 @@ template <class T> struct GridProducts {
   GridProduct<T> product[kMost];
 };
 
-/// Tile (I, J) of one product of one sample. Both operands are symmetric: their rows are contiguous terms.
+/// Tile (I, J) of one product of one sample.
 template <class T> class GridProductBlock {
   using Operands = Panel<T, true>;
   using Factor = typename Accumulator<T>::Factor;
@@ -101,13 +104,14 @@ template <class T> class GridProductBlock {
   __device__ __forceinline__ void store(WarpTile<T>& total, int v) const {
     const T* added = product_.added ? product_.added + sample_ * shape_.size() : nullptr;
     T* result = product_.result + sample_ * shape_.size();
+    T* mirrored = product_.mirrored + sample_ * shape_.size();
     total.for_each([&](T a, int r, int c) {
       const int64_t i = row_ + own_.row + r, j = column_ + own_.column + kTile * v + c;
-      if (i > j || j >= shape_.pitch) return;
+      if (i > j || j >= shape_.pitch || (i == j && !product_.diagonal)) return;
       const int64_t above = i * shape_.pitch + j;
       const T value = added ? product_.alpha * added[above] + product_.beta * a : product_.beta * a;
       result[above] = value;
-      result[j * shape_.pitch + i] = value;
+      mirrored[j * shape_.pitch + i] = value;
     });
   }
 
@@ -240,8 +244,9 @@ __global__ void __launch_bounds__(kPanelThreads, sizeof(T) == 8 ? 1 : 2)
 /// Hands out matrices of a batch, and numbers for each of its samples, from a workspace; enqueues on a stream.
 template <class T> class GridEngine {
  public:
+  /// None yet where null. That of a symmetric matrix is its own transpose.
   struct Matrix {
-    T* data = nullptr;  // none yet
+    T *data = nullptr, *transpose = nullptr;
   };
 
   /// One number for each sample.
@@ -267,8 +272,10 @@ template <class T> class GridEngine {
     for (int m = 0; m < matrices; ++m) free_.push_back(workspace + m * shape.batch * shape.size());
   }
 
+  Matrix matrix() const { return {}; }
+
   void load(Matrix& A, const RootView<const T>& source) {
-    if (!A.data) A.data = take();
+    if (!A.data) A.data = A.transpose = take();
     elements("load", GridLoad<T>{A.data, source});
   }
   Scalar trace(const Matrix& A) { return sum("trace", GridTrace<T>{A.data}); }
@@ -287,18 +294,19 @@ template <class T> class GridEngine {
     affine(D, alpha.factor, beta.factor, A, false);
   }
 
-  void product(Matrix& D, const Matrix& A, const Matrix& B) {
-    enqueue(D, {0, nullptr, {A.data}, {B.data}, T(0), T(1), 1});
-  }
   void product(Matrix& D, double alpha, double beta, const Matrix& A, const Matrix& B) {
-    enqueue(D, {0, D.data, {A.data}, {B.data}, T(alpha), T(beta), 1});
-  }
-  void products(Matrix& D, const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2) {
-    enqueue(D, {0, nullptr, {A1.data, A2.data}, {B1.data, B2.data}, T(0), T(1), 2});
+    enqueue(D, {0, 0, D.data, {A.data}, {B.transpose}, T(alpha), T(beta), 1});
   }
   void products(Matrix& D, double alpha, double beta, const Matrix& A1, const Matrix& B1, const Matrix& A2,
                 const Matrix& B2) {
-    enqueue(D, {0, D.data, {A1.data, A2.data}, {B1.data, B2.data}, T(alpha), T(beta), 2});
+    enqueue(D, {0, 0, D.data, {A1.data, A2.data}, {B1.transpose, B2.transpose}, T(alpha), T(beta), 2});
+  }
+  Matrix product(Matrix& D, Matrix& E, const Matrix& A, const Matrix& B, bool in_full) {
+    return enqueue(D, E, {0, 0, nullptr, {A.data}, {B.data}, T(0), T(1), 1}, in_full);
+  }
+  Matrix products(Matrix& D, Matrix& E, const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2,
+                  bool in_full) {
+    return enqueue(D, E, {0, 0, nullptr, {A1.data, A2.data}, {B1.data, B2.data}, T(0), T(1), 2}, in_full);
   }
 
   void write(const Matrix& A, const RootView<T>& result) {
@@ -326,17 +334,41 @@ template <class T> class GridEngine {
       if (waiting_.product[p].result == result) return true;
     return false;
   }
+  bool needs_waiting(const GridProduct<T>& product) const {
+    return waits(product.added) || waits(product.A[0]) || waits(product.B[0]) || waits(product.A[1]) ||
+           waits(product.B[1]);
+  }
 
   /// D's own matrix stays as it is for products that wait, until they are launched.
-  void enqueue(Matrix& D, GridProduct<T> product) {
-    if (waits(product.added) || waits(product.A[0]) || waits(product.B[0]) || waits(product.A[1]) ||
-        waits(product.B[1]))
-      flush();
-    product.result = take();
-    waiting_.product[waiting_.count++] = product;
+  void renew(Matrix& D) {
     if (D.data) retired_.push_back(D.data);
-    D.data = product.result;
+    D.data = D.transpose = take();
+  }
+
+  Matrix enqueue(Matrix& D, GridProduct<T> product) {
+    if (needs_waiting(product)) flush();
+    renew(D);
+    product.result = product.mirrored = D.data;
+    waiting_.product[waiting_.count++] = product;
     if (waiting_.count == GridProducts<T>::kMost) flush();
+    return D;
+  }
+
+  /// The same; in full D and E = D' from the upper triangle of each, E's from the factors exchanged.
+  Matrix enqueue(Matrix& D, Matrix& E, GridProduct<T> product, bool in_full) {
+    if (!in_full) return enqueue(D, product);
+    if (needs_waiting(product) || waiting_.count + 2 > GridProducts<T>::kMost) flush();
+    renew(D);
+    renew(E);
+    D.transpose = product.mirrored = E.data;
+    E.transpose = product.result = D.data;
+    waiting_.product[waiting_.count++] = product;
+    std::swap(product.A, product.B);
+    std::swap(product.result, product.mirrored);
+    product.diagonal = false;
+    waiting_.product[waiting_.count++] = product;
+    if (waiting_.count == GridProducts<T>::kMost) flush();
+    return E;
   }
 
   void flush() {
@@ -352,7 +384,7 @@ template <class T> class GridEngine {
   void affine(Matrix& D, const GridFactor<T>& alpha, const GridFactor<T>& beta, const Matrix& A, bool divide) {
     flush();
     const T* from = A.data;
-    if (!D.data) D.data = take();
+    if (!D.data) D.data = D.transpose = take();
     elements("affine", GridAffine<T>{D.data, from, alpha, beta, divide});
   }
 

@@ -46,11 +46,13 @@ constexpr int max_matrix_channels(int64_t element_size, int matrices) {
 }
 static_assert(matrix_slots(max_matrix_channels(4, 1)) <= kMaxSlots);
 
-template <class T, int kSlots> class MatrixEngine {
+/// kInFull: products may be in full. The kernels of the usual few steps do without the registers that it takes.
+template <class T, int kSlots, bool kInFull> class MatrixEngine {
  public:
-  /// Where a matrix begins in shared memory, in bytes.
+  /// Where a matrix begins in shared memory, in bytes. One that is not symmetric takes the tiles under the diagonal
+  /// from the upper triangle of its transpose, which begins at `transpose`.
   struct Matrix {
-    int first;
+    int first = 0, transpose = first;
   };
 
   /// Where a vector of C elements begins, in bytes.
@@ -71,7 +73,7 @@ template <class T, int kSlots> class MatrixEngine {
   }
 
   __device__ Matrix matrix() {
-    const Matrix m{next_};
+    const Matrix m{next_, next_};
     next_ += tile_count(channels_) * kTileBytes;
     return m;
   }
@@ -122,15 +124,17 @@ template <class T, int kSlots> class MatrixEngine {
     map(D, A, [&](T a, int i, int j) { return beta * a + (i == j && i < channels_ ? alpha : T(0)); });
   }
 
-  __device__ void product(Matrix D, Matrix A, Matrix B) const { combine<false>(D, T(0), T(1), A, B, A, B, 1); }
   __device__ void product(Matrix D, T alpha, T beta, Matrix A, Matrix B) const {
     combine<true>(D, alpha, beta, A, B, A, B, 1);
   }
-  __device__ void products(Matrix D, Matrix A1, Matrix B1, Matrix A2, Matrix B2) const {
-    combine<false>(D, T(0), T(1), A1, B1, A2, B2, 2);
-  }
   __device__ void products(Matrix D, T alpha, T beta, Matrix A1, Matrix B1, Matrix A2, Matrix B2) const {
     combine<true>(D, alpha, beta, A1, B1, A2, B2, 2);
+  }
+  __device__ Matrix product(Matrix& D, Matrix& E, Matrix A, Matrix B, bool in_full) const {
+    return combine_pair(D, E, A, B, A, B, 1, in_full);
+  }
+  __device__ Matrix products(Matrix& D, Matrix& E, Matrix A1, Matrix B1, Matrix A2, Matrix B2, bool in_full) const {
+    return combine_pair(D, E, A1, B1, A2, B2, 2, in_full);
   }
 
   template <class Source> __device__ void load(Column u, const Source& source) const {
@@ -162,8 +166,15 @@ template <class T, int kSlots> class MatrixEngine {
     for (int i = threadIdx.x; i < channels_; i += blockDim.x) result.data[i] = element(u, i);
   }
 
-  /// Copies a matrix out, or its upper triangle; neighbouring threads write neighbouring elements.
+  /// Copies a matrix out, its upper triangle or the means of its columns; neighbouring threads write neighbouring
+  /// elements.
   __device__ void write(Matrix A, const RootView<T>& result) const {
+    if (result.output == Output::kMean) {
+      const Column u{kSums * int(sizeof(T))};
+      sums(u, A);
+      add(u, T(1) / T(channels_), T(0), u);
+      return write(u, result);
+    }
     const bool upper = result.output == Output::kTriu;
     for (int i = threadIdx.x / kWarp; i < channels_; i += blockDim.x / kWarp) {
       T* row = result.data + (upper ? triu_index(i, i, channels_) - i : int64_t(i) * channels_);
@@ -246,10 +257,10 @@ template <class T, int kSlots> class MatrixEngine {
     return result;
   }
 
-  /// Of a tile on the diagonal the upper triangle counts, so that both sides are the same bits.
+  /// Of a symmetric matrix' tile on the diagonal the upper triangle counts, so that both sides are the same bits.
   static __device__ __forceinline__ void write_tile(Matrix D, const Place& own, WarpTile<T>& result) {
     const int to = tile(D, own.I, own.J);
-    if (own.I < own.J) {
+    if (own.I < own.J || D.transpose != D.first) {
       result.for_each([&](T a, int r, int c) { in_tile(to, r, c) = a; });
     } else {
       result.for_each([&](T a, int r, int c) {
@@ -291,6 +302,7 @@ template <class T, int kSlots> class MatrixEngine {
     Operand<T> a[2], b[2];
   };
 
+  /// A is symmetric.
   static __device__ __forceinline__ void read_terms(Terms& terms, Matrix A, Matrix B, const Place& own, int K) {
     if (K < own.I)
       read<false>(terms.a, tile(A, K, own.I));
@@ -299,7 +311,7 @@ template <class T, int kSlots> class MatrixEngine {
     if (K <= own.J)
       read<false>(terms.b, tile(B, K, own.J));
     else
-      read<true>(terms.b, tile(B, own.J, K));
+      read<true>(terms.b, tile({B.transpose}, own.J, K));
   }
 
   /// sum += A B in one tile. The next terms are on their way while these are multiplied.
@@ -334,6 +346,22 @@ template <class T, int kSlots> class MatrixEngine {
     __syncthreads();  // D may be an operand
     for_own_tiles([&](const Place& own, int s) { write_tile(D, own, result[s]); });
     __syncthreads();
+  }
+
+  /// D = A1 B1 + A2 B2; in full also the upper triangle of its transpose E, from the factors exchanged.
+  __device__ __forceinline__ Matrix combine_pair(Matrix& D, Matrix& E, Matrix A1, Matrix B1, Matrix A2, Matrix B2,
+                                                 int terms, bool in_full) const {
+    if constexpr (kInFull) {
+      D.transpose = in_full ? E.first : D.first;
+      E.transpose = D.first;
+#pragma unroll 1
+      for (int side = 0; side <= int(in_full); ++side)
+        combine<false>(side ? E : D, T(0), T(1), side ? B1 : A1, side ? A1 : B1, side ? B2 : A2, side ? A2 : B2, terms);
+      return in_full ? E : D;
+    } else {
+      combine<false>(D, T(0), T(1), A1, B1, A2, B2, terms);
+      return D;
+    }
   }
 
   int channels_, tiles_;

@@ -6,50 +6,53 @@
 namespace isqrt::cuda {
 namespace {
 
-constexpr int kMatrices = 3, kMatricesBackward = 6;
+/// Those of the algorithm.
+constexpr int matrices(bool backward, bool in_full) { return (in_full ? 4 : 3) * (backward ? 2 : 1); }
 
-template <class T, int kMatrices> constexpr int kMostSlots = matrix_slots(max_matrix_channels(sizeof(T), kMatrices));
+/// What a kernel is compiled for: the matrix or its triangle; the mean, whose last step acts on a vector; or any of
+/// them where some steps are in full.
+enum class Variant { kMatrix, kMean, kInFull };
 
-template <class T, int kSlots> __global__ void __launch_bounds__(kMaxWarps* kWarp) root_kernel(const RootTask<T> task) {
-  MatrixEngine<T, kSlots> engine(int(task.sigma.channels));
-  auto Y = engine.matrix(), Z = engine.matrix(), ZY = engine.matrix();
-  const int64_t sample = blockIdx.x;
-  const auto result = matrix_root(engine, task.sigma.sample(sample), Y, Z, ZY, task.steps, task.root);
-  engine.write(result, task.result.sample(sample));
+template <Variant kVariant> using constant = std::integral_constant<Variant, kVariant>;
+
+/// Of any C for which a kernel is launched: the most tiles of a warp, and the most threads of a block.
+template <class T, bool kBackward, Variant kVariant = Variant::kMatrix>
+constexpr int kMostChannels = max_matrix_channels(sizeof(T), matrices(kBackward, kVariant == Variant::kInFull));
+template <class T, bool kBackward> constexpr int kMostSlots = matrix_slots(kMostChannels<T, kBackward>);
+constexpr int most_threads(int channels) {
+  int most = 0;
+  for (int c = kTile; c <= channels; c += kTile) most = most < matrix_threads(c) ? matrix_threads(c) : most;
+  return most;
 }
 
-template <class T, int kSlots, bool kMean>
-__global__ void __launch_bounds__(kMaxWarps* kWarp) root_kernel(const RootTask<T> task) {
+template <class T, int kSlots, Variant kVariant>
+__global__ void __launch_bounds__(most_threads(kMostChannels<T, false, kVariant>)) root_kernel(const RootTask<T> task) {
   const int64_t C = task.sigma.channels;
-  MatrixEngine<T, kSlots> e{int(C)};
-  auto Y = e.matrix(), Z = e.matrix(), ZY = e.matrix();
+  MatrixEngine<T, kSlots, kVariant == Variant::kInFull> e{int(C)};
   const auto sigma = task.sigma.sample(blockIdx.x);
   const auto result = task.result.sample(blockIdx.x);
-  if constexpr (kMean) {
-    auto sums = e.column(), u = e.column(), v = e.column();
-    e.write(matrix_root_mean(e, sigma, Y, Z, ZY, sums, u, v, task.steps, C), result);
-  } else {
-    e.write(matrix_root(e, sigma, Y, Z, ZY, task.steps, task.root), result);
-  }
+  if constexpr (kVariant == Variant::kMean)
+    e.write(matrix_root_mean(e, sigma, task.steps, C), result);
+  else
+    e.write(matrix_root(e, sigma, task.steps, task.root), result);
 }
 
-template <class T, int kSlots, bool kMean>
-__global__ void __launch_bounds__(kMaxWarps* kWarp) root_backward_kernel(const RootBackwardTask<T> task) {
+template <class T, int kSlots, Variant kVariant>
+__global__ void __launch_bounds__(most_threads(kMostChannels<T, true, kVariant>))
+    root_backward_kernel(const RootBackwardTask<T> task) {
   const int64_t C = task.sigma.channels;
-  MatrixEngine<T, kSlots> e{int(C)};
-  auto Y = e.matrix(), Z = e.matrix(), ZY = e.matrix(), dY = e.matrix(), dZ = e.matrix(), dZY = e.matrix();
+  MatrixEngine<T, kSlots, kVariant == Variant::kInFull> e{int(C)};
   const auto sigma = task.sigma.sample(blockIdx.x);
   const auto grad = task.grad.sample(blockIdx.x);
   const auto result = task.grad_sigma.sample(blockIdx.x);
-  if constexpr (kMean) {
-    auto g = e.column(), sums = e.column(), u = e.column(), v = e.column();
-    e.write(matrix_root_mean_backward(e, sigma, grad, Y, Z, ZY, dY, dZ, dZY, g, sums, u, v, task.steps, C), result);
-  } else {
-    e.write(matrix_root_backward(e, sigma, grad, Y, Z, ZY, dY, dZ, dZY, task.steps, task.root), result);
-  }
+  if constexpr (kVariant == Variant::kMean)
+    e.write(matrix_root_mean_backward(e, sigma, grad, task.steps, C), result);
+  else
+    e.write(matrix_root_backward(e, sigma, grad, task.steps, task.root), result);
 }
 
-/// One block a sample, of the kernel that choose(slots, mean) returns, both as types; kSlots where one is not enough.
+/// One block a sample, of the kernel that choose(slots, variant) returns, both as types; kSlots where one is not enough
+/// and where steps are in full.
 template <int kSlots, class Task, class Choose>
 void launch_blocks(const char* name, const Choose& choose, int64_t channels, bool mean, int64_t shared_bytes,
                    void* stream, const Task& task) {
@@ -57,11 +60,14 @@ void launch_blocks(const char* name, const Choose& choose, int64_t channels, boo
     throw std::runtime_error(std::string(name) + ": " + std::to_string(channels) +
                              " channels are more than a block can hold");
   const int C = int(channels);
-  const auto choose_slots = [&](auto mean_type) {
-    return matrix_slots(C) == 1 ? choose(std::integral_constant<int, 1>(), mean_type)
-                                : choose(std::integral_constant<int, kSlots>(), mean_type);
+  const auto choose_slots = [&](auto variant) {
+    return matrix_slots(C) == 1 ? choose(std::integral_constant<int, 1>(), variant)
+                                : choose(std::integral_constant<int, kSlots>(), variant);
   };
-  void (*const kernel)(Task) = mean ? choose_slots(std::true_type()) : choose_slots(std::false_type());
+  void (*const kernel)(Task) = task.steps.any_in_full()
+                                   ? choose(std::integral_constant<int, kSlots>(), constant<Variant::kInFull>())
+                               : mean ? choose_slots(constant<Variant::kMean>())
+                                      : choose_slots(constant<Variant::kMatrix>());
   launch(name, kernel, task.batch, matrix_threads(C), shared_bytes, stream, task);
 }
 
@@ -69,16 +75,16 @@ void launch_blocks(const char* name, const Choose& choose, int64_t channels, boo
 
 template <class T> void root(const RootTask<T>& task, void* stream) {
   const int64_t C = task.sigma.channels;
-  const auto choose = [](auto slots, auto mean) { return root_kernel<T, slots, mean>; };
-  launch_blocks<kMostSlots<T, kMatrices>>("root", choose, C, task.result.output == Output::kMean,
-                                          root_shared_bytes(C, sizeof(T), false), stream, task);
+  const auto choose = [](auto slots, auto variant) { return root_kernel<T, slots, variant>; };
+  launch_blocks<kMostSlots<T, false>>("root", choose, C, task.result.output == Output::kMean,
+                                      root_shared_bytes(C, sizeof(T), false, task.steps.any_in_full()), stream, task);
 }
 
 template <class T> void root_backward(const RootBackwardTask<T>& task, void* stream) {
   const int64_t C = task.sigma.channels;
-  const auto choose = [](auto slots, auto mean) { return root_backward_kernel<T, slots, mean>; };
-  launch_blocks<kMostSlots<T, kMatricesBackward>>("root_backward", choose, C, task.grad.output == Output::kMean,
-                                                  root_shared_bytes(C, sizeof(T), true), stream, task);
+  const auto choose = [](auto slots, auto variant) { return root_backward_kernel<T, slots, variant>; };
+  launch_blocks<kMostSlots<T, true>>("root_backward", choose, C, task.grad.output == Output::kMean,
+                                     root_shared_bytes(C, sizeof(T), true, task.steps.any_in_full()), stream, task);
 }
 
 template void root(const RootTask<float>&, void*);
@@ -86,10 +92,10 @@ template void root(const RootTask<double>&, void*);
 template void root_backward(const RootBackwardTask<float>&, void*);
 template void root_backward(const RootBackwardTask<double>&, void*);
 
-int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward) {
-  const int matrices = backward ? kMatricesBackward : kMatrices;
-  if (channels > max_matrix_channels(element_size, matrices)) return 0;
-  return matrix_shared_bytes(int(channels), element_size, matrices);
+int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full) {
+  const int count = matrices(backward, in_full);
+  if (channels > max_matrix_channels(element_size, count)) return 0;
+  return matrix_shared_bytes(int(channels), element_size, count);
 }
 
 int64_t shared_bytes_limit(int device) {

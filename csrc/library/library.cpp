@@ -65,6 +65,8 @@ class LibraryEngine {
                        std::optional<torch::headeronly::Layout>(), std::optional(like.device()),
                        std::optional<bool>())) {}
 
+  Matrix matrix() const { return {}; }
+
   void load(Matrix& A, const Source& source) const { A.value = torch::stable::clone(source.value); }
 
   Batch trace(const Matrix& A) const {
@@ -85,19 +87,24 @@ class LibraryEngine {
     D.value = add(multiply(A.value, beta.value), multiply(identity_, alpha.value));
   }
 
-  void product(Matrix& D, const Matrix& A, const Matrix& B) { product(D, 0.0, 1.0, A, B); }
   void product(Matrix& D, double alpha, double beta, const Matrix& A, const Matrix& B) {
     gemm(spare_, alpha == 0 ? A.value : D.value, A, B, alpha, beta);
     replace(D);
-  }
-  void products(Matrix& D, const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2) {
-    products(D, 0.0, 1.0, A1, B1, A2, B2);
   }
   void products(Matrix& D, double alpha, double beta, const Matrix& A1, const Matrix& B1, const Matrix& A2,
                 const Matrix& B2) {
     gemm(spare_, alpha == 0 ? A1.value : D.value, A1, B1, alpha, beta);
     gemm(spare_, spare_, A2, B2, 1.0, beta);
     replace(D);
+  }
+  /// In full always, and without a second matrix.
+  Matrix product(Matrix& D, Matrix&, const Matrix& A, const Matrix& B, bool) {
+    product(D, 0.0, 1.0, A, B);
+    return {transpose(D.value)};
+  }
+  Matrix products(Matrix& D, Matrix&, const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2, bool) {
+    products(D, 0.0, 1.0, A1, B1, A2, B2);
+    return {transpose(D.value)};
   }
 
  private:
@@ -164,18 +171,15 @@ Tensor symmetric_part(const Tensor& A) {
 
 Tensor root(const Tensor& sigma, const Steps& steps, Root root, Output output) {
   LibraryEngine engine(sigma);
-  LibraryEngine::Matrix Y, Z, T;
-  const auto& result = matrix_root(engine, LibraryEngine::Source{symmetric_part(sigma)}, Y, Z, T, steps, root);
+  const auto result = matrix_root(engine, LibraryEngine::Source{symmetric_part(sigma)}, steps, root);
   return to_output(symmetric_part(result.value), output);
 }
 
 Tensor root_backward(const Tensor& grad, const Tensor& sigma, const Steps& steps, Root root, Output output) {
   LibraryEngine engine(sigma);
-  LibraryEngine::Matrix Y, Z, T, dY, dZ, dT;
   const LibraryEngine::Source sigma_source{symmetric_part(sigma)},
       grad_source{from_output(grad, sigma.size(1), output)};
-  return symmetric_part(
-      matrix_root_backward(engine, sigma_source, grad_source, Y, Z, T, dY, dZ, dT, steps, root).value);
+  return symmetric_part(matrix_root_backward(engine, sigma_source, grad_source, steps, root).value);
 }
 
 }  // namespace isqrt::library

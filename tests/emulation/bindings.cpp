@@ -40,11 +40,15 @@ PYBIND11_MODULE(isqrt_emulation, m) {
                             bool grid, Array grad_sigma) {
     launchers::root_backward(dtype, view(grad), view(sigma), iterations, root, output, floor, grid, view(grad_sigma));
   });
-  m.def("plan", [](int64_t batch, int64_t channels, int64_t positions, int64_t element_size) {
-    const launchers::Choice c = launchers::plan(batch, channels, positions, element_size);
-    return py::make_tuple(c.forward, c.backward, c.pool_chunk, c.pool_backward_chunk);
-  });
-  m.def("root_shared_bytes", &launchers::root_shared_bytes);
+  m.def(
+      "plan",
+      [](int64_t batch, int64_t channels, int64_t positions, int64_t element_size, int iterations) {
+        const launchers::Choice c = launchers::plan(batch, channels, positions, element_size, iterations);
+        return py::make_tuple(c.forward, c.backward, c.pool_chunk, c.pool_backward_chunk);
+      },
+      py::arg("batch"), py::arg("channels"), py::arg("positions"), py::arg("element_size"), py::arg("iterations") = 5);
+  m.def("root_shared_bytes", &launchers::root_shared_bytes, py::arg("channels"), py::arg("element_size"),
+        py::arg("backward"), py::arg("iterations") = 5, py::arg("floor") = 0.0);
   m.def("shared_bytes_limit", &launchers::shared_bytes_limit);
   m.def("set_device", [](size_t shared_limit, int capability_major) {
     emulation::options.shared_limit = shared_limit;

@@ -109,10 +109,10 @@ struct NewtonSchulz {
     Buffer sigma = random_numbers(type, B * C * C, 1);  // and more on the diagonal
     for (int64_t i = 0; i < B * C; ++i) type.write(sigma.data.get() + (i * C + i % C) * type.size, double(C));
     const Buffer result(type, B * size), grad = random_numbers(type, B * size, 2), grad_sigma(type, B * C * C);
-    if (!grid && launchers::root_shared_bytes(C, type.size, false) == 0) return;
+    if (!grid && launchers::root_shared_bytes(C, type.size, false, iterations, 0) == 0) return;
     launchers::root(type.name, sigma.array(B, C, C), iterations, root, output, 0, grid, result.array(B, size));
     require_finite(result, "root");
-    if (!grid && launchers::root_shared_bytes(C, type.size, true) == 0) return;
+    if (!grid && launchers::root_shared_bytes(C, type.size, true, iterations, 0) == 0) return;
     launchers::root_backward(type.name, grad.array(B, size), sigma.array(B, C, C), iterations, root, output, 0, grid,
                              grad_sigma.array(B, C, C));
     require_finite(grad_sigma, "grad_sigma");

@@ -49,8 +49,6 @@ template <class F> void dispatch(const std::string& dtype, const F& f) {
   dispatch_matrix(dtype, f);
 }
 
-Steps steps(int iterations, double floor) { return floor == 0 ? Steps{iterations} : minimax_steps(iterations, floor); }
-
 }  // namespace
 
 void pool(const std::string& dtype, const Array& x, int64_t chunk, const Array& sigma, const Array& mean) {
@@ -88,10 +86,11 @@ void root(const std::string& dtype, const Array& sigma, int iterations, int root
   dispatch_matrix(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t B = sigma.shape[0], C = sigma.shape[1];
-    std::vector<T> workspace(grid ? cuda::grid_workspace_size(B, C, sizeof(T), false) : 0, T(NAN));
+    const Steps steps = choose_steps(iterations, floor);
+    std::vector<T> workspace(grid ? cuda::grid_workspace_size(B, C, sizeof(T), false, steps.any_in_full()) : 0, T(NAN));
     const RootTask<T> task{B,
                            {contiguous<const T>(sigma), Output::kMatrix, C},
-                           steps(iterations, floor),
+                           steps,
                            static_cast<Root>(root),
                            {contiguous<T>(result), static_cast<Output>(output), C},
                            workspace.data()};
@@ -104,11 +103,12 @@ void root_backward(const std::string& dtype, const Array& grad, const Array& sig
   dispatch_matrix(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t B = sigma.shape[0], C = sigma.shape[1];
-    std::vector<T> workspace(grid ? cuda::grid_workspace_size(B, C, sizeof(T), true) : 0, T(NAN));
+    const Steps steps = choose_steps(iterations, floor);
+    std::vector<T> workspace(grid ? cuda::grid_workspace_size(B, C, sizeof(T), true, steps.any_in_full()) : 0, T(NAN));
     const RootBackwardTask<T> task{B,
                                    {contiguous<const T>(grad), static_cast<Output>(output), C},
                                    {contiguous<const T>(sigma), Output::kMatrix, C},
-                                   steps(iterations, floor),
+                                   steps,
                                    static_cast<Root>(root),
                                    {contiguous<T>(grad_sigma), Output::kMatrix, C},
                                    workspace.data()};
@@ -116,13 +116,14 @@ void root_backward(const std::string& dtype, const Array& grad, const Array& sig
   });
 }
 
-Choice plan(int64_t batch, int64_t channels, int64_t positions, int64_t element_size) {
-  const Plan p = isqrt::plan({true, 0, batch, channels, positions, element_size}, EngineKind::kAuto);
+Choice plan(int64_t batch, int64_t channels, int64_t positions, int64_t element_size, int iterations) {
+  const bool in_full = choose_steps(iterations, 0).any_in_full();
+  const Plan p = isqrt::plan({true, 0, batch, channels, positions, element_size, in_full}, EngineKind::kAuto);
   return {engine_name(p.forward), engine_name(p.backward), p.pool.length, p.pool_backward.length};
 }
 
-int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward) {
-  return cuda::root_shared_bytes(channels, element_size, backward);
+int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward, int iterations, double floor) {
+  return cuda::root_shared_bytes(channels, element_size, backward, choose_steps(iterations, floor).any_in_full());
 }
 int64_t shared_bytes_limit() { return cuda::shared_bytes_limit(0); }
 

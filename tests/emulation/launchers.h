@@ -32,9 +32,9 @@ struct Choice {
   std::string forward, backward;
   int64_t pool_chunk, pool_backward_chunk;
 };
-Choice plan(int64_t batch, int64_t channels, int64_t positions, int64_t element_size);
+Choice plan(int64_t batch, int64_t channels, int64_t positions, int64_t element_size, int iterations);
 
-int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward);
+int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward, int iterations, double floor);
 int64_t shared_bytes_limit();
 
 }  // namespace launchers

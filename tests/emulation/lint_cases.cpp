@@ -39,39 +39,41 @@ template <class X> void pooling(const std::string& label, int64_t C, int64_t H, 
   });
 }
 
-template <class T> void root(const std::string& label, int64_t C) {
-  constexpr int kIterations = 3;
+/// Three steps, with T in full or not.
+Steps three_steps(bool in_full) {
+  Steps steps = choose_steps(3, 0);
+  if (in_full) steps.mirrored = 0;
+  return steps;
+}
+
+template <class T> void root(const std::string& label, int64_t C, bool in_full) {
+  const Steps steps = three_steps(in_full);
   lint::record(label, [&] {
     T *sigma = allocate<T>(C * C), *result = allocate<T>(C * C), *grad_sigma = allocate<T>(C * C);
     for (int64_t i = 0; i < C; ++i) sigma[i * C + i] = T(1);
     const RootView<const T> source{sigma, Output::kMatrix, C};
-    if (cuda::root_shared_bytes(C, sizeof(T), false) > 0)
-      cuda::root(RootTask<T>{1, source, {kIterations}, Root::kSquare, {result, Output::kMatrix, C}}, nullptr);
-    if (cuda::root_shared_bytes(C, sizeof(T), true) > 0)
+    if (cuda::root_shared_bytes(C, sizeof(T), false, in_full) > 0)
+      cuda::root(RootTask<T>{1, source, steps, Root::kSquare, {result, Output::kMatrix, C}}, nullptr);
+    if (cuda::root_shared_bytes(C, sizeof(T), true, in_full) > 0)
       cuda::root_backward(
           RootBackwardTask<T>{
-              1, {result, Output::kMatrix, C}, source, {kIterations}, Root::kSquare, {grad_sigma, Output::kMatrix, C}},
+              1, {result, Output::kMatrix, C}, source, steps, Root::kSquare, {grad_sigma, Output::kMatrix, C}},
           nullptr);
   });
 }
 
 template <class T> void grid_root(const std::string& label, int64_t C) {
-  constexpr int kIterations = 2;
+  const Steps steps = three_steps(true);
   lint::record(label, [&] {
     T *sigma = allocate<T>(C * C), *result = allocate<T>(C * C), *grad_sigma = allocate<T>(C * C);
-    T* workspace = allocate<T>(cuda::grid_workspace_size(1, C, sizeof(T), true));
+    T* workspace = allocate<T>(cuda::grid_workspace_size(1, C, sizeof(T), true, true));
     for (int64_t i = 0; i < C; ++i) sigma[i * C + i] = T(1);
     const RootView<const T> source{sigma, Output::kMatrix, C};
-    cuda::grid_root(RootTask<T>{1, source, {kIterations}, Root::kSquare, {result, Output::kMatrix, C}, workspace},
-                    nullptr);
-    cuda::grid_root_backward(RootBackwardTask<T>{1,
-                                                 {result, Output::kMatrix, C},
-                                                 source,
-                                                 {kIterations},
-                                                 Root::kSquare,
-                                                 {grad_sigma, Output::kMatrix, C},
-                                                 workspace},
-                             nullptr);
+    cuda::grid_root(RootTask<T>{1, source, steps, Root::kSquare, {result, Output::kMatrix, C}, workspace}, nullptr);
+    cuda::grid_root_backward(
+        RootBackwardTask<T>{
+            1, {result, Output::kMatrix, C}, source, steps, Root::kSquare, {grad_sigma, Output::kMatrix, C}, workspace},
+        nullptr);
   });
 }
 
@@ -82,8 +84,9 @@ int main() {
   pooling<float>("64 x 8 x 48 channels_last", 64, 8, 48, Layout::kChannelsLast);
   pooling<float>("256 x 14 x 14", 256, 14, 14, Layout::kNCHW);
   pooling<BFloat16>("64 x 8 x 48", 64, 8, 48, Layout::kNCHW);
-  root<float>("64 x 64", 64);
-  root<float>("128 x 128", 128);
-  root<double>("64 x 64", 64);
+  root<float>("64 x 64", 64, false);
+  root<float>("64 x 64 in full", 64, true);
+  root<float>("128 x 128", 128, false);
+  root<double>("64 x 64", 64, false);
   grid_root<float>("160 x 160", 160);
 }
