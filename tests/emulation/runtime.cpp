@@ -82,7 +82,7 @@ template <class Message> [[noreturn]] void stop(const Message& message) {
   abort();
 }
 
-/// Mostly they have come in that order.
+/// Mostly they have come in that order. A random one is made as they go on.
 void sort_by_order(std::vector<Thread*>& threads) {
   const auto sort = [&](const auto& before) {
     const auto by_place = [&](const Thread* a, const Thread* b) { return before(a->place, b->place); };
