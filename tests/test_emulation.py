@@ -197,7 +197,8 @@ def test_newton_schulz_matches_reference(kernels, channels, dtype):
 @pytest.mark.parametrize("channels", (1, 33, 70, 96, 130))
 def test_newton_schulz_on_the_grid(kernels, channels, dtype):
     sigma = covariances(2 if channels < 80 else 1, channels, dtype)
-    for number, iterations in enumerate((1, 2, 3)):
+    # What few steps leave out is left out by the host, whatever the size.
+    for number, iterations in enumerate((1, 2, 3) if channels < 80 else (3,)):
         check_root(kernels, sigma, iterations, "square", OUTPUTS[(number + channels) % 3], grid=True)
     check_root(kernels, sigma, 2, "inverse", OUTPUTS[channels % 3], grid=True)
 
