@@ -47,7 +47,7 @@ def compiled_here(tmp_path_factory):
 
 @pytest.fixture
 def one_thread():
-    """Sums of floats depend on the number of threads; and small images gain nothing from more."""
+    """Sums of floats depend on the number of threads; and what is small gains nothing from more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
