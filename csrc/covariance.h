@@ -81,15 +81,21 @@ template <class T> ISQRT_FN T scale_for(T largest) {
   return std::ldexp(T(1), exponent < -kMost ? -kMost : exponent > kMost ? kMost : exponent);
 }
 
+/// False for float16, whose squares float32 holds.
+template <class X> constexpr bool kMayLeaveRange = true;
+template <> inline constexpr bool kMayLeaveRange<Half> = false;
+
 /// A second pass for the samples whose covariance left its range: Sigma of s x for a power of two s. The Engine offers
 ///     trace()       of Sigma, as the first pass left it
 ///     largest()     half of the largest |x - x_0| over channels and positions, x_0 being the first position
 ///     rescale(s)    mu and Sigma anew, from s (x - x_0)
 ///     keep(s)       s is the scale of this sample
-template <class Engine> ISQRT_FN void rescue_covariance(Engine& e) {
-  const auto t = e.trace();
-  const auto s = is_in_range(t) ? decltype(t)(1) : scale_for(e.largest());
-  if (s != 1) e.rescale(s);
+template <class X, class Engine> ISQRT_FN void rescue_covariance(Engine& e) {
+  Compute<X> s = 1;
+  if constexpr (kMayLeaveRange<X>) {
+    if (!is_in_range(e.trace())) s = scale_for(e.largest());
+    if (s != 1) e.rescale(s);
+  }
   e.keep(s);
 }
 

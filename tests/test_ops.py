@@ -398,7 +398,13 @@ def test_gradcheck_through_sigma(engine, root):
         ),
         (
             lambda: ops.cov_sqrt_backward(
-                torch.zeros(2, 4), torch.zeros(2, 4, 5), torch.zeros(2, 4, 4).double(), torch.zeros(2, 4), torch.ones(2), 5, 2
+                torch.zeros(2, 4),
+                torch.zeros(2, 4, 5),
+                torch.zeros(2, 4, 4).double(),
+                torch.zeros(2, 4),
+                torch.ones(2),
+                5,
+                2,
             ),
             "sigma: expected dtype Float, got Double",
         ),
