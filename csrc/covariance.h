@@ -11,6 +11,8 @@
 // where n_b <= n_a, so that at most one bit is lost to the subtraction; the first tile is centred by its own mean. The
 // very first mean is the sample's first position: a constant map has exactly zero differences, covariance and gradient.
 #pragma once
+#include <cmath>
+
 #include "views.h"
 
 namespace isqrt {
@@ -62,6 +64,33 @@ template <class Engine> ISQRT_FN void merge_covariances(Engine& e, const Chunks&
   for (int64_t c = 1; c < chunks.count; ++c)
     e.merge(c, chan_weights(chunks.first(c), chunks.last(c) - chunks.first(c)));
   e.finish(1.0 / double(chunks.positions));
+}
+
+/// The squares of very large and very small numbers leave the range of T. True where they have not: a covariance of
+/// that trace, and the sum over the positions that it came from, are as exact as any.
+template <class T> ISQRT_FN bool is_in_range(T trace) {
+  const T limit = sizeof(T) == 8 ? T(0x1p800) : T(0x1p80f);
+  return trace >= 1 / limit && trace <= limit;
+}
+
+/// The power of two that brings numbers up to `largest` near 1; 1 where there are none, or not only finite ones.
+template <class T> ISQRT_FN T scale_for(T largest) {
+  constexpr int kMost = sizeof(T) == 8 ? 1022 : 126;  // neither it nor its reciprocal is a denormal number
+  if (!(largest > 0 && largest - largest == 0)) return 1;
+  const int exponent = -std::ilogb(largest);
+  return std::ldexp(T(1), exponent < -kMost ? -kMost : exponent > kMost ? kMost : exponent);
+}
+
+/// A second pass for the samples whose covariance left its range: Sigma of s x for a power of two s. The Engine offers
+///     trace()       of Sigma, as the first pass left it
+///     largest()     half of the largest |x - x_0| over channels and positions, x_0 being the first position
+///     rescale(s)    mu and Sigma anew, from s (x - x_0)
+///     keep(s)       s is the scale of this sample
+template <class Engine> ISQRT_FN void rescue_covariance(Engine& e) {
+  const auto t = e.trace();
+  const auto s = is_in_range(t) ? decltype(t)(1) : scale_for(e.largest());
+  if (s != 1) e.rescale(s);
+  e.keep(s);
 }
 
 /// Eq. 9 over the positions [first, last), for a symmetric dSigma. The Engine holds W = 2 dSigma / M and offers

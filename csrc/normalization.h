@@ -2,7 +2,7 @@
 //
 // Besides what newton_schulz.h asks of it, an Engine offers
 //     load(A, source)            A = sym(source), the source being a sample of Sigma or of the upstream gradient
-//     trace(A), inner(source, A), inner products and traces as its Scalar
+//     trace(A), inner(source, A), inner(source, A, s), traces and inner products, that of s source, as its Scalar
 //     divide(A, s)               A = A / s
 //     load(g, source), dot(g, u) a mean's upstream gradient as a vector, inner products of vectors
 // A Scalar is a number, or a class with arithmetic, sqrt(s) and nonzero(s) of its own.
@@ -24,44 +24,47 @@ template <class Scalar> ISQRT_FN Scalar compensation(const Scalar& t, Root root)
   return root == Root::kSquare ? sqrt(t) : sqrt(t) / nonzero(t);
 }
 
-/// Eqs. 1-3: Yhat = sqrt(t) Y_N(Sigma / t), or Z_N(Sigma / t) / sqrt(t). Returns the matrix that holds it.
-template <class Engine, class Source>
-ISQRT_FN auto matrix_root(Engine& e, const Source& sigma, const Steps& steps, Root root) {
+/// Eqs. 1-3: Yhat = sqrt(t) Y_N(Sigma / t), or Z_N(Sigma / t) / sqrt(t), divided by `scale`. Returns the matrix that
+/// holds it.
+template <class Engine, class Source, class Scalar>
+ISQRT_FN auto matrix_root(Engine& e, const Source& sigma, const Scalar& scale, const Steps& steps, Root root) {
   auto m = make_iterates(e, steps);
   e.load(m.Y, sigma);
   const auto t = e.trace(m.Y);       // Eq. 2: t = tr(Sigma)
   e.divide(m.Y, nonzero(t));         //        A = Sigma / t
   newton_schulz(e, m, steps, root);  // Eq. 1
   auto result = root == Root::kSquare ? m.Y : m.Z;
-  e.scale(result, compensation(t, root), result);  // Eq. 3: Yhat = sqrt(t) Y_N
+  e.scale(result, compensation(t, root) / scale, result);  // Eq. 3: Yhat = sqrt(t) Y_N
   return result;
 }
 
 /// Eqs. 1-3 for the mean of Yhat over its first channel index. Returns the vector that holds it.
-template <class Engine, class Source>
-ISQRT_FN auto matrix_root_mean(Engine& e, const Source& sigma, const Steps& steps, int64_t channels) {
+template <class Engine, class Source, class Scalar>
+ISQRT_FN auto matrix_root_mean(Engine& e, const Source& sigma, const Scalar& scale, const Steps& steps,
+                               int64_t channels) {
   auto m = make_iterates(e, steps);
   auto sums = e.column(), u = e.column(), v = e.column();
   e.load(m.Y, sigma);
   const auto t = e.trace(m.Y);
   e.divide(m.Y, nonzero(t));
   newton_schulz_sums(e, m, steps, sums, u, v);
-  e.add(sums, compensation(t, Root::kSquare) / channels, 0, sums);
+  e.add(sums, compensation(t, Root::kSquare) / scale / channels, 0, sums);
   return sums;
 }
 
 /// Eqs. 5 and 8, the end of both gradients: D = dL/dA becomes dL/dSigma. <G, P> is the inner product of the upstream
 /// gradient and P = Y_N or Z_N; with s(t) the compensation, t s'(t) = s / 2 or -s / 2, and
-///     dL/dSigma = s / t (D + (<G, P> t s'(t) / s - <D, A>) I)
-/// Nothing is divided by t^2, which would leave the range of float32 long before the result does.
+///     dL/dSigma = s / t D + (s / t <G, P> t s'(t) / s - <s / t Sigma, D> / t) I
+/// Nothing is divided by t^2, nor summed that is as small as Sigma: both would leave the range of float32 long before
+/// the result does.
 template <class Engine, class Matrix, class Source, class Scalar>
 ISQRT_FN void normalization_backward(Engine& e, Matrix& D, const Source& sigma, const Scalar& t,
                                      const Scalar& inner_product, Root root) {
   const auto divisor = nonzero(t);
   const auto factor = compensation(t, root) / divisor;
   const auto of_compensation = (root == Root::kSquare ? 0.5 : -0.5) * inner_product;  // Eq. 5
-  const auto of_trace = e.inner(sigma, D) / divisor;                                  // <D, A>
-  e.identity_plus(D, factor * (of_compensation - of_trace), factor, D);               // Eq. 8
+  const auto of_trace = e.inner(sigma, D, factor) / divisor;                          // <s / t D, A>
+  e.identity_plus(D, factor * of_compensation - of_trace, factor, D);                 // Eq. 8
 }
 
 /// Eqs. 4-8 for the upstream gradient G = dL/dYhat. Returns the matrix that holds dL/dSigma, symmetric.

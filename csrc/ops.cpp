@@ -135,6 +135,9 @@ template <class T> RootView<T> target(const Tensor& t, Output output, int64_t ch
   return {t.mutable_data_ptr<T>(), output, channels};
 }
 
+/// Null for an empty tensor.
+template <class T> const T* numbers(const Tensor& t) { return t.numel() ? t.const_data_ptr<T>() : nullptr; }
+
 /// f(X()) for the element type X of feature maps.
 template <class F> void dispatch_maps(const Tensor& x, const F& f) {
   switch (x.scalar_type()) {
@@ -157,6 +160,9 @@ template <class F> void dispatch_matrices(const Tensor& sigma, const F& f) {
 
 /// A matrix or vector per sample in another dtype; itself where it has that one. Small beside x.
 Tensor as(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
+
+/// The scale of what has none.
+Tensor none(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
 /// Contiguous, and in the dtype that matrices of its kind are computed in.
 Tensor matrices(const Tensor& t) { return torch::stable::contiguous(as(t, compute_dtype(t.scalar_type()))); }
@@ -218,14 +224,19 @@ template <class Device> struct Engine {
                      t.scalar_type() == ScalarType::Double ? 8 : 4, steps.any_in_full()},
                     requested)) {}
 
-  /// Sigma and mu, in the dtype that x is computed in.
-  std::tuple<Tensor, Tensor> pool(const Tensor& x) const {
+  struct Pooled {
+    Tensor sigma, mean, scale;
+  };
+
+  /// Sigma of scale x, mu and scale, in the dtype that x is computed in; scale is empty, and stands for 1, if not
+  /// wanted.
+  Pooled pool(const Tensor& x, bool want_scale) const {
     const int64_t B = x.size(0), C = x.size(1), count = choice.pool.count;
     const auto empty = [&](std::vector<int64_t> sizes) {
       return torch::stable::new_empty(x, sizes, compute_dtype(x.scalar_type()));
     };
-    const Tensor sigma = empty({B, C, C}), mean = empty({B, C});
-    if (B == 0) return {sigma, mean};
+    const Tensor sigma = empty({B, C, C}), mean = empty({B, C}), scale = empty({want_scale ? B : 0});
+    if (B == 0) return {sigma, mean, scale};
     const Tensor partial_mean = count == 1 ? mean : empty({B, count, C});
     const Tensor partial_moment = count == 1 ? sigma : empty({B, count, C, C});
     dispatch_maps(x, [&](auto zero) {
@@ -233,29 +244,31 @@ template <class Device> struct Engine {
       using T = Compute<X>;
       device.pool(
           PoolTask<X>{feature_maps<const X>(x, x.const_data_ptr()), choice.pool, partial_mean.mutable_data_ptr<T>(),
-                      partial_moment.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>(), sigma.mutable_data_ptr<T>()},
+                      partial_moment.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>(), sigma.mutable_data_ptr<T>(),
+                      want_scale ? scale.mutable_data_ptr<T>() : nullptr},
           choice.pooling);
     });
-    return {sigma, mean};
+    return {sigma, mean, scale};
   }
 
-  Tensor pool_backward(const Tensor& grad, const Tensor& x, const Tensor& mean) const {
+  /// `scale` is [B] or empty, as for all below.
+  Tensor pool_backward(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& scale) const {
     const Tensor dx = torch::stable::empty_like(x);
     if (x.size(0) == 0) return dx;
     dispatch_maps(x, [&](auto zero) {
       using X = decltype(zero);
       using T = Compute<X>;
       device.pool_backward(PoolBackwardTask<X>{feature_maps<const X>(x, x.const_data_ptr()), choice.pool_backward,
-                                               mean.const_data_ptr<T>(), grad.const_data_ptr<T>(),
+                                               mean.const_data_ptr<T>(), grad.const_data_ptr<T>(), numbers<T>(scale),
                                                feature_maps<X>(dx, dx.mutable_data_ptr())},
                            choice.pooling);
     });
     return dx;
   }
 
-  Tensor root(const Tensor& sigma, const Steps& steps, Root root, Output output) const {
+  Tensor root(const Tensor& sigma, const Tensor& scale, const Steps& steps, Root root, Output output) const {
     const int64_t B = sigma.size(0), C = sigma.size(1);
-    if (choice.forward == EngineKind::kLibrary && B > 0) return library::root(sigma, steps, root, output);
+    if (choice.forward == EngineKind::kLibrary && B > 0) return library::root(sigma, scale, steps, root, output);
     const Tensor result = torch::stable::new_empty(sigma, output_shape(B, C, output));
     if (B == 0) return result;
     const Tensor workspace =
@@ -263,7 +276,7 @@ template <class Device> struct Engine {
     dispatch_matrices(sigma, [&](auto zero) {
       using T = decltype(zero);
       device.root(RootTask<T>{B, source<T>(sigma, Output::kMatrix, C), steps, root, target<T>(result, output, C),
-                              workspace.mutable_data_ptr<T>()},
+                              numbers<T>(scale), workspace.mutable_data_ptr<T>()},
                   choice.forward);
     });
     return result;
@@ -292,8 +305,8 @@ int64_t positions_of(const Tensor& x) { return x.dim() == 4 ? x.size(2) * x.size
 
 template <class Device> std::tuple<Tensor, Tensor> covariance_pool(const Tensor& x, int64_t engine, bool wide) {
   check_feature_maps(x);
-  const auto [sigma, mean] = Engine<Device>(x, positions_of(x), check_engine(engine)).pool(x);
-  return {wide ? sigma : as(sigma, x.scalar_type()), mean};
+  const auto pooled = Engine<Device>(x, positions_of(x), check_engine(engine)).pool(x, false);
+  return {wide ? pooled.sigma : as(pooled.sigma, x.scalar_type()), pooled.mean};
 }
 
 template <class Device>
@@ -303,7 +316,7 @@ Tensor covariance_pool_backward(const Tensor& grad, const Tensor& x, const Tenso
   check_gradient(grad, {B, C, C}, x);
   check_beside(mean, "mean", {B, C}, compute_dtype(x.scalar_type()), x);
   const Engine<Device> chosen(x, positions_of(x), check_engine(engine));
-  return chosen.pool_backward(library::symmetric_part(matrices(grad)), x, matrices(mean));
+  return chosen.pool_backward(library::symmetric_part(matrices(grad)), x, matrices(mean), none(mean));
 }
 
 template <class Device>
@@ -311,7 +324,7 @@ Tensor matrix_root(const Tensor& sigma, int64_t iterations, int64_t root, double
   check_matrices(sigma);
   const Steps steps = check_steps(iterations, spectrum_floor);
   const Engine<Device> chosen(sigma, 1, check_engine(engine), steps);
-  return as(chosen.root(matrices(sigma), steps, check_root(root), Output::kMatrix), sigma.scalar_type());
+  return as(chosen.root(matrices(sigma), none(sigma), steps, check_root(root), Output::kMatrix), sigma.scalar_type());
 }
 
 template <class Device>
@@ -326,20 +339,21 @@ Tensor matrix_root_backward(const Tensor& grad, const Tensor& sigma, int64_t ite
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> cov_sqrt(const Tensor& x, int64_t iterations, int64_t output, double spectrum_floor,
-                                            int64_t engine, bool wide) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> cov_sqrt(const Tensor& x, int64_t iterations, int64_t output,
+                                                    double spectrum_floor, int64_t engine, bool wide) {
   check_feature_maps(x);
   const Steps steps = check_steps(iterations, spectrum_floor);
   const Output layout = check_output(output);
   const Engine<Device> chosen(x, positions_of(x), check_engine(engine), steps);
-  const auto [sigma, mean] = chosen.pool(x);
-  const Tensor y = chosen.root(sigma, steps, Root::kSquare, layout);
-  return {wide ? y : as(y, x.scalar_type()), sigma, mean};
+  const auto [sigma, mean, scale] = chosen.pool(x, true);
+  const Tensor y = chosen.root(sigma, scale, steps, Root::kSquare, layout);
+  return {wide ? y : as(y, x.scalar_type()), sigma, mean, scale};
 }
 
 template <class Device>
 Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigma, const Tensor& mean,
-                         int64_t iterations, int64_t output, double spectrum_floor, int64_t engine) {
+                         const Tensor& scale, int64_t iterations, int64_t output, double spectrum_floor,
+                         int64_t engine) {
   check_feature_maps(x);
   const int64_t B = x.size(0), C = x.size(1);
   const Steps steps = check_steps(iterations, spectrum_floor);
@@ -348,9 +362,10 @@ Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigm
   check_gradient(grad, output_shape(B, C, layout), x);
   check_beside(sigma, "sigma", {B, C, C}, kept, x);
   check_beside(mean, "mean", {B, C}, kept, x);
+  check_beside(scale, "scale", {B}, kept, x);
   const Engine<Device> chosen(x, positions_of(x), check_engine(engine), steps);
   const Tensor grad_sigma = chosen.root_backward(matrices(grad), matrices(sigma), steps, Root::kSquare, layout);
-  return chosen.pool_backward(grad_sigma, x, matrices(mean));
+  return chosen.pool_backward(grad_sigma, x, matrices(mean), matrices(scale));
 }
 
 // ---- information ----------------------------------------------------------------------------------------------------
@@ -411,8 +426,8 @@ STABLE_TORCH_LIBRARY(isqrt_cov, m) {
   m.def("matrix_root_backward(Tensor grad, Tensor sigma, int iterations, int root, float spectrum_floor=0.0,"
         " int engine=0) -> Tensor");
   m.def("cov_sqrt(Tensor x, int iterations, int output, float spectrum_floor=0.0, int engine=0, bool wide=False)"
-        " -> (Tensor y, Tensor sigma, Tensor mean)");
-  m.def("cov_sqrt_backward(Tensor grad, Tensor x, Tensor sigma, Tensor mean, int iterations, int output,"
+        " -> (Tensor y, Tensor sigma, Tensor mean, Tensor scale)");
+  m.def("cov_sqrt_backward(Tensor grad, Tensor x, Tensor sigma, Tensor mean, Tensor scale, int iterations, int output,"
         " float spectrum_floor=0.0, int engine=0) -> Tensor");
   m.def("plan(bool cuda, int device, int batch, int channels, int positions, int element_size, int iterations=5,"
         " float spectrum_floor=0.0, int engine=0) -> str");

@@ -5,7 +5,8 @@
 
 namespace isqrt {
 
-/// x -> mu and Sigma. Partial results are per chunk; with one chunk they may be mean and sigma themselves.
+/// x -> mu and Sigma. Partial results are per chunk; with one chunk they may be mean and sigma themselves. Where
+/// `scale` is given, Sigma is that of scale x, and of x itself otherwise; mu is that of x always.
 template <class X> struct PoolTask {
   FeatureMaps<const X> x;
   Chunks chunks;
@@ -13,25 +14,29 @@ template <class X> struct PoolTask {
   Compute<X>* partial_moment;  // [B, chunks, C, C], upper triangle
   Compute<X>* mean;            // [B, C]
   Compute<X>* sigma;           // [B, C, C]
+  Compute<X>* scale;           // [B], powers of two, or null
 };
 
-/// dL/dSigma -> dL/dx.
+/// dL/dSigma -> dL/dx, where Sigma is that of scale x and dL/dSigma is less a factor 1 / scale; null stands for 1.
 template <class X> struct PoolBackwardTask {
   FeatureMaps<const X> x;
   Chunks chunks;
   const Compute<X>* mean;        // [B, C]
   const Compute<X>* grad_sigma;  // [B, C, C], symmetric
+  const Compute<X>* scale;       // [B] or null
   FeatureMaps<X> grad_x;
 };
 
-/// Sigma -> Yhat, or the inverse root; the mean is that of the square root.
+/// Sigma -> Yhat, or the inverse root; the mean is that of the square root. Sigma is that of scale x, Yhat that of x;
+/// null stands for 1.
 template <class T> struct RootTask {
   int64_t batch;
   RootView<const T> sigma;
   Steps steps;
   Root root;
   RootView<T> result;
-  T* workspace = nullptr;  // of an engine that needs one
+  const T* scale = nullptr;  // [B]
+  T* workspace = nullptr;    // of an engine that needs one
 };
 
 /// dL/dYhat -> dL/dSigma, symmetric.

@@ -73,8 +73,10 @@ template <class T> struct RootView {
     using Scalar = decltype(data[0] * data[0]);
     const Scalar half = Scalar(0.5);
     switch (output) {
-      case Output::kMatrix:
-        return half * data[i * channels + j] + half * data[j * channels + i];
+      case Output::kMatrix: {
+        const Scalar above = data[i * channels + j], below = data[j * channels + i];
+        return above == below ? above : half * above + half * below;  // half of a denormal number is not exact
+      }
       case Output::kTriu:
         return (i == j ? Scalar(1) : half) * data[triu_index(i, j, channels)];
       default:

@@ -63,6 +63,11 @@ def _steps(iterations, spectrum_floor):
     return reference.PAPER_STEP if spectrum_floor == 0 else reference.minimax_steps(iterations, spectrum_floor)
 
 
+def _times(scale, x):
+    """Each sample of x times its number."""
+    return x * scale.view(-1, *(1,) * (x.dim() - 1))
+
+
 def _register(name, fake, *derivatives, autocast=True):
     torch.library.register_fake(f"isqrt_cov::{name}", fake)
     transforms.register_derivatives(name, *derivatives, autocast=autocast)
@@ -198,44 +203,61 @@ _register("matrix_root", _root_fake, _root_setup, _root_backward, _root_jvp)
 _register_gradient("matrix_root_backward", _root_backward_fake, _root_function)
 
 
-# ---- cov_sqrt: x [B, C, H, W] or [B, C, M] -> y, sigma [B, C, C], mean [B, C] ----------------------------------------
+# ---- cov_sqrt: x [B, C, H, W] or [B, C, M] -> y, sigma [B, C, C], mean [B, C], scale [B] -----------------------------
+#
+# sigma is the covariance of scale x: the powers of two keep it within the range of its dtype wherever y is, and are 1
+# for samples that do not need it.
 
 
 def _cov_sqrt_fake(x, iterations, output, spectrum_floor=0.0, engine=0, wide=False):
     batch, channels = x.shape[:2]
     shape = ((batch, channels, channels), (batch, channels * (channels + 1) // 2), (batch, channels))[output]
-    return x.new_empty(shape, dtype=_result_dtype(x, wide)), *_pool_fake(x, wide=True)
+    sigma, mean = _pool_fake(x, wide=True)
+    return x.new_empty(shape, dtype=_result_dtype(x, wide)), sigma, mean, mean.new_empty(batch)
 
 
 def _cov_sqrt_setup(ctx, inputs, output):
     x, *ctx.arguments, ctx.wide = inputs
-    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, output[1], output[2])
-    ctx.save_for_forward(x)
+    ctx.save_for_backward(x, *output[1:])
+    ctx.save_for_forward(x, output[3])
 
 
-def _cov_sqrt_backward(ctx, grad, _sigma, _mean):
+def _cov_sqrt_backward(ctx, grad, *_):
     if grad is None:
         return None, None, None, None, None, None
     return _ops.cov_sqrt_backward(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None, None, None
 
 
 def _cov_sqrt_jvp(ctx, saved, tangent, *_):
-    (x,) = saved
+    x, scale = saved
     iterations, output, *rest = ctx.arguments
-    sigma, _ = _ops.covariance_pool(x.to(compute_dtype(x.dtype)))  # not the one put out, which is a constant
-    root = _root_tangent(sigma, _pool_tangent(x, tangent), iterations, ROOTS.index("square"), *rest)
-    return reference.convert_output(root, OUTPUTS[output]).to(_result_dtype(x, ctx.wide)), None, None
+    scaled = _times(scale, x.to(scale.dtype))  # where the derivative is the same
+    sigma, _ = _ops.covariance_pool(scaled)  # not the one put out, which is a constant
+    root = _root_tangent(sigma, _pool_tangent(scaled, tangent), iterations, ROOTS.index("square"), *rest)
+    return reference.convert_output(root, OUTPUTS[output]).to(_result_dtype(x, ctx.wide)), None, None, None
 
 
-def _cov_sqrt_backward_fake(grad, x, sigma, mean, iterations, output, spectrum_floor=0.0, engine=0):
+def _cov_sqrt_backward_fake(grad, x, sigma, mean, scale, iterations, output, spectrum_floor=0.0, engine=0):
     return torch.empty_like(x)
 
 
 def _cov_sqrt_function(iterations, output, spectrum_floor, engine):
     step = _steps(iterations, spectrum_floor)
-    return functools.partial(reference.cov_sqrt, iterations=iterations, output=OUTPUTS[output], step=step)
+
+    def function(x):
+        # cov_sqrt is homogeneous: near 1 its covariance does not leave the range of x's dtype.
+        maps = x.detach().flatten(2)
+        largest = (maps / 2 - maps[..., :1] / 2).abs().amax((1, 2))
+        smallest = torch.finfo(x.dtype).tiny
+        scale = torch.where((largest > 0) & largest.isfinite(), 1 / largest.clamp_min(smallest), 1.0).clamp_min(
+            smallest
+        )
+        y = reference.cov_sqrt(_times(scale, x), iterations, OUTPUTS[output], step)
+        return _times(1 / scale, y)
+
+    return function
 
 
 _register("cov_sqrt", _cov_sqrt_fake, _cov_sqrt_setup, _cov_sqrt_backward, _cov_sqrt_jvp)

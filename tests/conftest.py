@@ -37,9 +37,17 @@ def same_numbers_each_time():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def compiled_here(tmp_path_factory):
+    """torch.compile's cache on disk does not see that the schema of an operator has changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 @pytest.fixture
 def one_thread():
-    """Sums of floats depend on the number of threads; and small images gain nothing from more."""
+    """Sums of floats depend on the number of threads; and what is small gains nothing from more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

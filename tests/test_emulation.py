@@ -1,8 +1,10 @@
 """The CUDA kernels and their launchers, unchanged, run on the CPU: results, races, bounds, and what finds those."""
 
 import importlib.util
+import os
 import platform
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -10,11 +12,14 @@ import torch
 
 from common import assert_close, covariances, feature_maps, gradient_size, tolerance
 from emulation import coverage
-from emulation.build import EMULATION, build
+from emulation.build import EMULATION, ROOT, build
 from isqrt_cov import reference
 from isqrt_cov.ops import OUTPUTS, ROOTS
 
-pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulation switches stacks of x86-64 only")
+pytestmark = [
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulation switches stacks of x86-64 only"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 CHANNELS = (1, 2, 3, 16, 17, 33, 64, 65, 100, 128)
 DTYPES = (torch.float32, torch.float64)
@@ -26,15 +31,17 @@ ORDERS = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
 HOPPER_SHARED_BYTES = 227 * 1024
 
 
-def whole_file_runs(config):
-    """Nothing is left out, so that coverage can be asked for. It makes the kernels about three times slower."""
-    chosen = config.option.keyword or config.option.markexpr or any("::" in argument for argument in config.args)
-    return not chosen
+def whole_file_runs(request):
+    """All tests of this file in their order, whatever might leave some out, so that coverage can be asked for. It makes
+    the kernels slower."""
+    module = request.node.getparent(pytest.Module)
+    chosen = [item.nodeid for item in request.session.items if item.getparent(pytest.Module) is module]
+    return chosen == [item.nodeid for item in module.collect()]
 
 
 @pytest.fixture(scope="module")
 def loaded_kernels(request):
-    measured = whole_file_runs(request.config)
+    measured = whole_file_runs(request)
     path = build("isqrt_emulation", "coverage" if measured else "plain")
     if measured:
         coverage.forget()
@@ -76,26 +83,30 @@ def not_a_number(*shape, dtype):
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
-def pool(kernels, x, chunk):
+NO_SCALE = torch.empty(0)
+
+
+def pool(kernels, x, chunk, scale=NO_SCALE):
     batch, channels = x.shape[:2]
     dtype = torch.promote_types(x.dtype, torch.float32)
     sigma, mean = not_a_number(batch, channels, channels, dtype=dtype), not_a_number(batch, channels, dtype=dtype)
-    kernels.pool(name_of(x.dtype), array(x), chunk, array(sigma), array(mean))
+    kernels.pool(name_of(x.dtype), array(x), chunk, array(sigma), array(mean), array(scale))
     return sigma, mean
 
 
-def pool_backward(kernels, grad_sigma, x, mean, chunk):
+def pool_backward(kernels, grad_sigma, x, mean, chunk, scale=NO_SCALE):
     grad_x = torch.full_like(x, float("nan"))
-    kernels.pool_backward(name_of(x.dtype), array(grad_sigma), array(x), array(mean), chunk, array(grad_x))
+    arrays = array(grad_sigma), array(x), array(mean), array(scale)
+    kernels.pool_backward(name_of(x.dtype), *arrays, chunk, array(grad_x))
     return grad_x
 
 
-def root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False):
+def root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False, scale=NO_SCALE):
     batch, channels = sigma.shape[:2]
     shape = {"matrix": (channels, channels), "triu": (channels * (channels + 1) // 2,), "mean": (channels,)}[output]
     result = not_a_number(batch, *shape, dtype=sigma.dtype)
     codes = ROOTS.index(root_name), OUTPUTS.index(output)
-    kernels.root(name_of(sigma.dtype), array(sigma), iterations, *codes, floor, grid, array(result))
+    kernels.root(name_of(sigma.dtype), array(sigma), iterations, *codes, floor, grid, array(scale), array(result))
     return result
 
 
@@ -188,9 +199,10 @@ def test_newton_schulz_matches_reference(kernels, channels, dtype):
 # One tile, a tail, two tiles of which one ends in the middle of a panel; and more.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", (1, 33, 70, 96, 130))
-def test_root_on_the_grid(kernels, channels, dtype):
-    sigma = covariances(2 if channels < 100 else 1, channels, dtype)
-    for number, iterations in enumerate((1, 2, 3)):
+def test_newton_schulz_on_the_grid(kernels, channels, dtype):
+    sigma = covariances(2 if channels < 80 else 1, channels, dtype)
+    # What few steps leave out is left out by the host, whatever the size.
+    for number, iterations in enumerate((1, 2, 3) if channels < 80 else (3,)):
         check_root(kernels, sigma, iterations, "square", OUTPUTS[(number + channels) % 3], grid=True)
     check_root(kernels, sigma, 2, "inverse", OUTPUTS[channels % 3], grid=True)
 
@@ -228,9 +240,9 @@ def test_newton_schulz_in_full(kernels, channels, output, grid, dtype):
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last", "crop"))
 def test_pooling_of_half_feature_maps(kernels, layout, dtype):
-    for channels in (3, 70):
-        x = in_layout(feature_maps(2, channels, 77, dtype).unflatten(2, (7, 11)), layout)
-        check_pooling(kernels, x, 50)
+    for channels, height, width in ((3, 7, 11), (70, 7, 11), (72, 1, 80)):  # the last in packets of 16 bytes
+        x = in_layout(feature_maps(2, channels, height * width, dtype).unflatten(2, (height, width)), layout)
+        check_pooling(kernels, x, 40)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
@@ -247,6 +259,39 @@ def test_pooling_reads_and_writes_every_half(kernels, dtype):
     x = torch.randn(512, 1, 64).to(dtype)
     grad_x = pool_backward(kernels, grad_sigma, x, torch.zeros(512, 1), 64)
     assert torch.equal(grad_x, (2 / 64 * grad_sigma * x.float()).to(dtype))
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize(("dtype", "factors"), ((torch.float32, (1e-30, 1, 1e18)), (torch.float64, (1e-180, 1, 1e200))))
+def test_pooling_beyond_the_range_of_squares(kernels, dtype, factors, layout):
+    ordinary = feature_maps(3, 40, 77, torch.float64).unflatten(2, (7, 11))
+    x = in_layout((ordinary * torch.tensor(factors, dtype=torch.float64)[:, None, None, None]).to(dtype), layout)
+    scale = not_a_number(3, dtype=dtype)
+    sigma, mean = pool(kernels, x, 40, scale)
+    assert scale[1] == 1 and torch.equal(scale.frexp()[0], torch.full((3,), 0.5, dtype=dtype))
+    exact = x.double() if dtype == torch.float32 else ordinary  # whose squares float64 holds
+    of_exact = torch.tensor([1.0, 1, 1] if dtype == torch.float32 else factors, dtype=torch.float64)
+    bound = tolerance(dtype, 40, 77)
+    assert_close(mean / of_exact[:, None].to(dtype), exact.flatten(2).mean(-1), bound)
+    normal = exact * (scale.double() * of_exact)[:, None, None, None]
+    for b in range(3):
+        assert_close(sigma[b], reference.covariance_pool(normal[b : b + 1])[0], bound)
+    assert torch.equal(sigma[1:2], pool(kernels, x[1:2].contiguous(), 40)[0]) or layout != "contiguous"
+    # The covariance itself where it is wanted: of numbers up to 1e18 it is in the range of float32.
+    if dtype == torch.float32:
+        assert_close(pool(kernels, x, 40)[0][2], reference.covariance_pool(exact)[2], bound)
+    # The gradient of <G, Sigma of scale x> / scale, as the root's is handed over.
+    grad_sigma = torch.randn(sigma.shape, dtype=dtype)
+    grad_sigma += grad_sigma.mT.clone()
+    grad_x = pool_backward(kernels, grad_sigma, x, mean, 40, scale)
+    for b in range(3):
+        expected = reference.covariance_pool_backward(grad_sigma[b : b + 1].double(), normal[b : b + 1])
+        assert_close(grad_x[b : b + 1], expected, 2 * bound)
+    y = root(kernels, sigma, 5, "square", "matrix", scale=scale)
+    for result in (y, root(kernels, sigma, 5, "square", "matrix", grid=True, scale=scale)):
+        for b in range(3):
+            expected = reference.cov_sqrt(normal[b : b + 1], 5, "matrix")[0]
+            assert_close(result[b].double() * scale[b].double(), expected, 4 * bound)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -344,7 +389,7 @@ def test_failing_launches_name_the_kernel(kernels):
 
 def test_every_line_of_the_kernels_runs(request, kernels):
     """Of all files that the kernels are compiled from; and every instance of every template."""
-    if not whole_file_runs(request.config):
+    if not whole_file_runs(request):
         pytest.skip("only some of the tests above were asked for")
     kernels.write_coverage()
     assert coverage.missed() == []
@@ -387,6 +432,25 @@ def test_sanitizers_find_nothing_in_newton_schulz(mode, channels):
 def test_wrappers_do_what_a_plain_loop_does(mode):
     status, output = run("conformance", mode)
     assert status == 0 and "named_barrier: ok" in output, output[:4000]
+
+
+def test_every_wrapper_is_checked():
+    """A line of output names the wrappers that a check is of: "copy_async<4>, copy_async_wait: ok"."""
+    source = (ROOT / "csrc" / "cuda" / "ptx.cuh").read_text()
+    emulated = re.sub(r"^#if defined\(__CUDACC__\).*?^#", "", source, flags=re.MULTILINE | re.DOTALL)
+    wrappers = re.findall(r"__device__\s[^(;{]*\b(\w+)\(", emulated)
+    checked = [re.split("[;:]", line)[0] for line in run("conformance", "plain")[1].splitlines()]
+    assert len(wrappers) > 20
+    assert set(wrappers) == {name.split("<")[0] for line in checked for name in line.split(", ")}
+
+
+@pytest.mark.parametrize("architecture", (80, 90, 100))
+def test_wrappers_compile_for_a_device(architecture, tmp_path):
+    nvcc = shutil.which("nvcc", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    command = [nvcc, "-std=c++20", f"-arch=sm_{architecture}", f"-I{ROOT / 'csrc'}", "--Werror=all-warnings"]
+    subprocess.run([*command, "-c", EMULATION / "conformance.cu", "-o", tmp_path / "conformance.o"], check=True)
 
 
 # Each fault of faults.cu, a mode that finds it, and what the report says; None where it shows the line of the fault.

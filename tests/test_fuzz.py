@@ -103,7 +103,7 @@ def check_feature_maps(shape, layout, dtype, engine, iterations, output, floor, 
     exponent = 0 if dtype == torch.float16 else exponent
     x = (feature_maps(batch, channels, positions, torch.float64, seed=seed) - 3.0 + mean) * 2.0**exponent
     x = lay_out(x.reshape(shape).to(dtype).to(device), *layout).requires_grad_()
-    y, sigma, _ = ops.cov_sqrt(x, iterations, OUTPUTS.index(output), floor, engine_code(engine))
+    y, sigma, *_ = ops.cov_sqrt(x, iterations, OUTPUTS.index(output), floor, engine_code(engine))
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y)
     (slope,) = torch.autograd.grad(y, x, upstream)
 

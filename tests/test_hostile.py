@@ -89,25 +89,79 @@ def test_condition_of_1e12(device, output, dtype):
         assert_close(slope, exact_slope, 2 * tolerance(dtype, 24), gradient_size(upstream, y, sigma))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "factor"),
+    [(torch.float32, f) for f in (1e-37, 1e-30, 1e-20, 1e-10, 1e12, 1e18, 1e30, 1e37)]
+    + [(torch.bfloat16, f) for f in (1e-30, 1e30)]
+    + [(torch.float64, f) for f in (1e-300, 1e-160, 1e-120, 1e150, 1e300)],
+)
+@every_output
+def test_squares_beyond_the_range(device, output, dtype, factor):
+    """The covariance leaves the dtype's range; its root, of x's own size, does not, nor does the gradient."""
+    normal = feature_maps(3, 20, 150, torch.float64, device)
+    x = (factor * normal).to(dtype)
+    y, slope, upstream = value_and_gradient(lambda x: cov_sqrt(x, output=output), x)
+    wide = x.double() / factor
+    exact_y, exact_slope, _ = value_and_gradient(lambda x: reference.cov_sqrt(x, 5, output), wide, upstream.double())
+    computed = torch.promote_types(dtype, torch.float32)
+    # Near 1e-37 upstream gradients, divided by C, leave denormal numbers between the products of float32.
+    rounding = torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 1e-5 if factor == 1e-37 else 0
+    bound = tolerance(computed, 20, 150)
+    assert_close(y.double() / factor, exact_y, rounding + bound)
+    assert_close(slope, exact_slope, rounding + 2 * bound, gradient_size(upstream, exact_y, wide))
+    # One sample of that size leaves the others as they are, to the bit.
+    mixed = torch.cat([x[:1], normal[1:].to(dtype)])
+    y, slope, upstream = value_and_gradient(lambda x: cov_sqrt(x, output=output), mixed)
+    alone = value_and_gradient(lambda x: cov_sqrt(x, output=output), mixed[1:], upstream[1:])
+    assert torch.equal(y[1:], alone[0]) and torch.equal(slope[1:], alone[1])
+
+
+def test_tangents_and_second_derivatives_beyond_the_range(device):
+    normal = feature_maps(2, 6, 40, torch.float64, device)
+    direction, upstream = torch.randn_like(normal), torch.randn(2, 6, 6, dtype=torch.float64, device=device)
+
+    def tangent_and_curvature(x, function, scale):
+        tangent = torch.func.jvp(function, (x,), (direction.to(x.dtype),))[1]
+        leaf = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(function(leaf), leaf, upstream.to(x.dtype), create_graph=True)
+        (curvature,) = torch.autograd.grad(grad, leaf, direction.to(x.dtype) * scale)
+        return tangent, curvature
+
+    exact = tangent_and_curvature(normal, reference.cov_sqrt, 1)
+    for factor in (1e-20, 1e20):
+        found = tangent_and_curvature((factor * normal).float(), cov_sqrt, factor)
+        for value, expected in zip(found, exact, strict=True):
+            assert_close(value, expected, 20 * tolerance(torch.float32, 6, 40))
+
+
+def test_covariance_within_the_range_of_sums_beyond_it(device):
+    x = feature_maps(2, 20, 4000, torch.float64, device)
+    assert_close(
+        covariance_pool((1e18 * x).float()).double() / 1e36,
+        reference.covariance_pool(x),
+        tolerance(torch.float32, 20, 4000),
+    )
+    assert covariance_pool((1e-30 * x).float()).count_nonzero() == 0  # as it rounds
+
+
 @every_output
 def test_denormals(device, output):
-    # Features that are denormal numbers: their covariance is zero in float32, and nothing is divided by it.
-    x = torch.randn(2, 5, 30, device=device) * 1e-41
-    y, slope, _ = value_and_gradient(lambda x: cov_sqrt(x, output=output), x)
-    assert y.isfinite().all() and slope.isfinite().all()
-    # One sample that small leaves the others as they are.
-    mixed = torch.cat([x, torch.randn(1, 5, 30, device=device)])
-    y, slope, upstream = value_and_gradient(lambda x: cov_sqrt(x, output=output), mixed)
-    alone = value_and_gradient(lambda x: cov_sqrt(x, output=output), mixed[2:], upstream[2:])
-    assert torch.equal(y[2:], alone[0]) and torch.equal(slope[2:], alone[1])
+    x = (feature_maps(2, 5, 30, torch.float64, device) * 2.0**-137).float()
+    y, slope, upstream = value_and_gradient(lambda x: cov_sqrt(x, output=output), x)
+    wide = x.double() * 2.0**137
+    exact_y, exact_slope, _ = value_and_gradient(lambda x: reference.cov_sqrt(x, 5, output), wide, upstream.double())
+    # The root and the mean are denormal numbers themselves: 2^-149 is their spacing.
+    assert_close(y.double() * 2.0**137, exact_y, 2.0**-11)
+    assert_close(slope, exact_slope, 2.0**-11, gradient_size(upstream, exact_y, wide))
 
 
 def test_covariance_of_denormals(device):
-    # Its root is an ordinary number. What is lost is half a spacing, 2^-150, of entries around 2^-140.
     sigma = (covariances(2, 5, torch.float64, device) * 2.0**-138).float()
     y, slope, upstream = value_and_gradient(matrix_sqrt, sigma)
-    assert_close(y, reference.matrix_sqrt(sigma.double()), 2**-8)
-    assert_close(slope, reference.matrix_sqrt_backward(upstream.double(), sigma.double()), 2**-6)
+    bound = tolerance(torch.float32, 5)
+    assert_close(y, reference.matrix_sqrt(sigma.double()), bound)
+    exact_slope = reference.matrix_sqrt_backward(upstream.double(), sigma.double())
+    assert_close(slope, exact_slope, 2 * bound, gradient_size(upstream, y, sigma))
 
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")))

@@ -72,6 +72,6 @@ def test_kept_for_backward_is_one_matrix_per_sample(device):
         y = cov_sqrt(x)
     beyond_x = sum(size for address, size in kept.items() if address != x.untyped_storage().data_ptr())
     assert x.untyped_storage().data_ptr() in kept
-    assert beyond_x == 4 * (16 * 64 * 64 + 16 * 64)  # sigma and mu in float32
+    assert beyond_x == 4 * (16 * 64 * 64 + 16 * 64 + 16)  # sigma, mu and scale in float32
     assert beyond_x < 1 << 20
     y.sum().backward()

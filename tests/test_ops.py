@@ -36,7 +36,7 @@ def test_cov_sqrt_matches_reference(engine, channels, dtype):
         skip_unless_fits(engine, (2, channels, positions), dtype, device)
         output = OUTPUTS[(number + channels) % 3]
         x = feature_maps(2, channels, positions, dtype, device).requires_grad_()
-        y, sigma, mean = ops.cov_sqrt(x, 5, OUTPUTS.index(output), engine=engine_code(engine))
+        y, sigma, mean, _ = ops.cov_sqrt(x, 5, OUTPUTS.index(output), engine=engine_code(engine))
         upstream = torch.randn_like(y)
         (grad,) = torch.autograd.grad(y, x, upstream)
 
@@ -168,7 +168,7 @@ def test_half_is_computed_in_float(engine, channels, dtype, output):
     bound = torch.finfo(dtype).eps / 2 + 2 * tolerance(torch.float32, channels, 60)
     for x in layouts(source.to(dtype)).values():
         x = x.detach().requires_grad_()
-        y, sigma, mean = ops.cov_sqrt(x, 5, OUTPUTS.index(output), engine=engine_code(engine))
+        y, sigma, mean, _ = ops.cov_sqrt(x, 5, OUTPUTS.index(output), engine=engine_code(engine))
         upstream = torch.randn_like(y)
         (grad,) = torch.autograd.grad(y, x, upstream)
         exact = x.detach().double()
@@ -273,7 +273,7 @@ def test_batches(engine):
 def test_empty_batch(engine, output):
     device = engine_device(engine)
     x = torch.zeros(0, 4, 3, 3, device=device, requires_grad=True)
-    y, sigma, mean = ops.cov_sqrt(x, 5, output, engine=engine_code(engine))
+    y, sigma, mean, _ = ops.cov_sqrt(x, 5, output, engine=engine_code(engine))
     assert [t.shape for t in (y, sigma, mean)] == [((0, 4, 4), (0, 10), (0, 4))[output], (0, 4, 4), (0, 4)]
     y.sum().backward()
     assert x.grad.shape == x.shape
@@ -285,7 +285,7 @@ def test_empty_batch(engine, output):
 def test_constant_map_gives_zero(engine, output, value):
     # A rounded mean differs from the constant by an ulp, which the root would make visible: it has to be exact.
     x = torch.full((2, 6, 3000), value, device=engine_device(engine)).requires_grad_()
-    y, sigma, mean = ops.cov_sqrt(x, 5, output, engine=engine_code(engine))
+    y, sigma, mean, _ = ops.cov_sqrt(x, 5, output, engine=engine_code(engine))
     (grad,) = torch.autograd.grad(y, x, torch.randn_like(y))
     assert torch.equal(mean, x[:, :, 0])
     for zero in (sigma, y, grad):
@@ -368,6 +368,7 @@ OPCHECK = {
         feature_maps(2, 5, 12, torch.float32, d),
         covariances(2, 5, torch.float32, d),
         torch.randn(2, 5, device=d),
+        torch.ones(2, device=d),
         5,
         1,
     ),
@@ -437,7 +438,13 @@ def test_gradcheck_through_sigma(engine, root):
         ),
         (
             lambda: ops.cov_sqrt_backward(
-                torch.zeros(2, 4), torch.zeros(2, 4, 5), torch.zeros(2, 4, 4).double(), torch.zeros(2, 4), 5, 2
+                torch.zeros(2, 4),
+                torch.zeros(2, 4, 5),
+                torch.zeros(2, 4, 4).double(),
+                torch.zeros(2, 4),
+                torch.ones(2),
+                5,
+                2,
             ),
             "sigma: expected dtype Float, got Double",
         ),

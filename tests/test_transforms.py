@@ -236,10 +236,10 @@ def test_hessian_vector_product_in_a_network(device):
 
 
 def test_what_has_no_gradient_says_so(device):
-    # sigma and mean are put out by the operator for its own gradient only.
+    # sigma, mean and scale are put out by the operator for its own gradient only.
     x = torch.randn(2, 3, 5, device=device, requires_grad=True)
-    y, sigma, mean = torch.ops.isqrt_cov.cov_sqrt(x, 5, 0)
-    assert y.requires_grad and not sigma.requires_grad and not mean.requires_grad
+    y, sigma, mean, scale = torch.ops.isqrt_cov.cov_sqrt(x, 5, 0)
+    assert y.requires_grad and not any(t.requires_grad for t in (sigma, mean, scale))
     with pytest.raises(RuntimeError, match="does not require grad"):
         sigma.sum().backward()
 

@@ -142,17 +142,21 @@ template <class X> class PoolEngine {
   T *moment_, *tile_, *mean_, *delta_, *minus_delta_;
 };
 
-/// Merges the chunks of one sample in place: chunk 0's mean and moment are the running ones.
+/// Merges the chunks of one sample in place: chunk 0's mean and moment are the running ones. Then the second pass of a
+/// sample that needs one.
 template <class X> class MergeEngine {
   using T = Compute<X>;
 
  public:
   MergeEngine(const PoolTask<X>& task, int64_t sample)
-      : C_(task.x.channels),
+      : x_(task.x),
+        C_(task.x.channels),
+        sample_(task.x.sample(sample)),
         partial_mean_(task.partial_mean + sample * task.chunks.count * C_),
         partial_moment_(task.partial_moment + sample * task.chunks.count * C_ * C_),
         mean_(task.mean + sample * C_),
-        sigma_(task.sigma + sample * C_ * C_) {}
+        sigma_(task.sigma + sample * C_ * C_),
+        scale_(task.scale ? task.scale + sample : nullptr) {}
 
   void take(int64_t) const {
     for (int64_t c = 0; c < C_; ++c) mean_[c] = partial_mean_[c];
@@ -175,9 +179,57 @@ template <class X> class MergeEngine {
     });
   }
 
+  T trace() const {
+    T sum = 0;
+    for (int64_t i = 0; i < C_; ++i) sum += sigma_[i * (C_ + 1)];
+    return sum;
+  }
+
+  T largest() const {
+    T most = 0;
+    for_each_number([&](int64_t, int64_t, T distance) {
+      const T size = distance < 0 ? -distance : distance;
+      if (!(size <= most)) most = size;  // NaN is taken over
+    });
+    return most;
+  }
+
+  /// By way of a contiguous copy of s (x - x_0).
+  void rescale(T s) const {
+    const int64_t M = x_.positions();
+    const Scratch<T> copy(C_ * M), storage(PoolEngine<T>::storage_size(C_));
+    for_each_number([&](int64_t c, int64_t m, T distance) { copy.get()[c * M + m] = s * distance; });
+    PoolEngine<T> engine({copy.get(), 1, C_, 1, M, C_ * M, M, 0, 1}, 0, storage.get());
+    accumulate_covariance(engine, 0, M);
+    engine.write(mean_, sigma_);
+    // The copy holds half of the distances, which double here and four times in the covariance.
+    for (int64_t c = 0; c < C_; ++c) mean_[c] = to_number(sample_[c * x_.stride_c]) + 2 * (mean_[c] / s);
+    for_upper_triangle(
+        C_, [&](int64_t i, int64_t j) { sigma_[i * C_ + j] = sigma_[j * C_ + i] = 4 / T(M) * sigma_[i * C_ + j]; });
+  }
+
+  void keep(T s) const {
+    if (scale_) {
+      *scale_ = s;
+    } else if (s != 1) {
+      for (int64_t i = 0; i < C_ * C_; ++i) sigma_[i] = sigma_[i] / s / s;
+    }
+  }
+
  private:
+  /// f(channel, position, (x - x_0) / 2): half of a difference does not overflow.
+  template <class F> void for_each_number(const F& f) const {
+    for (int64_t c = 0; c < C_; ++c) {
+      const X* row = sample_ + c * x_.stride_c;
+      const T first = T(0.5) * to_number(row[0]);
+      for (int64_t m = 0; m < x_.positions(); ++m) f(c, m, T(0.5) * to_number(row[x_.offset(m)]) - first);
+    }
+  }
+
+  FeatureMaps<const X> x_;
   int64_t C_;
-  T *partial_mean_, *partial_moment_, *mean_, *sigma_;
+  const X* sample_;
+  T *partial_mean_, *partial_moment_, *mean_, *sigma_, *scale_;
 };
 
 /// dX = W (X - mu 1^T), W = 2 dSigma / M, for one chunk.
@@ -197,6 +249,7 @@ template <class X> class PoolBackwardEngine {
         sample_(x_.sample(sample)),
         gradient_(dx_.sample(sample)),
         mean_(task.mean + sample * x_.channels),
+        scale_(task.scale ? task.scale[sample] : T(1)),
         ld_(padded<T>(x_.channels)),
         tile_positions_(tile_positions_for<T>(x_.channels)),
         ld_tile_(padded<T>(tile_positions_)),
@@ -262,7 +315,7 @@ template <class X> class PoolBackwardEngine {
         for (int r = 0; r < S::kRows; ++r)
 #pragma GCC unroll 4
           for (int v = 0; v < S::kVectors; ++v)
-            store_vector(target + (i + r) * ld + j + v * S::kWidth, product.sum[r][v]);
+            store_vector(target + (i + r) * ld + j + v * S::kWidth, scale_ * product.sum[r][v]);
       }
   }
 
@@ -271,6 +324,7 @@ template <class X> class PoolBackwardEngine {
   const X* sample_;
   X* gradient_;
   const T* mean_;
+  T scale_;
   int64_t ld_, tile_positions_, ld_tile_;
   T *weight_, *tile_, *result_;
 };

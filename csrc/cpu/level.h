@@ -1,29 +1,9 @@
 // The kernels of one SIMD level: the body of avx512.cpp, avx2.cpp and portable.cpp.
 #pragma once
-#include <cstdlib>
-#include <new>
-
 #include "covariance_engine.h"
 #include "matrix_engine.h"
 
 namespace isqrt::cpu::ISQRT_LEVEL {
-
-/// Zeroed scratch of one thread, on cache-line boundaries.
-template <class T> class Scratch {
- public:
-  explicit Scratch(int64_t size)
-      : data_(static_cast<T*>(::aligned_alloc(64, round_up<int64_t>(size * sizeof(T), 64)))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-    __builtin_memset(data_, 0, size * sizeof(T));
-  }
-  ~Scratch() { ::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* get() const { return data_; }
-
- private:
-  T* data_;
-};
 
 template <class X> void pool(const PoolTask<X>& task, int64_t begin, int64_t end) {
   const int64_t C = task.x.channels, count = task.chunks.count;
@@ -39,6 +19,7 @@ template <class X> void merge(const PoolTask<X>& task, int64_t begin, int64_t en
   for (int64_t sample = begin; sample < end; ++sample) {
     MergeEngine<X> engine(task, sample);
     merge_covariances(engine, task.chunks);
+    rescue_covariance(engine);
   }
 }
 
@@ -70,11 +51,12 @@ template <class T> void root(const RootTask<T>& task, int64_t begin, int64_t end
     MatrixEngine<T> e(C, storage.get());
     const auto sigma = task.sigma.sample(sample);
     const auto result = task.result.sample(sample);
+    const T scale = task.scale ? task.scale[sample] : T(1);
     if (result.output == Output::kMean) {
-      const auto mean = matrix_root_mean(e, sigma, task.steps, C);
+      const auto mean = matrix_root_mean(e, sigma, scale, task.steps, C);
       copy_strided(result.data, C, int64_t(1), mean.data, C, int64_t(1), int64_t(1), C);
     } else {
-      write_root(e, matrix_root(e, sigma, task.steps, task.root), result);
+      write_root(e, matrix_root(e, sigma, scale, task.steps, task.root), result);
     }
   }
 }

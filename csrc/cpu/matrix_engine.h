@@ -57,13 +57,13 @@ template <class T> class MatrixEngine {
     return sum;
   }
 
-  /// <sym(source), A>
-  template <class Source> T inner(const Source& source, const Matrix& A) const {
+  /// <factor sym(source), A>
+  template <class Source> T inner(const Source& source, const Matrix& A, T factor = 1) const {
     T diagonal = 0, upper = 0;
     for (int64_t i = 0; i < channels_; ++i) {
-      diagonal += source.symmetric(i, i) * A.data[i * ld_ + i];
+      diagonal += factor * source.symmetric(i, i) * A.data[i * ld_ + i];
       T sum = 0;
-      for (int64_t j = i + 1; j < channels_; ++j) sum += source.symmetric(i, j) * A.data[i * ld_ + j];
+      for (int64_t j = i + 1; j < channels_; ++j) sum += factor * source.symmetric(i, j) * A.data[i * ld_ + j];
       upper += sum;
     }
     return diagonal + 2 * upper;

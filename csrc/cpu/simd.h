@@ -2,6 +2,9 @@
 // Included once per level with that level's instructions enabled. Only functions defined here may be emitted with
 // them: a shared inline function (one of the standard library's, say) could be picked by the linker for every caller.
 #pragma once
+#include <cstdlib>
+#include <new>
+
 #include "half.h"
 
 namespace isqrt::cpu::ISQRT_LEVEL {
@@ -45,6 +48,23 @@ inline void store_vector(BFloat16* p, Vector<float> v) { store_words(p, v); }
 
 template <class Int> inline Int minimum(Int a, Int b) { return a < b ? a : b; }
 template <class Int> inline Int round_up(Int a, Int b) { return (a + b - 1) / b * b; }
+
+/// Zeroed scratch of one thread, on cache-line boundaries.
+template <class T> class Scratch {
+ public:
+  explicit Scratch(int64_t size)
+      : data_(static_cast<T*>(::aligned_alloc(64, round_up<int64_t>(size * sizeof(T), 64)))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+    __builtin_memset(data_, 0, size * sizeof(T));
+  }
+  ~Scratch() { ::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
 
 /// f(i, j) for i <= j < n, in blocks that keep both (i, j) and (j, i) of a matrix in cache.
 template <class F> inline void for_upper_triangle(int64_t n, const F& f) {

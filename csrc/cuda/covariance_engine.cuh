@@ -262,6 +262,98 @@ template <class X> class MergeEngine {
   T row_mean_[kRows], column_mean_, moment_[kRows];
 };
 
+/// The second pass of one sample, where it needs one: a block, and no haste. A warp has an entry of Sigma at a time.
+template <class X> class RescueEngine {
+  using T = Compute<X>;
+
+ public:
+  static constexpr int kThreads = 512;
+  static constexpr int64_t kSharedBytes = kThreads / kWarp * sizeof(T);
+
+  __device__ RescueEngine(const PoolTask<X>& task, int64_t sample)
+      : x_(task.x),
+        C_(task.x.channels),
+        sample_(task.x.sample(sample)),
+        mean_(task.mean + sample * C_),
+        sigma_(task.sigma + sample * C_ * C_),
+        scale_(task.scale ? task.scale + sample : nullptr) {}
+
+  __device__ T trace() const {
+    T sum = 0;
+    for (int64_t c = threadIdx.x; c < C_; c += kThreads) sum += sigma_[c * (C_ + 1)];
+    return block_sum(sum, shared_memory<T>());
+  }
+
+  __device__ T largest() const {
+    T most = 0;
+    for (int64_t c = 0; c < C_; ++c)
+      for (int64_t m = threadIdx.x; m < x_.positions(); m += kThreads) {
+        const T distance = half_distance(c, m);
+        if (!(fabs(distance) <= most)) most = fabs(distance);
+      }
+    for (int lane = kWarp / 2; lane > 0; lane /= 2) most = larger(most, __shfl_xor_sync(0xffffffffu, most, lane));
+    T* of_warps = shared_memory<T>();
+    if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = most;
+    __syncthreads();
+    for (int warp = 0; warp < kThreads / kWarp; ++warp) most = larger(most, of_warps[warp]);
+    return most;
+  }
+
+  /// Means of 2 s (x - x_0) / 2 first, kept in mean_ until the entries of Sigma are there.
+  __device__ void rescale(T s) const {
+    const int64_t M = x_.positions();
+    for_each_of_warp(C_, [&](int64_t c) {
+      const T mean = warp_sum([&](int64_t m) { return 2 * (s * half_distance(c, m)); }) / T(M);
+      if (threadIdx.x % kWarp == 0) mean_[c] = mean;
+    });
+    __syncthreads();
+    for_each_of_warp(C_ * C_, [&](int64_t entry) {
+      const int64_t i = entry / C_, j = entry % C_;
+      if (i > j) return;
+      const T mean_i = mean_[i], mean_j = mean_[j];
+      const T sum = warp_sum([&](int64_t m) {
+        return (2 * (s * half_distance(i, m)) - mean_i) * (2 * (s * half_distance(j, m)) - mean_j);
+      });
+      if (threadIdx.x % kWarp == 0) sigma_[i * C_ + j] = sigma_[j * C_ + i] = sum / T(M);
+    });
+    __syncthreads();
+    for (int64_t c = threadIdx.x; c < C_; c += kThreads) mean_[c] = to_number(sample_[c * x_.stride_c]) + mean_[c] / s;
+  }
+
+  __device__ void keep(T s) const {
+    if (scale_) {
+      if (threadIdx.x == 0) *scale_ = s;
+    } else if (s != 1) {
+      for (int64_t i = threadIdx.x; i < C_ * C_; i += kThreads) sigma_[i] = sigma_[i] / s / s;
+    }
+  }
+
+ private:
+  /// NaN where one of them is.
+  __device__ static T larger(T a, T b) { return a >= b || a != a ? a : b; }
+
+  /// (x - x_0) / 2: half of a difference does not overflow.
+  __device__ T half_distance(int64_t c, int64_t m) const {
+    const X* row = sample_ + c * x_.stride_c;
+    return T(0.5) * to_number(row[x_.offset(m)]) - T(0.5) * to_number(row[0]);
+  }
+
+  template <class F> __device__ static void for_each_of_warp(int64_t n, const F& f) {
+    for (int64_t i = threadIdx.x / kWarp; i < n; i += kThreads / kWarp) f(i);
+  }
+  template <class F> __device__ T warp_sum(const F& f) const {
+    T sum = 0;
+    for (int64_t m = threadIdx.x % kWarp; m < x_.positions(); m += kWarp) sum += f(m);
+    for (int lane = kWarp / 2; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
+    return sum;
+  }
+
+  FeatureMaps<const X> x_;
+  int64_t C_;
+  const X* sample_;
+  T *mean_, *sigma_, *scale_;
+};
+
 /// dX = W (X - mu 1^T), W = 2 dSigma / M, for the 64 channels of tile I, 64 positions at a time. The terms are
 /// channels; they are contiguous unless kPositionsInRows.
 template <class X, bool kPositionsInRows> class PoolBackwardEngine {
@@ -280,6 +372,7 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
         gradient_(dx_.sample(sample)),
         mean_(task.mean + sample * dx_.channels),
         grad_sigma_(task.grad_sigma + sample * dx_.channels * dx_.channels),
+        scale_(task.scale ? task.scale[sample] : T(1)),
         first_channel_(I * kPanelVectors),
         last_(last) {
     start_loading(first, 0);
@@ -349,7 +442,7 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
       const int position = own_.column + kTile * v + c;
       const int64_t channel = first_channel_ + own_.row + r;
       if (position < n && channel < dx_.channels)
-        store_number(&gradient_[dx_.offset(m + position) + channel * dx_.stride_c], share * a);
+        store_number(&gradient_[dx_.offset(m + position) + channel * dx_.stride_c], scale_ * (share * a));
     });
   }
 
@@ -367,6 +460,7 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
   FeatureMaps<X> dx_;
   X* gradient_;
   const T *mean_, *grad_sigma_;
+  T scale_;
   int64_t first_channel_, last_;
   int stage_ = 1;  // of the panels before the first ones
   Lane lane_;

@@ -33,7 +33,8 @@ template <class T> void grid_root(const RootTask<T>& task, void* stream) {
   const int count = matrices(false, task.steps.any_in_full());
   for_each_slice<T>(task, task.sigma.channels, count, [&](const GridShape& shape, int64_t first) {
     GridEngine<T> e(shape, count, task.workspace, stream);
-    e.write(matrix_root(e, task.sigma.sample(first), task.steps, task.root), task.result.sample(first));
+    const auto scale = e.number(task.scale ? task.scale + first : nullptr);
+    e.write(matrix_root(e, task.sigma.sample(first), scale, task.steps, task.root), task.result.sample(first));
   });
 }
 

@@ -185,7 +185,7 @@ template <class F> __global__ void __launch_bounds__(kPanelThreads) elements_ker
   if (row < shape.batch * shape.pitch) f(shape, row / shape.pitch, row % shape.pitch, element % shape.pitch);
 }
 
-/// What one sample adds up: the diagonal of A, or <sym(source), A>.
+/// What one sample adds up: the diagonal of A, or <factor sym(source), A>.
 template <class T> struct GridTrace {
   const T* A;
   __device__ T operator()(const GridShape& shape, int64_t sample) const {
@@ -198,12 +198,14 @@ template <class T> struct GridTrace {
 template <class T> struct GridInner {
   RootView<const T> source;
   const T* A;
+  GridFactor<T> factor;
   __device__ T operator()(const GridShape& shape, int64_t sample) const {
     const RootView<const T> from = source.sample(sample);
+    const T f = factor(sample);
     T sum = 0;
     for (int64_t i = threadIdx.x / kWarp; i < shape.channels; i += blockDim.x / kWarp)
       for (int64_t j = i + threadIdx.x % kWarp; j < shape.channels; j += kWarp)
-        sum += T(i < j ? 2 : 1) * (from.symmetric(i, j) * A[sample * shape.size() + i * shape.pitch + j]);
+        sum += T(i < j ? 2 : 1) * (f * from.symmetric(i, j) * A[sample * shape.size() + i * shape.pitch + j]);
     return sum;
   }
 };
@@ -279,10 +281,14 @@ template <class T> class GridEngine {
     elements("load", GridLoad<T>{A.data, source});
   }
   Scalar trace(const Matrix& A) { return sum("trace", GridTrace<T>{A.data}); }
-  Scalar inner(const RootView<const T>& source, const Matrix& A) {
+  Scalar inner(const RootView<const T>& source, const Matrix& A) { return inner(source, A, number(nullptr)); }
+  Scalar inner(const RootView<const T>& source, const Matrix& A, const Scalar& factor) {
     flush();
-    return sum("inner", GridInner<T>{source, A.data});
+    return sum("inner", GridInner<T>{source, A.data, factor.factor});
   }
+
+  /// The numbers of a batch, 1 where null.
+  Scalar number(const T* each) { return {this, {T(1), each}}; }
 
   void divide(Matrix& A, const Scalar& s) { affine(A, {T(0), nullptr}, s.factor, A, true); }
   void scale(Matrix& D, double alpha, const Matrix& A) { affine(D, {T(0), nullptr}, {T(alpha), nullptr}, A, false); }

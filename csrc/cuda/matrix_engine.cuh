@@ -103,13 +103,13 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
     return block_sum(sum, shared_memory<T>());
   }
 
-  /// <sym(source), A>
-  template <class Source> __device__ T inner(const Source& source, Matrix A) const {
+  /// <factor sym(source), A>
+  template <class Source> __device__ T inner(const Source& source, Matrix A, T factor = 1) const {
     T sum = 0;
     for_own_tiles([&](const Place& own, int) {
       const T times = own.I < own.J ? 2 : 1;  // tile (J, I) is not stored
       WarpTile<T> tile = read_tile(A, own);
-      tile.for_each([&](T a, int r, int c) { sum += times * (symmetric(source, own.i(r), own.j(c)) * a); });
+      tile.for_each([&](T a, int r, int c) { sum += times * (factor * symmetric(source, own.i(r), own.j(c)) * a); });
     });
     return block_sum(sum, shared_memory<T>());
   }
@@ -166,15 +166,16 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
     for (int i = threadIdx.x; i < channels_; i += blockDim.x) result.data[i] = element(u, i);
   }
 
-  /// Copies a matrix out, its upper triangle or the means of its columns; neighbouring threads write neighbouring
-  /// elements.
+  /// Copies the means of a matrix's columns out.
+  __device__ void write_means(Matrix A, const RootView<T>& result) const {
+    const Column u{kSums * int(sizeof(T))};
+    sums(u, A);
+    add(u, T(1) / T(channels_), T(0), u);
+    write(u, result);
+  }
+
+  /// Copies a matrix out, or its upper triangle; neighbouring threads write neighbouring elements.
   __device__ void write(Matrix A, const RootView<T>& result) const {
-    if (result.output == Output::kMean) {
-      const Column u{kSums * int(sizeof(T))};
-      sums(u, A);
-      add(u, T(1) / T(channels_), T(0), u);
-      return write(u, result);
-    }
     const bool upper = result.output == Output::kTriu;
     for (int i = threadIdx.x / kWarp; i < channels_; i += blockDim.x / kWarp) {
       T* row = result.data + (upper ? triu_index(i, i, channels_) - i : int64_t(i) * channels_);

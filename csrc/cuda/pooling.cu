@@ -43,6 +43,11 @@ __global__ void __launch_bounds__(MergeEngine<X>::kThreads) merge_kernel(const P
   merge_covariances(engine, task.chunks);
 }
 
+template <class X> __global__ void __launch_bounds__(RescueEngine<X>::kThreads) rescue_kernel(const PoolTask<X> task) {
+  RescueEngine<X> engine(task, blockIdx.x);
+  rescue_covariance(engine);
+}
+
 template <class X, bool kPositionsInRows>
 __global__ void __launch_bounds__(kPanelThreads, kBlocks<X>)
     pool_backward_kernel(const PoolBackwardTask<X> task, int64_t tiles) {
@@ -73,6 +78,7 @@ template <class X> void pool(const PoolTask<X>& task, void* stream) {
     run(pool_kernel<X, false>, PoolEngine<X, false>::shared_bytes(diagonal));
   launch("merge", merge_kernel<X>, triangle(merge_tiles) * batch, MergeEngine<X>::kThreads,
          MergeEngine<X>::kSharedBytes, stream, task, merge_tiles);
+  launch("rescue", rescue_kernel<X>, batch, RescueEngine<X>::kThreads, RescueEngine<X>::kSharedBytes, stream, task);
 }
 
 template <class X> void pool_backward(const PoolBackwardTask<X>& task, void* stream) {

@@ -76,6 +76,9 @@ class LibraryEngine {
   Batch inner(const Source& source, const Matrix& A) const {
     return per_sample(torch::stable::sum(multiply(source.value, A.value), both_));
   }
+  Batch inner(const Source& source, const Matrix& A, const Batch& factor) const {
+    return inner({multiply(source.value, factor.value)}, A);
+  }
 
   void divide(Matrix& A, const Batch& s) const { A.value = library::divide(A.value, s.value); }
   void scale(Matrix& D, double alpha, const Matrix& A) const { D.value = multiply(A.value, number(alpha)); }
@@ -169,9 +172,10 @@ Tensor symmetric_part(const Tensor& A) {
   return add(half, transpose(half));
 }
 
-Tensor root(const Tensor& sigma, const Steps& steps, Root root, Output output) {
+Tensor root(const Tensor& sigma, const Tensor& scale, const Steps& steps, Root root, Output output) {
   LibraryEngine engine(sigma);
-  const auto result = matrix_root(engine, LibraryEngine::Source{symmetric_part(sigma)}, steps, root);
+  const Batch divisor{scale.numel() ? torch::stable::view(scale, {scale.size(0), 1, 1}) : number(1.0)};
+  const auto result = matrix_root(engine, LibraryEngine::Source{symmetric_part(sigma)}, divisor, steps, root);
   return to_output(symmetric_part(result.value), output);
 }
 

@@ -8,8 +8,8 @@ namespace isqrt::library {
 
 using torch::stable::Tensor;
 
-/// sigma: [B, C, C] -> its root in the layout `output`.
-Tensor root(const Tensor& sigma, const Steps& steps, Root root, Output output);
+/// sigma: [B, C, C] -> its root over scale, [B], in the layout `output`.
+Tensor root(const Tensor& sigma, const Tensor& scale, const Steps& steps, Root root, Output output);
 
 /// grad: upstream gradient in the layout `output`, sigma: [B, C, C] -> dL/dSigma, [B, C, C], symmetric.
 Tensor root_backward(const Tensor& grad, const Tensor& sigma, const Steps& steps, Root root, Output output);

@@ -2,7 +2,6 @@
 // the access at both ends, and in between the destination is full of NaN.
 #include <algorithm>
 #include <cstring>
-#include <utility>
 
 #include "runtime.h"
 
@@ -41,22 +40,25 @@ void copy_async(void* to, const void* from, unsigned bytes, int source_bytes, co
   const AsyncCopy copy{static_cast<char*>(to), from, bytes, unsigned(source_bytes), site};
   begin_copy(copy);
   const Quiet quiet;
-  launch.running->open_group.push_back(copy);
+  launch.running->copies.push_back(copy);
 }
 
 void copy_async_commit() {
   const Quiet quiet;
-  launch.running->groups.push_back(std::exchange(launch.running->open_group, {}));
+  launch.running->group_ends.push_back(launch.running->copies.size());
 }
 
 void copy_async_wait(unsigned pending) {
   const CalledFrom here(__builtin_return_address(0));
-  auto& groups = launch.running->groups;
-  while (groups.size() > pending) {
-    for (const AsyncCopy& copy : groups.front()) finish_copy(copy);
-    const Quiet quiet;
-    groups.erase(groups.begin());
-  }
+  auto& copies = launch.running->copies;
+  auto& ends = launch.running->group_ends;
+  if (ends.size() <= pending) return;
+  const size_t groups = ends.size() - pending, done = ends[groups - 1];
+  for (size_t c = 0; c < done; ++c) finish_copy(copies[c]);
+  const Quiet quiet;
+  copies.erase(copies.begin(), copies.begin() + done);
+  ends.erase(ends.begin(), ends.begin() + groups);
+  for (size_t& end : ends) end -= done;
 }
 
 // ---- mbarrier -------------------------------------------------------------------------------------------------------

@@ -26,16 +26,17 @@ launchers::Array view(const py::array& a) {
 PYBIND11_MODULE(isqrt_emulation, m) {
   using Text = const std::string&;
   using Array = const py::array&;
-  m.def("pool", [](Text dtype, Array x, int64_t chunk, Array sigma, Array mean) {
-    launchers::pool(dtype, view(x), chunk, view(sigma), view(mean));
+  m.def("pool", [](Text dtype, Array x, int64_t chunk, Array sigma, Array mean, Array scale) {
+    launchers::pool(dtype, view(x), chunk, view(sigma), view(mean), view(scale));
   });
-  m.def("pool_backward", [](Text dtype, Array grad_sigma, Array x, Array mean, int64_t chunk, Array grad_x) {
-    launchers::pool_backward(dtype, view(grad_sigma), view(x), view(mean), chunk, view(grad_x));
-  });
-  m.def("root",
-        [](Text dtype, Array sigma, int iterations, int root, int output, double floor, bool grid, Array result) {
-          launchers::root(dtype, view(sigma), iterations, root, output, floor, grid, view(result));
+  m.def("pool_backward",
+        [](Text dtype, Array grad_sigma, Array x, Array mean, Array scale, int64_t chunk, Array grad_x) {
+          launchers::pool_backward(dtype, view(grad_sigma), view(x), view(mean), view(scale), chunk, view(grad_x));
         });
+  m.def("root", [](Text dtype, Array sigma, int iterations, int root, int output, double floor, bool grid, Array scale,
+                   Array result) {
+    launchers::root(dtype, view(sigma), iterations, root, output, floor, grid, view(scale), view(result));
+  });
   m.def("root_backward", [](Text dtype, Array grad, Array sigma, int iterations, int root, int output, double floor,
                             bool grid, Array grad_sigma) {
     launchers::root_backward(dtype, view(grad), view(sigma), iterations, root, output, floor, grid, view(grad_sigma));

@@ -19,11 +19,13 @@ EMULATION = ROOT / "tests" / "emulation"
 CACHE = ROOT / "build" / "emulation"
 CXX = os.environ.get("CXX", "g++")
 
-COMMON = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{EMULATION}"]
+COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+COMMON += [f"-I{ROOT / 'csrc'}", f"-I{EMULATION}"]
 # CUDA code reads and writes floats as wider types, and unrolls loops with a pragma of its own.
 KERNELS = ["-x", "c++", "-fno-strict-aliasing", "-Wno-unknown-pragmas", '-DISQRT_CUDA_ARCHITECTURES="emulated"']
 MODES = {
-    "plain": {"optimise": ["-O1"]},
+    # -Og: compiled in half of -O1's time, and runs as fast; threads wait more than they compute.
+    "plain": {"optimise": ["-Og"]},
     "address": {
         "optimise": ["-O1", "-g"],
         "sanitizer": ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"],
@@ -43,19 +45,19 @@ MODES = {
     },
     # Kernels alone, and without optimisation: each line is then a line of its own.
     "coverage": {
-        "optimise": ["-O1"],
+        "optimise": ["-Og"],
         "kernels": ["-O0", "-fprofile-arcs", "-ftest-coverage"],
         "link": ["-lgcov", "-Wl,--undefined=__gcov_dump"],
     },
 }  # fmt: skip
 RUNTIME = ["runtime.cpp", "async.cpp", "matrices.cpp", "fibers.cpp", "checkers.cpp", "api.cpp"]
 CUDA = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-LAUNCHERS = ["launchers.cpp", ROOT / "csrc" / "plan.cpp", *CUDA]
-PROGRAMS = {
-    "check": ["check.cpp", *LAUNCHERS],
+LAUNCHERS = [*CUDA, "launchers.cpp", ROOT / "csrc" / "plan.cpp"]
+PROGRAMS = {  # what takes longest to compile begins first
+    "check": [*LAUNCHERS, "check.cpp"],
     "conformance": ["conformance.cu"],
     "faults": ["faults.cu"],
-    "isqrt_emulation": ["bindings.cpp", *LAUNCHERS],
+    "isqrt_emulation": [*LAUNCHERS, "bindings.cpp"],
 }
 
 
@@ -95,6 +97,8 @@ def compile_object(mode, source):
         command += [f"-I{EMULATION / 'include'}"]
     if source.name not in RUNTIME:  # the sanitizer is told what happens there and must not watch
         command += options.get("sanitizer", [])
+    else:  # runs far more often than it is compiled
+        command += ["-O2"]
     if source.suffix == ".cu":
         command += [*KERNELS, *options.get("kernels", [])]
     if source.name == "plan.cpp":
@@ -102,7 +106,7 @@ def compile_object(mode, source):
     if source.name == "bindings.cpp":
         import pybind11
 
-        command += ["-fvisibility=hidden", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+        command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     target = object_path(mode, source)
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.parent.name == "coverage":  # where the counts go is part of the object

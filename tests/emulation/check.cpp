@@ -47,6 +47,8 @@ struct Type {
 
 const Type kFloat16{"float16", 2}, kBFloat16{"bfloat16", 2}, kFloat32{"float32", 4}, kFloat64{"float64", 8};
 
+const Array kNone{nullptr, 0, 1, {0}, {1}};
+
 /// A contiguous array of exactly `size` elements, uninitialised: the kernels have to write all of it.
 struct Buffer {
   Buffer(const Type& type, int64_t size) : type(type), size(size), data(new char[size * type.size]) {}
@@ -91,11 +93,12 @@ struct Pooling {
       if (channels_last) return {b.data.get(), type.size, 4, {B, C, height, width}, {C * M, 1, C * width, C}};
       return {b.data.get(), type.size, 4, {B, C, height, width}, {C * height * row, height * row, row, 1}};
     };
-    const Buffer sigma(compute, B * C * C), mean(compute, B * C);
-    launchers::pool(type.name, maps(x), chunk, sigma.array(B, C, C), mean.array(B, C));
+    const Buffer sigma(compute, B * C * C), mean(compute, B * C), scale(compute, B);
+    launchers::pool(type.name, maps(x), chunk, sigma.array(B, C, C), mean.array(B, C), scale.array(B, 1));
     require_finite(mean, "mean");
     require_finite(sigma, "sigma");
-    launchers::pool_backward(type.name, sigma.array(B, C, C), maps(x), mean.array(B, C), chunk, maps(grad_x));
+    launchers::pool_backward(type.name, sigma.array(B, C, C), maps(x), mean.array(B, C), scale.array(B, 1), chunk,
+                             maps(grad_x));
     require_finite(grad_x, "grad_x");
   }
 };
@@ -110,7 +113,7 @@ struct NewtonSchulz {
     for (int64_t i = 0; i < B * C; ++i) type.write(sigma.data.get() + (i * C + i % C) * type.size, double(C));
     const Buffer result(type, B * size), grad = random_numbers(type, B * size, 2), grad_sigma(type, B * C * C);
     if (!grid && launchers::root_shared_bytes(C, type.size, false, iterations, 0) == 0) return;
-    launchers::root(type.name, sigma.array(B, C, C), iterations, root, output, 0, grid, result.array(B, size));
+    launchers::root(type.name, sigma.array(B, C, C), iterations, root, output, 0, grid, kNone, result.array(B, size));
     require_finite(result, "root");
     if (!grid && launchers::root_shared_bytes(C, type.size, true, iterations, 0) == 0) return;
     launchers::root_backward(type.name, grad.array(B, size), sigma.array(B, C, C), iterations, root, output, 0, grid,

@@ -17,7 +17,7 @@ extern "C" {
 void __asan_loadN(const void* p, size_t bytes);
 void __asan_storeN(void* p, size_t bytes);
 /// The stacks of a launch that failed are left as they are, with all that they own.
-const char* __asan_default_options() { return "detect_leaks=0"; }
+__attribute__((visibility("default"))) const char* __asan_default_options() { return "detect_leaks=0"; }
 }
 #endif
 #if defined(EMULATION_THREAD_SANITIZER)
@@ -50,13 +50,6 @@ Quiet::~Quiet() {
 }
 CalledFrom::CalledFrom(void* return_address) { __tsan_func_entry(return_address); }
 CalledFrom::~CalledFrom() { __tsan_func_exit(); }
-#else
-CalledFrom::CalledFrom(void*) {}
-CalledFrom::~CalledFrom() {}
-void release_memory(void*) {}
-void acquire_memory(void*) {}
-Quiet::Quiet() {}
-Quiet::~Quiet() {}
 #endif
 
 #if defined(EMULATION_SHADOW)

@@ -28,6 +28,8 @@ constexpr int kWarp = 32, kThreads = 128, kSharedBytes = 32 * 1024;
 
 // ---- kernels --------------------------------------------------------------------------------------------------------
 
+__global__ void opaque_kernel(const int* x, int* y) { y[threadIdx.x] = opaque(x[threadIdx.x]); }
+
 __global__ void round_kernel(const float* x, uint32_t* y) { y[threadIdx.x] = to_tf32(x[threadIdx.x]); }
 
 enum class Kind { kTf32, kF16, kBf16 };
@@ -195,6 +197,11 @@ template <class T> std::vector<T> counting(size_t size) {
   return result;
 }
 
+bool check_opaque() {
+  const std::vector<int> x = counting<int>(kThreads);
+  return run(opaque_kernel, x, kThreads, kThreads) == x;
+}
+
 bool check_to_tf32() {
   std::vector<float> x = {0.0f, -0.0f, 1.0f, 1.0f + 0x1p-11f, -1.0f - 0x1p-11f, 1.0f + 3 * 0x1p-11f, 0x1p-130f, 3e38f};
   while (x.size() < kThreads) x.push_back(std::ldexp(float(int32_t(generator())), int(generator() % 200) - 120));
@@ -337,6 +344,7 @@ struct Check {
 };
 
 const Check kChecks[] = {
+    {"opaque", 8, check_opaque},
     {"to_tf32", 8, check_to_tf32},
     {"mma_tf32", 8, check_mma<Kind::kTf32, uint32_t>},
     {"mma_f16", 8, check_mma<Kind::kF16, uint16_t>},
@@ -348,11 +356,11 @@ const Check kChecks[] = {
     {"copy_async<8>, copy_async_commit, copy_async_wait", 8, check_copy_async<8>},
     {"copy_async<16>, copy_async_commit, copy_async_wait", 8, check_copy_async<16>},
     {"mbarrier_init, fence_mbarrier_init, mbarrier_expect, copy_bulk, mbarrier_wait", 9, check_bulk},
-    {"cluster_rank, cluster_size, cluster_arrive, cluster_wait, map_shared; no cluster", 8,
+    {"cluster_rank, cluster_size, cluster_arrive, cluster_wait, cluster_sync, map_shared; no cluster", 8,
      [] { return check_cluster(1); }},
-    {"cluster_rank, cluster_size, cluster_arrive, cluster_wait, map_shared; 2 blocks", 9,
+    {"cluster_rank, cluster_size, cluster_arrive, cluster_wait, cluster_sync, map_shared; 2 blocks", 9,
      [] { return check_cluster(2); }},
-    {"cluster_rank, cluster_size, cluster_arrive, cluster_wait, map_shared; 8 blocks", 9,
+    {"cluster_rank, cluster_size, cluster_arrive, cluster_wait, cluster_sync, map_shared; 8 blocks", 9,
      [] { return check_cluster(8); }},
     {"named_barrier", 8, check_named_barrier},
 };

@@ -89,10 +89,12 @@ void named_barrier(int id, int threads, const Caller& caller);
 void cluster_arrive(const Caller& caller);
 void cluster_wait(const Caller& caller);
 
-/// What each lane of a warp put in, once all lanes of `mask` have; orders memory between them only where asked.
+/// What each lane of a warp put in, once all lanes of `mask` have; orders memory between them only where asked. The
+/// last lane to come calls `complete`, so that a result that takes all of them is made once and not by each lane.
 constexpr unsigned kSlotBytes = 128;
 using Slots = unsigned char[32][kSlotBytes];
-const Slots& gather(uint32_t mask, const void* value, unsigned bytes, bool orders_memory, const Site& site);
+const Slots& gather(uint32_t mask, const void* value, unsigned bytes, bool orders_memory, const Site& site,
+                    void (*complete)(Slots&) = nullptr);
 
 // The bodies of csrc/cuda/ptx.cuh, which says what they are: tensor cores,
 uint32_t to_tf32(float x);

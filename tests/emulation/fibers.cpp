@@ -77,7 +77,7 @@ Fiber new_fiber() {
 
 }  // namespace
 
-Fiber start_fiber(void (*entry)(), bool fresh, [[maybe_unused]] const char* name) {
+Fiber start_fiber(void (*entry)(), bool fresh, [[maybe_unused]] const std::function<std::string()>& name) {
   Fiber fiber;
   if (fresh || ended_fibers.empty()) {
     fiber = new_fiber();
@@ -96,7 +96,7 @@ Fiber start_fiber(void (*entry)(), bool fresh, [[maybe_unused]] const char* name
   memset(top, 0, kSavedRegisters * sizeof(void*));
   fiber.stack_pointer = top;
 #if defined(EMULATION_THREAD_SANITIZER)
-  __tsan_set_fiber_name(fiber.thread_sanitizer, name);
+  __tsan_set_fiber_name(fiber.thread_sanitizer, name().c_str());
 #endif
   return fiber;
 }

@@ -1,6 +1,8 @@
 // Fibers: several stacks that one thread of the operating system runs in turn.
 #pragma once
 #include <cstddef>
+#include <functional>
+#include <string>
 
 namespace emulation {
 
@@ -13,8 +15,8 @@ struct Fiber {
 };
 
 /// A fiber that starts with entry(), which never returns, at the first switch to it. It is one that has ended, if there
-/// is one, and a new one where `fresh`.
-Fiber start_fiber(void (*entry)(), bool fresh, const char* name);
+/// is one, and a new one where `fresh`. ThreadSanitizer's reports call it name().
+Fiber start_fiber(void (*entry)(), bool fresh, const std::function<std::string()>& name);
 
 /// `reusable` says that it got to its last switch.
 void end_fiber(const Fiber& fiber, bool reusable);

@@ -25,6 +25,9 @@ template <class T> T* contiguous(const Array& a) {
   return elements<T>(a);
 }
 
+/// Null for an array without elements.
+template <class T> T* numbers(const Array& a) { return a.shape[0] == 0 ? nullptr : contiguous<T>(a); }
+
 template <class X> FeatureMaps<X> feature_maps(const Array& x) {
   const auto &n = x.shape, &s = x.strides;
   X* data = elements<X>(x);
@@ -51,7 +54,8 @@ template <class F> void dispatch(const std::string& dtype, const F& f) {
 
 }  // namespace
 
-void pool(const std::string& dtype, const Array& x, int64_t chunk, const Array& sigma, const Array& mean) {
+void pool(const std::string& dtype, const Array& x, int64_t chunk, const Array& sigma, const Array& mean,
+          const Array& scale) {
   dispatch(dtype, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;
@@ -65,24 +69,24 @@ void pool(const std::string& dtype, const Array& x, int64_t chunk, const Array& 
     }
     cuda::pool(PoolTask<X>{feature_maps<const X>(x), split, split.count > 1 ? partial_mean.data() : contiguous<T>(mean),
                            split.count > 1 ? partial_moment.data() : contiguous<T>(sigma), contiguous<T>(mean),
-                           contiguous<T>(sigma)},
+                           contiguous<T>(sigma), numbers<T>(scale)},
                nullptr);
   });
 }
 
-void pool_backward(const std::string& dtype, const Array& grad_sigma, const Array& x, const Array& mean, int64_t chunk,
-                   const Array& grad_x) {
+void pool_backward(const std::string& dtype, const Array& grad_sigma, const Array& x, const Array& mean,
+                   const Array& scale, int64_t chunk, const Array& grad_x) {
   dispatch(dtype, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;
     cuda::pool_backward(PoolBackwardTask<X>{feature_maps<const X>(x), chunks(x, chunk), contiguous<T>(mean),
-                                            contiguous<T>(grad_sigma), feature_maps<X>(grad_x)},
+                                            contiguous<T>(grad_sigma), numbers<T>(scale), feature_maps<X>(grad_x)},
                         nullptr);
   });
 }
 
 void root(const std::string& dtype, const Array& sigma, int iterations, int root, int output, double floor, bool grid,
-          const Array& result) {
+          const Array& scale, const Array& result) {
   dispatch_matrix(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t B = sigma.shape[0], C = sigma.shape[1];
@@ -93,6 +97,7 @@ void root(const std::string& dtype, const Array& sigma, int iterations, int root
                            steps,
                            static_cast<Root>(root),
                            {contiguous<T>(result), static_cast<Output>(output), C},
+                           numbers<const T>(scale),
                            workspace.data()};
     grid ? cuda::grid_root(task, nullptr) : cuda::root(task, nullptr);
   });

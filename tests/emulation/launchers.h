@@ -18,12 +18,13 @@ struct Array {
 // `dtype` names the type of x's elements, or of the matrices'. Feature maps are (B, C, H, W) or (B, C, M) with any
 // strides; everything else is contiguous, matrices (B, C, C). `chunk` is the number of positions in a chunk; `output`
 // and `root` are the enumerations of views.h and newton_schulz.h, and steps are tuned for `floor` where that is not 0.
-// `grid` chooses between the engine of the whole device and that of a block.
-void pool(const std::string& dtype, const Array& x, int64_t chunk, const Array& sigma, const Array& mean);
-void pool_backward(const std::string& dtype, const Array& grad_sigma, const Array& x, const Array& mean, int64_t chunk,
-                   const Array& grad_x);
+// `grid` chooses between the engine of the whole device and that of a block. An empty `scale` is not wanted, or 1.
+void pool(const std::string& dtype, const Array& x, int64_t chunk, const Array& sigma, const Array& mean,
+          const Array& scale);
+void pool_backward(const std::string& dtype, const Array& grad_sigma, const Array& x, const Array& mean,
+                   const Array& scale, int64_t chunk, const Array& grad_x);
 void root(const std::string& dtype, const Array& sigma, int iterations, int root, int output, double floor, bool grid,
-          const Array& result);
+          const Array& scale, const Array& result);
 void root_backward(const std::string& dtype, const Array& grad, const Array& sigma, int iterations, int root,
                    int output, double floor, bool grid, const Array& grad_sigma);
 

@@ -33,9 +33,9 @@ template <class X> void pooling(const std::string& label, int64_t C, int64_t H, 
     T *mean = allocate<T>(C), *sigma = allocate<T>(C * C);
     T *partial_mean = allocate<T>(2 * C), *partial_moment = allocate<T>(2 * C * C);
     const auto maps = feature_maps<const X>(x, C, H, W, layout);
-    cuda::pool(PoolTask<X>{maps, chunks, partial_mean, partial_moment, mean, sigma}, nullptr);
-    cuda::pool_backward(PoolBackwardTask<X>{maps, chunks, mean, sigma, feature_maps<X>(grad_x, C, H, W, layout)},
-                        nullptr);
+    cuda::pool(PoolTask<X>{maps, chunks, partial_mean, partial_moment, mean, sigma, nullptr}, nullptr);
+    cuda::pool_backward(
+        PoolBackwardTask<X>{maps, chunks, mean, sigma, nullptr, feature_maps<X>(grad_x, C, H, W, layout)}, nullptr);
   });
 }
 

@@ -1,5 +1,4 @@
-// Tensor core instructions. Each lane puts its fragments in, and computes its part of the result from those of the
-// warp.
+// Tensor core instructions. Each lane puts its fragments in, and the last one to come computes what all of them get.
 //
 // Products are exact. Their sum with the accumulator is rounded toward zero, once: what the hardware does (Fasi,
 // Higham, Mikaitis & Pranesh, Numerical behavior of NVIDIA tensor cores, 2021), apart from the few bits that it drops
@@ -21,35 +20,79 @@ float from_bits(uint32_t bits) {
   return number;
 }
 
+/// The float next to another one in the direction of zero has the bits before.
 float toward_zero(double x) {
   const float nearest = static_cast<float>(x);
-  return std::fabs(nearest) > std::fabs(x) ? std::nextafterf(nearest, 0.0f) : nearest;
+  uint32_t bits;
+  memcpy(&bits, &nearest, sizeof bits);
+  return from_bits(bits - (std::fabs(nearest) > std::fabs(x)));
 }
 
-/// d += A B with A of 16 x 8 kPack and B of 8 kPack x 8 elements, kPack neighbours in k to a register; number(r, e) is
-/// the one at place e of register r. Column k belongs to lane k / kPack % 4 of four, in its first or second register.
+/// What a lane puts in, its registers unpacked, kPack neighbours in k from each; d becomes its part of the result.
+template <int kPack> struct Fragments {
+  float a[4][kPack], b[2][kPack], d[4];
+};
+
+/// Neighbours in a row, which any x86-64 adds and multiplies together.
+using Pair = double __attribute__((vector_size(16)));
+
+/// d += A B of a whole warp, A being 16 x 8 kPack and B 8 kPack x 8. Lane 4 g + t has columns t and t + 4 of each kPack
+/// of A's rows g and g + 8, and of B's column g.
+template <int kPack> void multiply_warp(Slots& slots) {
+  static_assert(sizeof(Fragments<kPack>) <= kSlotBytes);
+  constexpr int K = 8 * kPack;
+  double A[16][K];
+  Pair B[K][4], D[16][4];
+  const auto of = [&](int lane) -> Fragments<kPack>& { return reinterpret_cast<Fragments<kPack>&>(slots[lane]); };
+  const auto for_results = [&](const auto& f) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) f(of(lane).d[i], D[lane / 4 + i / 2 * 8][lane % 4], i % 2);
+  };
+  for (int lane = 0; lane < 32; ++lane)
+    for (int e = 0; e < kPack; ++e) {
+      const int g = lane / 4, t = lane % 4;
+      for (int r = 0; r < 4; ++r) A[g + r % 2 * 8][(t + r / 2 * 4) * kPack + e] = of(lane).a[r][e];
+      for (int r = 0; r < 2; ++r) B[(t + r * 4) * kPack + e][g / 2][g % 2] = of(lane).b[r][e];
+    }
+  for_results([](float& d, Pair& in, int e) { in[e] = d; });
+  for (int i = 0; i < 16; ++i) {
+    Pair sum[4];
+    memcpy(sum, D[i], sizeof sum);
+    for (int k = 0; k < K; ++k)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sum[j] += A[i][k] * B[k][j];
+    memcpy(D[i], sum, sizeof sum);
+  }
+  for_results([](float& d, Pair& in, int e) { d = toward_zero(in[e]); });
+}
+
+/// number(r, e) is the element at place e of register r.
 template <int kPack, class Number>
 void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Site& site, const Number& number) {
-  struct Fragments {
-    float a[4][kPack], b[2][kPack];
-  } own;
-  static_assert(sizeof own <= kSlotBytes);
+  Fragments<kPack> own;
   for (int e = 0; e < kPack; ++e) {
     for (int r = 0; r < 4; ++r) own.a[r][e] = number(a[r], e);
     for (int r = 0; r < 2; ++r) own.b[r][e] = number(b[r], e);
   }
-  const Slots& slots = gather(~0u, &own, sizeof own, false, site);
-  const auto of = [&](unsigned lane) -> const Fragments& { return reinterpret_cast<const Fragments&>(slots[lane]); };
-  const unsigned g = lane() / 4, t = lane() % 4;
-  for (unsigned i = 0; i < 4; ++i) {
-    const unsigned lower = i / 2, column = 2 * t + i % 2;
-    double sum = d[i];
-    for (unsigned half = 0; half < 2; ++half)
-      for (unsigned k = 0; k < 4; ++k)
-        for (unsigned e = 0; e < kPack; ++e)
-          sum += double(of(4 * g + k).a[lower + 2 * half][e]) * double(of(4 * column + k).b[half][e]);
-    d[i] = toward_zero(sum);
-  }
+  memcpy(own.d, d, sizeof d);
+  const Slots& slots = gather(~0u, &own, sizeof own, false, site, multiply_warp<kPack>);
+  memcpy(d, reinterpret_cast<const Fragments<kPack>&>(slots[lane()]).d, sizeof d);
+}
+
+/// The same in float64, A being 8 x 4 and B 4 x 8: each product is rounded to nearest as it is added.
+struct FragmentsF64 {
+  double a, b, d[2];
+};
+
+/// Where the processor has the instruction, std::fma is no call.
+__attribute__((target_clones("fma", "default"))) void multiply_warp_f64(Slots& slots) {
+  const auto of = [&](int lane) -> FragmentsF64& { return reinterpret_cast<FragmentsF64&>(slots[lane]); };
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 2; ++i)
+      for (int k = 0; k < 4; ++k) {
+        const int g = lane / 4, column = lane % 4 * 2 + i;
+        of(lane).d[i] = std::fma(of(4 * g + k).a, of(4 * column + k).b, of(lane).d[i]);
+      }
 }
 
 uint16_t half_of(uint32_t bits, int e) { return uint16_t(bits >> 16 * e); }
@@ -68,14 +111,11 @@ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], con
               [](uint32_t bits, int) { return from_bits(bits & ~0x1fffu); });
 }
 
-/// In float64 each product is rounded to nearest as it is added.
 void mma_f64(double* d, double a, double b, const Caller& caller) {
-  const double own[2] = {a, b};
-  const Slots& slots = gather(~0u, own, sizeof own, false, {"mma_f64", caller.file, caller.line});
-  const auto of = [&](unsigned lane) { return reinterpret_cast<const double*>(slots[lane]); };
-  const unsigned g = lane() / 4, t = lane() % 4;
-  for (unsigned i = 0; i < 2; ++i)
-    for (unsigned k = 0; k < 4; ++k) d[i] = std::fma(of(4 * g + k)[0], of(4 * (2 * t + i) + k)[1], d[i]);
+  const FragmentsF64 own{a, b, {d[0], d[1]}};
+  const Site site{"mma_f64", caller.file, caller.line};
+  const Slots& slots = gather(~0u, &own, sizeof own, false, site, multiply_warp_f64);
+  memcpy(d, reinterpret_cast<const FragmentsF64&>(slots[lane()]).d, sizeof own.d);
 }
 
 void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Caller& caller) {

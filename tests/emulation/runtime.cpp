@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <utility>
 
 extern char __start_emulated_shared[] __attribute__((weak)), __stop_emulated_shared[] __attribute__((weak));
@@ -48,18 +49,23 @@ std::string describe(const Site& site) {
   return std::string(site.what) + " at " + site.file + ":" + std::to_string(site.line);
 }
 
+/// The names of one place are mostly the same literals; they need not be where it was compiled into several objects.
 bool same(const Site& a, const Site& b) {
-  return a.line == b.line && !strcmp(a.file, b.file) && !strcmp(a.what, b.what);
+  const auto equal = [](const char* x, const char* y) { return x == y || !strcmp(x, y); };
+  return a.line == b.line && equal(a.file, b.file) && equal(a.what, b.what);
 }
 
 // ---- scheduling -----------------------------------------------------------------------------------------------------
 
+void forget_those_that_ran() {
+  if (launch.next < launch.ready.size()) return;
+  launch.ready.clear();
+  launch.next = 0;
+}
+
 Thread* next_thread() {
-  if (launch.next == launch.ready.size()) {
-    launch.ready.clear();
-    launch.next = 0;
-    return nullptr;
-  }
+  forget_those_that_ran();
+  if (launch.ready.empty()) return nullptr;
   if (options.order == Order::kRandom)
     std::swap(launch.ready[launch.next],
               launch.ready[launch.next + random_number() % (launch.ready.size() - launch.next)]);
@@ -76,11 +82,14 @@ template <class Message> [[noreturn]] void stop(const Message& message) {
   abort();
 }
 
+/// Mostly they have come in that order. A random one is made as they go on.
 void sort_by_order(std::vector<Thread*>& threads) {
-  std::sort(threads.begin(), threads.end(), [](const Thread* a, const Thread* b) {
-    const auto key = [](const Thread* t) { return std::pair(t->block->rank, t->number); };
-    return options.order == Order::kReverse ? key(a) > key(b) : key(a) < key(b);
-  });
+  const auto sort = [&](const auto& before) {
+    const auto by_place = [&](const Thread* a, const Thread* b) { return before(a->place, b->place); };
+    if (!std::is_sorted(threads.begin(), threads.end(), by_place)) std::sort(threads.begin(), threads.end(), by_place);
+  };
+  if (options.order == Order::kForward) sort(std::less());
+  if (options.order == Order::kReverse) sort(std::greater());
 }
 
 /// The barrier of the cluster, once all threads that have not returned have arrived.
@@ -179,14 +188,15 @@ void prepare(Block& block, unsigned number, unsigned rank) {
   block.running = count;
   block.collectives.resize((count + 31) / 32);
   block.shared = new_shared_memory();
+  block.threads.resize(count);
   for (unsigned t = 0; t < count; ++t) {
-    auto thread = std::make_unique<Thread>();
-    thread->index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
-    thread->block_index = block.index;
-    thread->number = t;
-    thread->block = &block;
-    thread->fiber = start_fiber(thread_main, options.blocks_race, describe(*thread).c_str());
-    block.threads.push_back(std::move(thread));
+    Thread& thread = block.threads[t];
+    thread.index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
+    thread.block_index = block.index;
+    thread.number = t;
+    thread.place = uint64_t(rank) << 32 | t;
+    thread.block = &block;
+    thread.fiber = start_fiber(thread_main, options.blocks_race, [&] { return describe(thread); });
   }
 }
 
@@ -195,17 +205,17 @@ void run_cluster(Cluster& cluster) {
   launch.ready.clear();
   launch.next = 0;
   for (Block& block : cluster.blocks)
-    for (const auto& thread : block.threads) launch.ready.push_back(thread.get());
+    for (Thread& thread : block.threads) launch.ready.push_back(&thread);
   cluster.running = unsigned(launch.ready.size());
   sort_by_order(launch.ready);
   release_memory(&launch.begin);
   switch_to(next_thread());
   if (!options.blocks_race) acquire_memory(&launch.end);
   for (Block& block : cluster.blocks)
-    for (const auto& thread : block.threads) {
-      if (launch.error.empty() && !thread->done)
-        launch.error = "deadlock: " + describe(*thread) + " waits at " + describe(*thread->waits_at);
-      end_fiber(thread->fiber, thread->done && !options.blocks_race);
+    for (const Thread& thread : block.threads) {
+      if (launch.error.empty() && !thread.done)
+        launch.error = "deadlock: " + describe(thread) + " waits at " + describe(*thread.waits_at);
+      end_fiber(thread.fiber, thread.done && !options.blocks_race);
     }
   if (launch.error.empty() && cluster.blocks.size() > 1 && static_shared_was_written())
     launch.error = "static shared memory in a cluster: its blocks have one between them here, use dynamic";
@@ -269,6 +279,7 @@ void leave(bool last) {
 }
 
 void open(Rendezvous& r) {
+  forget_those_that_ran();
   sort_by_order(r.waiting);
   launch.ready.insert(launch.ready.end(), r.waiting.begin(), r.waiting.end());
   r.waiting.clear();
@@ -389,29 +400,33 @@ void require_aligned(const void* p, size_t alignment, const Site& site) {
     fail("names an address that is not aligned to " + std::to_string(alignment), site);
 }
 
-const Slots& gather(uint32_t mask, const void* value, unsigned bytes, bool orders_memory, const Site& site) {
-  Thread* me = launch.running;
-  Block& block = *me->block;
-  Collective* collective = nullptr;
-  unsigned expected = 0, half = 0;
+namespace {
+Collective& collective_of(uint32_t mask, const Thread& thread) {
+  auto& of_warp = thread.block->collectives[thread.number / 32];
+  for (const auto& c : of_warp)
+    if (c->mask == mask) return *c;
+  const size_t lanes = std::min<size_t>(32, thread.block->threads.size() - thread.number / 32 * 32);
+  Collective& added = *of_warp.emplace_back(std::make_unique<Collective>());
+  added.mask = mask;
+  added.lanes = unsigned(__builtin_popcountll(mask & ((uint64_t(1) << lanes) - 1)));
+  return added;
+}
+}  // namespace
+
+const Slots& gather(uint32_t mask, const void* value, unsigned bytes, bool orders_memory, const Site& site,
+                    void (*complete)(Slots&)) {
+  Collective* collective;
+  Slots* slots;
   if (!(mask >> lane() & 1)) fail("is not in its own mask", site);
   {
     const Quiet quiet;
-    auto& of_warp = block.collectives[me->number / 32];
-    for (const auto& c : of_warp)
-      if (c->mask == mask) collective = c.get();
-    if (collective == nullptr) {
-      of_warp.push_back(std::make_unique<Collective>());
-      collective = of_warp.back().get();
-      collective->mask = mask;
-    }
-    half = collective->rendezvous.generation % 2;
-    memcpy(collective->slots[half][lane()], value, bytes);
-    const size_t lanes = std::min<size_t>(32, block.threads.size() - me->number / 32 * 32);
-    expected = unsigned(__builtin_popcountll(mask & ((uint64_t(1) << lanes) - 1)));
+    collective = &collective_of(mask, *launch.running);
+    slots = &collective->slots[collective->rendezvous.generation % 2];
+    memcpy((*slots)[lane()], value, bytes);
+    if (complete && collective->rendezvous.waiting.size() + 1 == collective->lanes) complete(*slots);
   }
-  meet(collective->rendezvous, expected, orders_memory, site);
-  return collective->slots[half];
+  meet(collective->rendezvous, collective->lanes, orders_memory, site);
+  return *slots;
 }
 
 }  // namespace emulation

@@ -31,13 +31,14 @@ struct Thread {
   uint3 index, block_index;
   Fiber fiber;
   unsigned number = 0;  // in its block
+  uint64_t place = 0;   // in the order of all threads of the cluster
   Block* block = nullptr;
   bool done = false;
   const Site* waits_at = nullptr;
   bool arrived_at_cluster = false;  // in that generation of the cluster's barrier
   unsigned cluster_generation = 0;
-  std::vector<AsyncCopy> open_group;
-  std::vector<std::vector<AsyncCopy>> groups;
+  std::vector<AsyncCopy> copies;   // not waited for yet
+  std::vector<size_t> group_ends;  // those of each committed group end at such a place of `copies`
 };
 
 /// Where threads wait for each other, over and over.
@@ -52,8 +53,9 @@ struct Rendezvous {
 /// The warp functions of the lanes in one mask. A lane may be in the next generation while another one still reads.
 struct Collective {
   uint32_t mask;
+  unsigned lanes;  // of the mask that the block has
   Rendezvous rendezvous;
-  alignas(16) unsigned char slots[2][32][kSlotBytes];
+  alignas(16) Slots slots[2];
 };
 
 constexpr int kNamedBarriers = 16;
@@ -63,7 +65,7 @@ struct Block {
   unsigned rank = 0, running = 0;
   bool started = false;
   char order_of_start, order_of_end;  // addresses for release_memory
-  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<Thread> threads;
   std::vector<std::vector<std::unique_ptr<Collective>>> collectives;  // by warp
   Rendezvous barrier, named_barriers[kNamedBarriers];
   char* shared = nullptr;
