@@ -116,6 +116,37 @@ def test_squares_beyond_the_range(device, output, dtype, factor):
     assert torch.equal(y[1:], alone[0]) and torch.equal(slope[1:], alone[1])
 
 
+@every_output
+def test_largest_numbers(device, output):
+    """Even the sum over the positions overflows in float32."""
+    normal = feature_maps(2, 20, 150, torch.float64, device) - 3.0
+    x = (3e37 * normal).float()
+    assert x.isfinite().all() and x.sum(-1).abs().max().isinf()
+    y, slope, upstream = value_and_gradient(lambda x: cov_sqrt(x, output=output), x)
+    wide = x.double() / 3e37
+    exact_y, exact_slope, _ = value_and_gradient(lambda x: reference.cov_sqrt(x, 5, output), wide, upstream.double())
+    bound = tolerance(torch.float32, 20, 150)
+    assert_close(y.double() / 3e37, exact_y, bound)
+    assert_close(slope, exact_slope, 2 * bound, gradient_size(upstream, exact_y, wide))
+
+
+@pytest.mark.parametrize("factor", (1e-38, 1e-30, 1e18, 1e37))
+@every_output
+def test_squares_beyond_the_range_under_autocast(device, output, factor):
+    x = (factor * feature_maps(3, 20, 150, torch.float64, device)).bfloat16()
+
+    def under_autocast(x):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return cov_sqrt(x, output=output)
+
+    y, slope, upstream = value_and_gradient(under_autocast, x)
+    copied_y, copied_slope, _ = value_and_gradient(lambda x: cov_sqrt(x, output=output), x.float(), upstream)
+    assert (y.dtype, slope.dtype) == (torch.float32, torch.bfloat16)
+    bound = tolerance(torch.float32, 20, 150)
+    assert_close(y / factor, copied_y.double() / factor, bound)
+    assert_close(slope, copied_slope, torch.finfo(torch.bfloat16).eps / 2 + bound)
+
+
 def test_tangents_and_second_derivatives_beyond_the_range(device):
     normal = feature_maps(2, 6, 40, torch.float64, device)
     direction, upstream = torch.randn_like(normal), torch.randn(2, 6, 6, dtype=torch.float64, device=device)
