@@ -83,19 +83,25 @@ template <class T> ISQRT_FN T scale_for(T distance, T number) {
   return std::ldexp(T(1), exponent < -kMost ? -kMost : exponent > kMost ? kMost : exponent);
 }
 
+/// False for float16, whose squares float32 holds.
+template <class X> constexpr bool kMayLeaveRange = true;
+template <> inline constexpr bool kMayLeaveRange<Half> = false;
+
 /// A second pass for the samples whose covariance left its range: Sigma of s x for a power of two s. The Engine offers
 ///     trace()       of Sigma, as the first pass left it
 ///     largest(r)    half of the largest |x - r x_0| over channels and positions, x_0 being the first position
 ///     rescale(s)    mu and Sigma anew, from s (x - x_0)
 ///     keep(s)       s is the scale of this sample
 /// It is 1 where all positions are the same, and where not all numbers are finite.
-template <class Engine> ISQRT_FN void rescue_covariance(Engine& e) {
-  decltype(e.trace()) s = 1;
-  if (!is_in_range(e.trace())) {
-    const auto distance = e.largest(1);
-    if (distance > 0 && distance - distance == 0) s = scale_for(distance, e.largest(0));
+template <class X, class Engine> ISQRT_FN void rescue_covariance(Engine& e) {
+  Compute<X> s = 1;
+  if constexpr (kMayLeaveRange<X>) {
+    if (!is_in_range(e.trace())) {
+      const Compute<X> distance = e.largest(1);
+      if (distance > 0 && distance - distance == 0) s = scale_for(distance, e.largest(0));
+    }
+    if (s != 1) e.rescale(s);
   }
-  if (s != 1) e.rescale(s);
   e.keep(s);
 }
 

@@ -262,36 +262,45 @@ def test_pooling_reads_and_writes_every_half(kernels, dtype):
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
-@pytest.mark.parametrize(("dtype", "factors"), ((torch.float32, (1e-37, 1, 1e18)), (torch.float64, (1e-180, 1, 1e200))))
+@pytest.mark.parametrize(
+    ("dtype", "factors"),
+    (
+        (torch.float32, (1e-37, 1, 1e18)),
+        (torch.bfloat16, (1e-30, 1, 1e18)),
+        (torch.float16, (1e-3, 1, 1e3)),
+        (torch.float64, (1e-180, 1, 1e200)),
+    ),
+)
 def test_pooling_beyond_the_range_of_squares(kernels, dtype, factors, layout):
-    ordinary = feature_maps(3, 40, 77, torch.float64).unflatten(2, (7, 11))
-    x = in_layout((ordinary * torch.tensor(factors, dtype=torch.float64)[:, None, None, None]).to(dtype), layout)
-    scale = not_a_number(3, dtype=dtype)
+    factors = torch.tensor(factors, dtype=torch.float64)
+    normal = feature_maps(3, 40, 77, torch.float64)
+    x = in_layout((normal * factors[:, None, None]).to(dtype).unflatten(2, (7, 11)), layout)
+    compute = torch.promote_types(dtype, torch.float32)
+    scale = not_a_number(3, dtype=compute)
     sigma, mean = pool(kernels, x, 40, scale)
-    assert scale[1] == 1 and torch.equal(scale.frexp()[0], torch.full((3,), 0.5, dtype=dtype))
-    exact = x.double() if dtype == torch.float32 else ordinary  # whose squares float64 holds
-    of_exact = torch.tensor([1.0, 1, 1] if dtype == torch.float32 else factors, dtype=torch.float64)
-    bound = tolerance(dtype, 40, 77)
-    assert_close(mean / of_exact[:, None].to(dtype), exact.flatten(2).mean(-1), bound)
-    normal = exact * (scale.double() * of_exact)[:, None, None, None]
+    assert torch.equal(scale.frexp()[0], torch.full((3,), 0.5, dtype=compute)) and scale[1] == 1
+    assert (scale == 1).all() == (dtype == torch.float16)  # whose squares float32 holds
+    bound = tolerance(compute, 40, 77)
+    if dtype != torch.float64:
+        normal = x.flatten(2).double() / factors[:, None, None]
+    assert_close(mean / factors.to(compute)[:, None], normal.mean(-1), bound)
+    scaled = normal * (scale.double() * factors)[:, None, None]
     for b in range(3):
-        assert_close(sigma[b], reference.covariance_pool(normal[b : b + 1])[0], bound)
-    assert torch.equal(sigma[1:2], pool(kernels, x[1:2].contiguous(), 40)[0]) or layout != "contiguous"
-    # The covariance itself where it is wanted: of numbers up to 1e18 it is in the range of float32.
+        assert_close(sigma[b], reference.covariance_pool(scaled)[b], bound)
+    # The covariance of x itself is within the range of float32 for numbers up to 1e18.
     if dtype == torch.float32:
-        assert_close(pool(kernels, x, 40)[0][2], reference.covariance_pool(exact)[2], bound)
-    # The gradient of <G, Sigma of scale x> / scale, as the root's is handed over.
-    grad_sigma = torch.randn(sigma.shape, dtype=dtype)
+        assert_close(pool(kernels, x, 40)[0][1:], reference.covariance_pool(x.double())[1:], bound)
+    # Of <G, Sigma of scale x> / scale, as the root's gradient is handed over.
+    grad_sigma = torch.randn(sigma.shape, dtype=compute)
     grad_sigma += grad_sigma.mT.clone()
     grad_x = pool_backward(kernels, grad_sigma, x, mean, 40, scale)
+    exact = reference.covariance_pool_backward(grad_sigma.double(), scaled).unflatten(2, (7, 11))
+    rounding = torch.finfo(dtype).eps / 2 if dtype != compute else 0
+    roots = [root(kernels, sigma, 5, "square", "matrix", grid=grid, scale=scale) for grid in (False, True)]
     for b in range(3):
-        expected = reference.covariance_pool_backward(grad_sigma[b : b + 1].double(), normal[b : b + 1])
-        assert_close(grad_x[b : b + 1], expected, 2 * bound)
-    y = root(kernels, sigma, 5, "square", "matrix", scale=scale)
-    for result in (y, root(kernels, sigma, 5, "square", "matrix", grid=True, scale=scale)):
-        for b in range(3):
-            expected = reference.cov_sqrt(normal[b : b + 1], 5, "matrix")[0]
-            assert_close(result[b].double() * scale[b].double(), expected, 4 * bound)
+        assert_close(grad_x[b], exact[b], 2 * bound + rounding)
+        for y in roots:
+            assert_close(y[b].double() * scale[b].double(), reference.cov_sqrt(scaled)[b], 4 * bound)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

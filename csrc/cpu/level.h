@@ -19,7 +19,7 @@ template <class X> void merge(const PoolTask<X>& task, int64_t begin, int64_t en
   for (int64_t sample = begin; sample < end; ++sample) {
     MergeEngine<X> engine(task, sample);
     merge_covariances(engine, task.chunks);
-    rescue_covariance(engine);
+    rescue_covariance<X>(engine);
   }
 }
 

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(MergeEngine<X>::kThreads) merge_kernel(const P
 
 template <class X> __global__ void __launch_bounds__(RescueEngine<X>::kThreads) rescue_kernel(const PoolTask<X> task) {
   RescueEngine<X> engine(task, blockIdx.x);
-  rescue_covariance(engine);
+  rescue_covariance<X>(engine);
 }
 
 template <class X, bool kPositionsInRows>
