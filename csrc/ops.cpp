@@ -1,6 +1,6 @@
 // The operators of torch.ops.isqrt_cov: their schemas, the checks of their arguments, and the hand-over to an engine.
 // `output`, `root` and `engine` are the enumerations of views.h, newton_schulz.h and plan.h; isqrt_cov/ops.py names
-// them.
+// them. `wide` leaves a result in the dtype that it was computed in, float32 for 16-bit feature maps.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -82,6 +82,12 @@ void check_beside(const Tensor& t, const char* name, std::vector<int64_t> sizes,
         torch::headeronly::toString(t.scalar_type()));
   check(t.is_cpu() == first.is_cpu() && t.get_device_index() == first.get_device_index(), name, ": expected ",
         device(first), ", got ", device(t));
+}
+
+/// The upstream gradient of a result that was put out in x's dtype, or in the one it is computed in.
+void check_gradient(const Tensor& grad, std::vector<int64_t> sizes, const Tensor& x) {
+  const ScalarType kept = compute_dtype(x.scalar_type());
+  check_beside(grad, "grad", sizes, grad.scalar_type() == kept ? kept : x.scalar_type(), x);
 }
 
 Steps check_steps(int64_t iterations, double spectrum_floor) {
@@ -297,17 +303,17 @@ template <class Device> struct Engine {
 
 int64_t positions_of(const Tensor& x) { return x.dim() == 4 ? x.size(2) * x.size(3) : x.size(2); }
 
-template <class Device> std::tuple<Tensor, Tensor> covariance_pool(const Tensor& x, int64_t engine) {
+template <class Device> std::tuple<Tensor, Tensor> covariance_pool(const Tensor& x, int64_t engine, bool wide) {
   check_feature_maps(x);
   const auto pooled = Engine<Device>(x, positions_of(x), check_engine(engine)).pool(x, false);
-  return {as(pooled.sigma, x.scalar_type()), pooled.mean};
+  return {wide ? pooled.sigma : as(pooled.sigma, x.scalar_type()), pooled.mean};
 }
 
 template <class Device>
 Tensor covariance_pool_backward(const Tensor& grad, const Tensor& x, const Tensor& mean, int64_t engine) {
   check_feature_maps(x);
   const int64_t B = x.size(0), C = x.size(1);
-  check_beside(grad, "grad", {B, C, C}, x.scalar_type(), x);
+  check_gradient(grad, {B, C, C}, x);
   check_beside(mean, "mean", {B, C}, compute_dtype(x.scalar_type()), x);
   const Engine<Device> chosen(x, positions_of(x), check_engine(engine));
   return chosen.pool_backward(library::symmetric_part(matrices(grad)), x, matrices(mean), none(mean));
@@ -334,13 +340,14 @@ Tensor matrix_root_backward(const Tensor& grad, const Tensor& sigma, int64_t ite
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> cov_sqrt(const Tensor& x, int64_t iterations, int64_t output,
-                                                    double spectrum_floor, int64_t engine) {
+                                                    double spectrum_floor, int64_t engine, bool wide) {
   check_feature_maps(x);
   const Steps steps = check_steps(iterations, spectrum_floor);
   const Output layout = check_output(output);
   const Engine<Device> chosen(x, positions_of(x), check_engine(engine), steps);
   const auto [sigma, mean, scale] = chosen.pool(x, true);
-  return {as(chosen.root(sigma, scale, steps, Root::kSquare, layout), x.scalar_type()), sigma, mean, scale};
+  const Tensor y = chosen.root(sigma, scale, steps, Root::kSquare, layout);
+  return {wide ? y : as(y, x.scalar_type()), sigma, mean, scale};
 }
 
 template <class Device>
@@ -352,7 +359,7 @@ Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigm
   const Steps steps = check_steps(iterations, spectrum_floor);
   const Output layout = check_output(output);
   const ScalarType kept = compute_dtype(x.scalar_type());
-  check_beside(grad, "grad", output_shape(B, C, layout), x.scalar_type(), x);
+  check_gradient(grad, output_shape(B, C, layout), x);
   check_beside(sigma, "sigma", {B, C, C}, kept, x);
   check_beside(mean, "mean", {B, C}, kept, x);
   check_beside(scale, "scale", {B}, kept, x);
@@ -413,12 +420,12 @@ template <class Device, class Library> void register_ops(Library& m) {
 
 // clang-format off
 STABLE_TORCH_LIBRARY(isqrt_cov, m) {
-  m.def("covariance_pool(Tensor x, int engine=0) -> (Tensor sigma, Tensor mean)");
+  m.def("covariance_pool(Tensor x, int engine=0, bool wide=False) -> (Tensor sigma, Tensor mean)");
   m.def("covariance_pool_backward(Tensor grad, Tensor x, Tensor mean, int engine=0) -> Tensor");
   m.def("matrix_root(Tensor sigma, int iterations, int root, float spectrum_floor=0.0, int engine=0) -> Tensor");
   m.def("matrix_root_backward(Tensor grad, Tensor sigma, int iterations, int root, float spectrum_floor=0.0,"
         " int engine=0) -> Tensor");
-  m.def("cov_sqrt(Tensor x, int iterations, int output, float spectrum_floor=0.0, int engine=0)"
+  m.def("cov_sqrt(Tensor x, int iterations, int output, float spectrum_floor=0.0, int engine=0, bool wide=False)"
         " -> (Tensor y, Tensor sigma, Tensor mean, Tensor scale)");
   m.def("cov_sqrt_backward(Tensor grad, Tensor x, Tensor sigma, Tensor mean, Tensor scale, int iterations, int output,"
         " float spectrum_floor=0.0, int engine=0) -> Tensor");

@@ -25,11 +25,15 @@ def _spectrum_floor(coefficients: str, spectrum_floor: float) -> float:
     return spectrum_floor
 
 
-def _call(operator: Callable[..., Any], x: Tensor, *arguments: Any) -> Any:
-    """The operator, autocast included, whose own rule comes too late for the derivatives of torch.func."""
+def _call(operator: Callable[..., Any], x: Tensor, *arguments: Any, in_place: bool = True) -> Any:
+    """The operator, autocast included, whose own rule comes too late for the derivatives of torch.func: float32 is put
+    out, for which 16-bit feature maps are read in place, and matrices are copied.
+    """
     if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(x.device.type):
         return operator(x, *arguments)
     with torch.autocast(x.device.type, enabled=False):
+        if in_place:
+            return operator(x, *arguments, wide=True)
         return operator(x.to(compute_dtype(x.dtype)), *arguments)
 
 
@@ -80,7 +84,7 @@ def matrix_sqrt(
         ValueError: other ``coefficients``.
     """
     floor = _spectrum_floor(coefficients, spectrum_floor)
-    return _call(_ops.matrix_root.default, sigma, iterations, ROOTS.index("square"), floor)
+    return _call(_ops.matrix_root.default, sigma, iterations, ROOTS.index("square"), floor, in_place=False)
 
 
 def matrix_inv_sqrt(
@@ -91,7 +95,7 @@ def matrix_inv_sqrt(
     Zero, with zero gradient, where ``sigma`` is zero.
     """
     floor = _spectrum_floor(coefficients, spectrum_floor)
-    return _call(_ops.matrix_root.default, sigma, iterations, ROOTS.index("inverse"), floor)
+    return _call(_ops.matrix_root.default, sigma, iterations, ROOTS.index("inverse"), floor, in_place=False)
 
 
 def cov_sqrt(
@@ -107,7 +111,7 @@ def cov_sqrt(
 
     Args:
         x: feature maps of shape (B, C, H, W) or (B, C, M), float32, float64, float16 or bfloat16, any strides, read in
-            place. The 16-bit types are computed in float32 without a copy of ``x``.
+            place. The 16-bit types are computed in float32 without a copy of ``x``, under autocast, too.
         iterations: number of Newton-Schulz steps, at least 1.
         output: ``"matrix"`` (B, C, C); ``"triu"`` (B, C (C + 1) / 2), the upper triangle row by row; or ``"mean"``
             (B, C), the mean over dim 1, which is what second-order channel attention uses.

@@ -2,7 +2,8 @@
 
 Schemas, argument checks and implementations are in ``csrc/ops.cpp``. A gradient is an operator of its own, and what is
 kept for it is x, mu and Sigma. A tangent is composed from these operators, and whatever is differentiated more than
-once from :mod:`isqrt_cov.reference`. Under autocast the operators compute and return float32.
+once from :mod:`isqrt_cov.reference`. Under autocast the operators compute and return float32; feature maps of 16 bits
+are read in place all the same, as they are with ``wide``, and their gradient has their dtype.
 """
 
 import functools
@@ -52,10 +53,10 @@ def _second_order(function, x, upstream, direction):
 
     further = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False), enable_inplace_requires_grad(True):
-        x_, upstream = variable(x), variable(upstream)
-        (vjp,) = torch.autograd.grad(function(x_), x_, upstream, create_graph=True)
-        grads = torch.autograd.grad(vjp, (upstream, x_), direction.to(dtype), create_graph=further)
-        return [grad.to(x.dtype) for grad in grads]
+        x_, upstream_ = variable(x), variable(upstream)
+        (vjp,) = torch.autograd.grad(function(x_), x_, upstream_, create_graph=True)
+        grads = torch.autograd.grad(vjp, (upstream_, x_), direction.to(dtype), create_graph=further)
+        return grads[0].to(upstream.dtype), grads[1].to(x.dtype)
 
 
 def _steps(iterations, spectrum_floor):
@@ -100,13 +101,18 @@ def _register_gradient(name, fake, function):
 # ---- covariance_pool: x [B, C, H, W] or [B, C, M] -> sigma [B, C, C], mean [B, C] ------------------------------------
 
 
-def _pool_fake(x, engine=0):
+def _result_dtype(x, wide):
+    return compute_dtype(x.dtype) if wide else x.dtype
+
+
+def _pool_fake(x, engine=0, wide=False):
     batch, channels = x.shape[:2]
-    return x.new_empty(batch, channels, channels), x.new_empty(batch, channels, dtype=compute_dtype(x.dtype))
+    sigma = x.new_empty(batch, channels, channels, dtype=_result_dtype(x, wide))
+    return sigma, x.new_empty(batch, channels, dtype=compute_dtype(x.dtype))
 
 
 def _pool_setup(ctx, inputs, output):
-    x, ctx.engine = inputs
+    x, ctx.engine, ctx.wide = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1])
@@ -115,9 +121,9 @@ def _pool_setup(ctx, inputs, output):
 
 def _pool_backward(ctx, grad, _):
     if grad is None:
-        return None, None
+        return None, None, None
     x, mean = ctx.saved_tensors
-    return _ops.covariance_pool_backward(grad, x, mean, ctx.engine), None
+    return _ops.covariance_pool_backward(grad, x, mean, ctx.engine), None, None
 
 
 def _pool_tangent(x, tangent):
@@ -127,7 +133,7 @@ def _pool_tangent(x, tangent):
 
 def _pool_jvp(ctx, saved, tangent, *_):
     (x,) = saved
-    return _pool_tangent(x, tangent).to(x.dtype), None
+    return _pool_tangent(x, tangent).to(_result_dtype(x, ctx.wide)), None
 
 
 def _pool_backward_fake(grad, x, mean, engine=0):
@@ -203,15 +209,15 @@ _register_gradient("matrix_root_backward", _root_backward_fake, _root_function)
 # for samples that do not need it.
 
 
-def _cov_sqrt_fake(x, iterations, output, spectrum_floor=0.0, engine=0):
+def _cov_sqrt_fake(x, iterations, output, spectrum_floor=0.0, engine=0, wide=False):
     batch, channels = x.shape[:2]
     shape = ((batch, channels, channels), (batch, channels * (channels + 1) // 2), (batch, channels))[output]
-    sigma, mean = _pool_fake(x)
-    return x.new_empty(shape), sigma.to(mean.dtype), mean, mean.new_empty(batch)
+    sigma, mean = _pool_fake(x, wide=True)
+    return x.new_empty(shape, dtype=_result_dtype(x, wide)), sigma, mean, mean.new_empty(batch)
 
 
 def _cov_sqrt_setup(ctx, inputs, output):
-    x, *ctx.arguments = inputs
+    x, *ctx.arguments, ctx.wide = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, *output[1:])
@@ -220,8 +226,8 @@ def _cov_sqrt_setup(ctx, inputs, output):
 
 def _cov_sqrt_backward(ctx, grad, *_):
     if grad is None:
-        return None, None, None, None, None
-    return _ops.cov_sqrt_backward(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None, None
+        return None, None, None, None, None, None
+    return _ops.cov_sqrt_backward(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None, None, None
 
 
 def _cov_sqrt_jvp(ctx, saved, tangent, *_):
@@ -230,7 +236,7 @@ def _cov_sqrt_jvp(ctx, saved, tangent, *_):
     scaled = _times(scale, x.to(scale.dtype))  # where the derivative is the same
     sigma, _ = _ops.covariance_pool(scaled)  # not the one put out, which is a constant
     root = _root_tangent(sigma, _pool_tangent(scaled, tangent), iterations, ROOTS.index("square"), *rest)
-    return reference.convert_output(root, OUTPUTS[output]).to(x.dtype), None, None, None
+    return reference.convert_output(root, OUTPUTS[output]).to(_result_dtype(x, ctx.wide)), None, None, None
 
 
 def _cov_sqrt_backward_fake(grad, x, sigma, mean, scale, iterations, output, spectrum_floor=0.0, engine=0):

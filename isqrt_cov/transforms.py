@@ -34,7 +34,8 @@ def register_derivatives(
     """Derivatives of ``isqrt_cov::name`` by the methods of ``torch.autograd.Function`` of these names.
 
     ``jvp(ctx, saved, *tangents)`` is given what was saved for it as values without a tangent. With ``autocast``
-    the operator casts 16-bit tensors to float32 in an autocast region.
+    the operator returns float32 for 16-bit tensors in an autocast region: by its argument ``wide``, or where it has
+    none by a cast of them.
     """
     op = getattr(torch.ops.isqrt_cov, name).default
     defaults = tuple(a.default_value if a.has_default_value() else None for a in op._schema.arguments)
@@ -84,9 +85,21 @@ def register_derivatives(
             return Derivatives.apply(keyset, *args)  # type: ignore[attr-defined]  # torch declares it in a subclass
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
-    if autocast:
+    if not autocast:
+        return
+    names = [argument.name for argument in op._schema.arguments]
+    if "wide" not in names:
         for device in ("cpu", "cuda"):
             torch.library.register_autocast(f"isqrt_cov::{name}", device, torch.float32, lib=_library)
+        return
+
+    def wide(_, *args):
+        keys = _C.DispatchKeySet(_C.DispatchKey.AutocastCPU).add(_C.DispatchKey.AutocastCUDA)
+        with _C._ExcludeDispatchKeyGuard(keys):
+            return op(*args[: names.index("wide")], wide=True)
+
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        _library.impl(name, wide, key, with_keyset=True)
 
 
 def register_batching(name: str) -> None:

@@ -113,6 +113,17 @@ def test_export_and_back(device, tmp_path):
     assert torch.equal(slope, expected)
 
 
+def test_export_under_autocast(device):
+    x = feature_maps(2, 4, 20, torch.bfloat16, device).requires_grad_()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        program = torch.export.export(CovSqrtNorm(3, "triu"), (x,))
+    y = program.module()(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    (expected,) = torch.autograd.grad(cov_sqrt(x.float(), 3, "triu").sum(), x)
+    assert (y.dtype, slope.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(y, cov_sqrt(x.float(), 3, "triu")) and torch.equal(slope, expected)
+
+
 def test_aot_inductor(device, tmp_path):
     program, model = exported(device)
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))

@@ -36,6 +36,21 @@ def test_no_copy_of_x(device, layout, dtype):
         assert slope.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_copy_of_x_under_autocast(device, layout, dtype):
+    x = layouts(torch.randn(2, 8, 200, 240, device=device).to(dtype))[layout].detach().requires_grad_()
+    size = x.numel() * x.element_size()
+    for function in (cov_sqrt, covariance_pool, lambda x: torch.ops.isqrt_cov.cov_sqrt(x, 5, 0)[0]):
+        with torch.autocast(device, dtype=dtype):
+            y, in_forward = allocated(lambda function=function: function(x), device)
+        upstream = torch.randn_like(y)
+        (slope,), in_backward = allocated(lambda y=y, upstream=upstream: torch.autograd.grad(y, x, upstream), device)
+        assert 0 < in_forward < size / 4
+        assert size <= in_backward < size * 5 / 4
+        assert (y.dtype, slope.dtype) == (torch.float32, dtype)
+
+
 def test_a_copy_would_be_seen(device):
     x = layouts(torch.randn(2, 8, 200, 240, device=device))["cropped"]
     size = x.numel() * x.element_size()

@@ -222,6 +222,42 @@ def test_half_functions_and_second_order(device, dtype):
     assert second.isfinite().all() and torch.count_nonzero(second)
 
 
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_wide_results_are_those_of_a_copy_in_float(engine, dtype):
+    number = engine_code(engine)
+    x = feature_maps(2, 40, 60, dtype, engine_device(engine)).requires_grad_()
+    copy = x.detach().float().requires_grad_()
+    for function in (
+        lambda x, wide: ops.covariance_pool(x, number, wide)[0],
+        *(lambda x, wide, o=o: ops.cov_sqrt(x, 5, o, engine=number, wide=wide)[0] for o in range(3)),
+    ):
+        y, expected = function(x, True), function(copy, False)
+        upstream = torch.randn_like(expected)
+        (grad,), (expected_grad,) = torch.autograd.grad(y, x, upstream), torch.autograd.grad(expected, copy, upstream)
+        assert (y.dtype, grad.dtype) == (torch.float32, dtype)
+        assert torch.equal(y, expected) and torch.equal(grad, expected_grad.to(dtype))
+        assert torch.equal(function(copy, True), expected) and torch.equal(function(x, False), y.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_second_order_of_wide_results(device, dtype):
+    x = feature_maps(2, 6, 30, dtype, device).requires_grad_()
+    copy = x.detach().float().requires_grad_()
+    for function in (
+        lambda x, wide: ops.covariance_pool(x, 0, wide)[0],
+        lambda x, wide: ops.cov_sqrt(x, 3, 1, 0.0, 0, wide)[0],
+    ):
+        seconds = []
+        for leaf in (x, copy):
+            y = function(leaf, True)
+            upstream = torch.ones_like(y).requires_grad_()
+            (grad,) = torch.autograd.grad(y, leaf, upstream, create_graph=True)
+            seconds.append(torch.autograd.grad(grad.float().square().sum(), (upstream, leaf)))
+        for actual, expected, wanted in zip(*seconds, (torch.float32, dtype), strict=True):
+            assert actual.dtype == wanted
+            assert_close(actual, expected, torch.finfo(dtype).eps)
+
+
 def test_batches(engine):
     device = engine_device(engine)
     x = feature_maps(70, 5, 12, torch.float64, device).requires_grad_()
@@ -324,11 +360,15 @@ OPCHECK = {
     "matrix_root": lambda d: (covariances(2, 5, torch.float32, d).requires_grad_(), 3, 1),
     "matrix_root_backward": lambda d: (torch.randn(2, 5, 5, device=d), covariances(2, 5, torch.float32, d), 3, 0),
     "cov_sqrt": lambda d: (feature_maps(2, 5, 12, torch.float32, d).requires_grad_(), 5, 1),
+    "cov_sqrt of half": lambda d: (feature_maps(2, 5, 12, torch.bfloat16, d).requires_grad_(), 5, 1),
+    "cov_sqrt wide": lambda d: (feature_maps(2, 5, 12, torch.bfloat16, d).requires_grad_(), 5, 1, 0.0, 0, True),
+    "covariance_pool wide": lambda d: (feature_maps(2, 5, 12, torch.float16, d).requires_grad_(), 0, True),
     "cov_sqrt_backward": lambda d: (
         torch.randn(2, 15, device=d),
         feature_maps(2, 5, 12, torch.float32, d),
         covariances(2, 5, torch.float32, d),
         torch.randn(2, 5, device=d),
+        torch.ones(2, device=d),
         5,
         1,
     ),
@@ -337,7 +377,7 @@ OPCHECK = {
 
 @pytest.mark.parametrize("name", OPCHECK)
 def test_opcheck(name, device):
-    torch.library.opcheck(getattr(ops, name).default, OPCHECK[name](device))
+    torch.library.opcheck(getattr(ops, name.split()[0]).default, OPCHECK[name](device))
 
 
 @pytest.mark.parametrize("name", OPCHECK)
@@ -348,7 +388,7 @@ def test_opcheck_channels_last(name, device):
         else a
         for a in OPCHECK[name](device)
     ]
-    torch.library.opcheck(getattr(ops, name).default, tuple(arguments))
+    torch.library.opcheck(getattr(ops, name.split()[0]).default, tuple(arguments))
 
 
 GRADCHECK = [

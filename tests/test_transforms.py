@@ -275,6 +275,24 @@ def test_autocast_computes_in_float32(device, name, autocast_dtype, dtype):
     assert y_tangent.dtype == expected.dtype and torch.equal(y_tangent, expected_tangent)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_operators_under_autocast(device, dtype):
+    ops = torch.ops.isqrt_cov
+    x, sigma = feature_maps(2, 12, 40, dtype, device), covariances(2, 12, dtype, device)
+    for operator, argument, options in (
+        (ops.covariance_pool, x, ()),
+        (ops.covariance_pool, x, (0, False)),
+        (ops.cov_sqrt, x, (3, 1)),
+        (ops.cov_sqrt, x, (3, 1, 1e-2, 0)),
+        (ops.matrix_root, sigma, (3, 0)),
+    ):
+        with torch.autocast(device, dtype=dtype):
+            actual = operator(argument, *options)
+        expected = operator(argument.float(), *options)
+        for a, e in zip(actual, expected, strict=True):
+            assert a.dtype == torch.float32 and torch.equal(a, e)
+
+
 def test_autocast_in_a_network(device):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), CovSqrtNorm(3, "triu"), torch.nn.Linear(36, 2)).to(device)
     dtypes = []
