@@ -267,7 +267,7 @@ template <class X> class RescueEngine {
   using T = Compute<X>;
 
  public:
-  static constexpr int kThreads = 512;
+  static constexpr int kThreads = 256;
   static constexpr int64_t kSharedBytes = kThreads / kWarp * sizeof(T);
 
   __device__ RescueEngine(const PoolTask<X>& task, int64_t sample)
@@ -287,6 +287,7 @@ template <class X> class RescueEngine {
   __device__ T largest(T share) const {
     T most = 0;
     for (int64_t c = 0; c < C_; ++c)
+#pragma unroll 1
       for (int64_t m = threadIdx.x; m < x_.positions(); m += kThreads) {
         const T distance = half_distance(c, m, share);
         if (!(fabs(distance) <= most)) most = fabs(distance);
@@ -344,6 +345,7 @@ template <class X> class RescueEngine {
   }
   template <class F> __device__ T warp_sum(const F& f) const {
     T sum = 0;
+#pragma unroll 1
     for (int64_t m = threadIdx.x % kWarp; m < x_.positions(); m += kWarp) sum += f(m);
     for (int lane = kWarp / 2; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
     return sum;

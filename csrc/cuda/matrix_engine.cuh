@@ -316,17 +316,19 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
       read<true>(terms.b, tile({B.transpose}, own.J, K));
   }
 
-  /// sum += A B in one tile. The next terms are on their way while these are multiplied.
+  /// sum += A B in one tile. The next terms are on their way while these are multiplied, unless registers are short.
   __device__ __forceinline__ void multiply(Accumulator<T>& sum, Matrix A, Matrix B, const Place& own) const {
     using Factor = typename Accumulator<T>::Factor;
+    constexpr bool kAhead = !kInFull || sizeof(T) == 4;
     Terms terms;
     read_terms(terms, A, B, own, 0);
 #pragma unroll 1
     for (int K = 1; K <= tiles_; ++K) {
       Terms next = terms;
-      if (K < tiles_) read_terms(next, A, B, own, K);
+      if (kAhead && K < tiles_) read_terms(next, A, B, own, K);
 #pragma unroll
       for (int k = 0; k < 2; ++k) sum.multiply_add(Factor(terms.a[k]), Factor(terms.b[k]));
+      if (!kAhead && K < tiles_) read_terms(next, A, B, own, K);
       terms = next;
     }
   }
