@@ -73,11 +73,13 @@ template <class T> ISQRT_FN bool is_in_range(T trace) {
   return trace >= 1 / limit && trace <= limit;
 }
 
-/// The power of two that brings numbers up to `largest` near 1; 1 where there are none, or not only finite ones.
-template <class T> ISQRT_FN T scale_for(T largest) {
-  constexpr int kMost = sizeof(T) == 8 ? 1022 : 126;  // neither it nor its reciprocal is a denormal number
-  if (!(largest > 0 && largest - largest == 0)) return 1;
-  const int exponent = -std::ilogb(largest);
+/// The power of two s that brings distances up to `distance` near 1. Of numbers up to `number`, s times each is finite.
+template <class T> ISQRT_FN T scale_for(T distance, T number) {
+  constexpr int kMost = sizeof(T) == 8 ? 1022 : 126;  // neither s nor its reciprocal is a denormal number
+  constexpr int kMostOfNumbers = sizeof(T) == 8 ? 900 : 100;
+  int exponent = -std::ilogb(distance);
+  const int room = kMostOfNumbers - std::ilogb(number);
+  exponent = exponent < room ? exponent : room;
   return std::ldexp(T(1), exponent < -kMost ? -kMost : exponent > kMost ? kMost : exponent);
 }
 
@@ -87,20 +89,24 @@ template <> inline constexpr bool kMayLeaveRange<Half> = false;
 
 /// A second pass for the samples whose covariance left its range: Sigma of s x for a power of two s. The Engine offers
 ///     trace()       of Sigma, as the first pass left it
-///     largest()     half of the largest |x - x_0| over channels and positions, x_0 being the first position
+///     largest(r)    half of the largest |x - r x_0| over channels and positions, x_0 being the first position
 ///     rescale(s)    mu and Sigma anew, from s (x - x_0)
 ///     keep(s)       s is the scale of this sample
+/// It is 1 where all positions are the same, and where not all numbers are finite.
 template <class X, class Engine> ISQRT_FN void rescue_covariance(Engine& e) {
   Compute<X> s = 1;
   if constexpr (kMayLeaveRange<X>) {
-    if (!is_in_range(e.trace())) s = scale_for(e.largest());
+    if (!is_in_range(e.trace())) {
+      const Compute<X> distance = e.largest(1);
+      if (distance > 0 && distance - distance == 0) s = scale_for(distance, e.largest(0));
+    }
     if (s != 1) e.rescale(s);
   }
   e.keep(s);
 }
 
 /// Eq. 9 over the positions [first, last), for a symmetric dSigma. The Engine holds W = 2 dSigma / M and offers
-///     load_centered(m, n)     tile = X[:, m : m + n] - mu 1^T
+///     load_centered(m, n)     tile = s (X[:, m : m + n] - mu 1^T), s being the scale of the sample
 ///     store_gradient(m, n)    dX[:, m : m + n] = W tile
 template <class Engine> ISQRT_FN void covariance_backward(Engine& e, int64_t first, int64_t last) {
   for (int64_t m = first; m < last; m += e.tile_positions()) {

@@ -42,7 +42,7 @@ struct Steps {
   int tuned = 0;
   Step table[kMaxTuned] = {};
   int mirrored = 0;  // the steps before this one compute one triangle of T
-  ISQRT_FN Step operator[](int n) const { return n < tuned ? table[n] : Step{}; }
+  ISQRT_FN Step operator[](int n) const { return n >= 0 && n < tuned ? table[n] : Step{}; }
   ISQRT_FN bool in_full(int n) const { return n >= mirrored; }
   ISQRT_FN bool any_in_full() const { return mirrored < iterations; }
 };

@@ -24,31 +24,29 @@ template <class Scalar> ISQRT_FN Scalar compensation(const Scalar& t, Root root)
   return root == Root::kSquare ? sqrt(t) : sqrt(t) / nonzero(t);
 }
 
-/// Eqs. 1-3: Yhat = sqrt(t) Y_N(Sigma / t), or Z_N(Sigma / t) / sqrt(t), divided by `scale`. Returns the matrix that
-/// holds it.
-template <class Engine, class Source, class Scalar>
-ISQRT_FN auto matrix_root(Engine& e, const Source& sigma, const Scalar& scale, const Steps& steps, Root root) {
+/// Eqs. 1-3: Yhat = sqrt(t) Y_N(Sigma / t), or Z_N(Sigma / t) / sqrt(t). Returns the matrix that holds it.
+template <class Engine, class Source>
+ISQRT_FN auto matrix_root(Engine& e, const Source& sigma, const Steps& steps, Root root) {
   auto m = make_iterates(e, steps);
   e.load(m.Y, sigma);
   const auto t = e.trace(m.Y);       // Eq. 2: t = tr(Sigma)
   e.divide(m.Y, nonzero(t));         //        A = Sigma / t
   newton_schulz(e, m, steps, root);  // Eq. 1
   auto result = root == Root::kSquare ? m.Y : m.Z;
-  e.scale(result, compensation(t, root) / scale, result);  // Eq. 3: Yhat = sqrt(t) Y_N
+  e.scale(result, compensation(t, root), result);  // Eq. 3: Yhat = sqrt(t) Y_N
   return result;
 }
 
 /// Eqs. 1-3 for the mean of Yhat over its first channel index. Returns the vector that holds it.
-template <class Engine, class Source, class Scalar>
-ISQRT_FN auto matrix_root_mean(Engine& e, const Source& sigma, const Scalar& scale, const Steps& steps,
-                               int64_t channels) {
+template <class Engine, class Source>
+ISQRT_FN auto matrix_root_mean(Engine& e, const Source& sigma, const Steps& steps, int64_t channels) {
   auto m = make_iterates(e, steps);
   auto sums = e.column(), u = e.column(), v = e.column();
   e.load(m.Y, sigma);
   const auto t = e.trace(m.Y);
   e.divide(m.Y, nonzero(t));
   newton_schulz_sums(e, m, steps, sums, u, v);
-  e.add(sums, compensation(t, Root::kSquare) / scale / channels, 0, sums);
+  e.add(sums, compensation(t, Root::kSquare) / channels, 0, sums);
   return sums;
 }
 

@@ -53,10 +53,13 @@ template <class T> void root(const RootTask<T>& task, int64_t begin, int64_t end
     const auto result = task.result.sample(sample);
     const T scale = task.scale ? task.scale[sample] : T(1);
     if (result.output == Output::kMean) {
-      const auto mean = matrix_root_mean(e, sigma, scale, task.steps, C);
+      auto mean = matrix_root_mean(e, sigma, task.steps, C);
+      if (scale != 1) e.add(mean, 1 / scale, 0, mean);
       copy_strided(result.data, C, int64_t(1), mean.data, C, int64_t(1), int64_t(1), C);
     } else {
-      write_root(e, matrix_root(e, sigma, scale, task.steps, task.root), result);
+      auto root = matrix_root(e, sigma, task.steps, task.root);
+      if (scale != 1) e.scale(root, 1 / scale, root);
+      write_root(e, root, result);
     }
   }
 }

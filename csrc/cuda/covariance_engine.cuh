@@ -267,7 +267,7 @@ template <class X> class RescueEngine {
   using T = Compute<X>;
 
  public:
-  static constexpr int kThreads = 512;
+  static constexpr int kThreads = 256;
   static constexpr int64_t kSharedBytes = kThreads / kWarp * sizeof(T);
 
   __device__ RescueEngine(const PoolTask<X>& task, int64_t sample)
@@ -284,11 +284,12 @@ template <class X> class RescueEngine {
     return block_sum(sum, shared_memory<T>());
   }
 
-  __device__ T largest() const {
+  __device__ T largest(T share) const {
     T most = 0;
     for (int64_t c = 0; c < C_; ++c)
+#pragma unroll 1
       for (int64_t m = threadIdx.x; m < x_.positions(); m += kThreads) {
-        const T distance = half_distance(c, m);
+        const T distance = half_distance(c, m, share);
         if (!(fabs(distance) <= most)) most = fabs(distance);
       }
     for (int lane = kWarp / 2; lane > 0; lane /= 2) most = larger(most, __shfl_xor_sync(0xffffffffu, most, lane));
@@ -296,6 +297,7 @@ template <class X> class RescueEngine {
     if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = most;
     __syncthreads();
     for (int warp = 0; warp < kThreads / kWarp; ++warp) most = larger(most, of_warps[warp]);
+    __syncthreads();
     return most;
   }
 
@@ -332,10 +334,10 @@ template <class X> class RescueEngine {
   /// NaN where one of them is.
   __device__ static T larger(T a, T b) { return a >= b || a != a ? a : b; }
 
-  /// (x - x_0) / 2: half of a difference does not overflow.
-  __device__ T half_distance(int64_t c, int64_t m) const {
+  /// (x - share x_0) / 2: half of a difference does not overflow.
+  __device__ T half_distance(int64_t c, int64_t m, T share = 1) const {
     const X* row = sample_ + c * x_.stride_c;
-    return T(0.5) * to_number(row[x_.offset(m)]) - T(0.5) * to_number(row[0]);
+    return T(0.5) * to_number(row[x_.offset(m)]) - T(0.5) * share * to_number(row[0]);
   }
 
   template <class F> __device__ static void for_each_of_warp(int64_t n, const F& f) {
@@ -343,6 +345,7 @@ template <class X> class RescueEngine {
   }
   template <class F> __device__ T warp_sum(const F& f) const {
     T sum = 0;
+#pragma unroll 1
     for (int64_t m = threadIdx.x % kWarp; m < x_.positions(); m += kWarp) sum += f(m);
     for (int lane = kWarp / 2; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
     return sum;
@@ -418,11 +421,12 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
       weights(stage).load_packets([&](int r) { return W + r * C; }, rows, columns);
     else
       weights(stage).load_each([&](int r, int c) { return W[r * C + c]; }, rows, columns);
-    if (threadIdx.x < kPanelChannels) mean(stage)[threadIdx.x] = k + threadIdx.x < C ? mean_[k + threadIdx.x] : T(0);
+    if (threadIdx.x < kPanelChannels)
+      mean(stage)[threadIdx.x] = k + threadIdx.x < C ? scale_ * mean_[k + threadIdx.x] : T(0);
     copy_async_commit();
   }
 
-  /// sum += W (X - mu 1^T), 8 channels of it.
+  /// sum += W s (X - mu 1^T), 8 channels of it.
   __device__ __forceinline__ void multiply(Accumulator<T> (&sum)[2], int term) const {
     using Factor = typename Accumulator<T>::Factor;
     const Weights W = weights(stage_);
@@ -432,7 +436,7 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
 #pragma unroll
     for (int v = 0; v < 2; ++v)
       sum[v].multiply_add(rows, Factor(operand<T>(own_.column + kTile * v, term, [&](int p, int t, int, int s) {
-                            return to_number(X_.at(p, t)) - means[s];
+                            return scale_ * to_number(X_.at(p, t)) - means[s];
                           })));
   }
 
@@ -442,7 +446,7 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
       const int position = own_.column + kTile * v + c;
       const int64_t channel = first_channel_ + own_.row + r;
       if (position < n && channel < dx_.channels)
-        store_number(&gradient_[dx_.offset(m + position) + channel * dx_.stride_c], scale_ * (share * a));
+        store_number(&gradient_[dx_.offset(m + position) + channel * dx_.stride_c], share * a);
     });
   }
 

@@ -34,7 +34,7 @@ template <class T> void grid_root(const RootTask<T>& task, void* stream) {
   for_each_slice<T>(task, task.sigma.channels, count, [&](const GridShape& shape, int64_t first) {
     GridEngine<T> e(shape, count, task.workspace, stream);
     const auto scale = e.number(task.scale ? task.scale + first : nullptr);
-    e.write(matrix_root(e, task.sigma.sample(first), scale, task.steps, task.root), task.result.sample(first));
+    e.write(matrix_root(e, task.sigma.sample(first), task.steps, task.root), task.result.sample(first), scale);
   });
 }
 
@@ -43,7 +43,7 @@ template <class T> void grid_root_backward(const RootBackwardTask<T>& task, void
   for_each_slice<T>(task, task.sigma.channels, count, [&](const GridShape& shape, int64_t first) {
     GridEngine<T> e(shape, count, task.workspace, stream);
     e.write(matrix_root_backward(e, task.sigma.sample(first), task.grad.sample(first), task.steps, task.root),
-            task.grad_sigma.sample(first));
+            task.grad_sigma.sample(first), e.number(nullptr));
   });
 }
 

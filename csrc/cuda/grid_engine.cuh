@@ -161,21 +161,23 @@ template <class T> struct GridAffine {
   }
 };
 
-/// A copied out, or its upper triangle, or the means of its columns.
+/// A / divisor copied out, or its upper triangle, or the means of its columns.
 template <class T> struct GridWrite {
   RootView<T> result;
   const T* A;
+  GridFactor<T> divisor;
   __device__ void operator()(const GridShape& shape, int64_t sample, int64_t i, int64_t j) const {
     const int64_t C = shape.channels;
     if (i >= C || j >= C) return;
     const T* from = A + sample * shape.size() + j;
     T* to = result.sample(sample).data;
-    if (result.output == Output::kMatrix) to[i * C + j] = from[i * shape.pitch];
-    if (result.output == Output::kTriu && i <= j) to[triu_index(i, j, C)] = from[i * shape.pitch];
+    const T s = divisor(sample);
+    if (result.output == Output::kMatrix) to[i * C + j] = from[i * shape.pitch] / s;
+    if (result.output == Output::kTriu && i <= j) to[triu_index(i, j, C)] = from[i * shape.pitch] / s;
     if (result.output == Output::kMean && i == 0) {
       T sum = 0;
       for (int64_t k = 0; k < C; ++k) sum += from[k * shape.pitch];
-      to[j] = sum / T(C);
+      to[j] = sum / T(C) / s;
     }
   }
 };
@@ -315,9 +317,9 @@ template <class T> class GridEngine {
     return enqueue(D, E, {0, 0, nullptr, {A1.data, A2.data}, {B1.data, B2.data}, T(0), T(1), 2}, in_full);
   }
 
-  void write(const Matrix& A, const RootView<T>& result) {
+  void write(const Matrix& A, const RootView<T>& result, const Scalar& divisor) {
     flush();
-    elements("write", GridWrite<T>{result, A.data});
+    elements("write", GridWrite<T>{result, A.data, divisor.factor});
   }
 
   /// What the operators of Scalar do.

@@ -162,25 +162,26 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
     });
   }
 
-  __device__ void write(Column u, const RootView<T>& result) const {
-    for (int i = threadIdx.x; i < channels_; i += blockDim.x) result.data[i] = element(u, i);
+  /// Copies factor u out.
+  __device__ void write(Column u, const RootView<T>& result, T factor = 1) const {
+    for (int i = threadIdx.x; i < channels_; i += blockDim.x) result.data[i] = factor * element(u, i);
   }
 
-  /// Copies the means of a matrix's columns out.
-  __device__ void write_means(Matrix A, const RootView<T>& result) const {
+  /// The means of the columns of factor A.
+  __device__ void write_means(Matrix A, const RootView<T>& result, T factor) const {
     const Column u{kSums * int(sizeof(T))};
     sums(u, A);
     add(u, T(1) / T(channels_), T(0), u);
-    write(u, result);
+    write(u, result, factor);
   }
 
-  /// Copies a matrix out, or its upper triangle; neighbouring threads write neighbouring elements.
-  __device__ void write(Matrix A, const RootView<T>& result) const {
+  /// The whole of factor A, or its upper triangle; neighbouring threads write neighbouring elements.
+  __device__ void write(Matrix A, const RootView<T>& result, T factor = 1) const {
     const bool upper = result.output == Output::kTriu;
     for (int i = threadIdx.x / kWarp; i < channels_; i += blockDim.x / kWarp) {
       T* row = result.data + (upper ? triu_index(i, i, channels_) - i : int64_t(i) * channels_);
       for (int j = threadIdx.x % kWarp; j < channels_; j += kWarp)
-        if (!upper || j >= i) row[j] = element(A, i, j);
+        if (!upper || j >= i) row[j] = factor * element(A, i, j);
     }
   }
 
@@ -315,17 +316,19 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
       read<true>(terms.b, tile({B.transpose}, own.J, K));
   }
 
-  /// sum += A B in one tile. The next terms are on their way while these are multiplied.
+  /// sum += A B in one tile. The next terms are on their way while these are multiplied, unless registers are short.
   __device__ __forceinline__ void multiply(Accumulator<T>& sum, Matrix A, Matrix B, const Place& own) const {
     using Factor = typename Accumulator<T>::Factor;
+    constexpr bool kAhead = !kInFull || sizeof(T) == 4;
     Terms terms;
     read_terms(terms, A, B, own, 0);
 #pragma unroll 1
     for (int K = 1; K <= tiles_; ++K) {
       Terms next = terms;
-      if (K < tiles_) read_terms(next, A, B, own, K);
+      if (kAhead && K < tiles_) read_terms(next, A, B, own, K);
 #pragma unroll
       for (int k = 0; k < 2; ++k) sum.multiply_add(Factor(terms.a[k]), Factor(terms.b[k]));
+      if (!kAhead && K < tiles_) read_terms(next, A, B, own, K);
       terms = next;
     }
   }

@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(MergeEngine<X>::kThreads) merge_kernel(const P
   merge_covariances(engine, task.chunks);
 }
 
-template <class X> __global__ void __launch_bounds__(RescueEngine<X>::kThreads) rescue_kernel(const PoolTask<X> task) {
+template <class X>
+__global__ void __launch_bounds__(RescueEngine<X>::kThreads, 1) rescue_kernel(const PoolTask<X> task) {
   RescueEngine<X> engine(task, blockIdx.x);
   rescue_covariance<X>(engine);
 }

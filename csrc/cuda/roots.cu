@@ -31,14 +31,15 @@ __global__ void __launch_bounds__(most_threads(kMostChannels<T, false, kVariant>
   MatrixEngine<T, kSlots, kVariant == Variant::kInFull> e{int(C)};
   const auto sigma = task.sigma.sample(blockIdx.x);
   const auto result = task.result.sample(blockIdx.x);
-  const T scale = task.scale ? task.scale[blockIdx.x] : T(1);
+  const auto factor = [&] { return task.scale ? 1 / task.scale[blockIdx.x] : T(1); };
   if constexpr (kVariant == Variant::kMean) {
-    e.write(matrix_root_mean(e, sigma, scale, task.steps, C), result);
+    const auto mean = matrix_root_mean(e, sigma, task.steps, C);
+    e.write(mean, result, factor());
   } else {
-    const auto root = matrix_root(e, sigma, scale, task.steps, task.root);
+    const auto root = matrix_root(e, sigma, task.steps, task.root);
     if constexpr (kVariant == Variant::kInFull)
-      if (result.output == Output::kMean) return e.write_means(root, result);
-    e.write(root, result);
+      if (result.output == Output::kMean) return e.write_means(root, result, factor());
+    e.write(root, result, factor());
   }
 }
 

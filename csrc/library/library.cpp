@@ -6,6 +6,7 @@
 
 #include <array>
 #include <utility>
+#include <vector>
 
 // Weak: absent in a CPU-only torch, where the library must still load.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cuda_baddbmm_out(AtenTensorHandle out, AtenTensorHandle self,
@@ -174,9 +175,12 @@ Tensor symmetric_part(const Tensor& A) {
 
 Tensor root(const Tensor& sigma, const Tensor& scale, const Steps& steps, Root root, Output output) {
   LibraryEngine engine(sigma);
-  const Batch divisor{scale.numel() ? torch::stable::view(scale, {scale.size(0), 1, 1}) : number(1.0)};
-  const auto result = matrix_root(engine, LibraryEngine::Source{symmetric_part(sigma)}, divisor, steps, root);
-  return to_output(symmetric_part(result.value), output);
+  const auto A = matrix_root(engine, LibraryEngine::Source{symmetric_part(sigma)}, steps, root);
+  const Tensor result = to_output(symmetric_part(A.value), output);
+  if (scale.numel() == 0) return result;
+  std::vector<int64_t> sizes(result.dim(), 1);
+  sizes[0] = -1;
+  return divide(result, torch::stable::view(scale, sizes));
 }
 
 Tensor root_backward(const Tensor& grad, const Tensor& sigma, const Steps& steps, Root root, Output output) {
