@@ -69,7 +69,8 @@ template <class T> void grid_root(const std::string& label, int64_t C) {
     T* workspace = allocate<T>(cuda::grid_workspace_size(1, C, sizeof(T), true, true));
     for (int64_t i = 0; i < C; ++i) sigma[i * C + i] = T(1);
     const RootView<const T> source{sigma, Output::kMatrix, C};
-    cuda::grid_root(RootTask<T>{1, source, steps, Root::kSquare, {result, Output::kMatrix, C}, workspace}, nullptr);
+    cuda::grid_root(RootTask<T>{1, source, steps, Root::kSquare, {result, Output::kMatrix, C}, nullptr, workspace},
+                    nullptr);
     cuda::grid_root_backward(
         RootBackwardTask<T>{
             1, {result, Output::kMatrix, C}, source, steps, Root::kSquare, {grad_sigma, Output::kMatrix, C}, workspace},
