@@ -166,10 +166,14 @@ def demangle(names: list[str]) -> list[str]:
     return run.stdout.splitlines()
 
 
+VARIANTS = ("Matrix", "Mean", "InFull")  # of csrc/cuda/roots.cu
+
+
 def shorten(name: str) -> str:
     """``void isqrt::cuda::(anonymous namespace)::pool_kernel<isqrt::Half>(...)`` is ``pool<float16>``."""
     name = re.sub(r"\(anonymous namespace\)::|\bisqrt::(cuda::)?", "", name)
     name = re.sub(r"\((?:bool|int|unsigned int|long)\)(-?\d+)", r"\1", name)  # template arguments that are numbers
+    name = re.sub(r"\((?:<unnamed>::)?Variant\)(\d)", lambda v: VARIANTS[int(v[1])], name)
     name = re.sub(r"^void ", "", name)
     depth = 0
     for at, character in enumerate(name):  # up to the parameters
