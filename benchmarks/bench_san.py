@@ -91,9 +91,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--methods", nargs="+", choices=tuple(METHODS), metavar="METHOD", help=f"default: all. {listed}")
     add("--threads", type=report.positive, metavar="N", help="CPU threads (default: torch's choice)")
     add("--json", type=report.writable, metavar="FILE", help="write everything measured, each sample included")
-    arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: 'cuda' needs a GPU and a torch built for it; this torch finds none")
+    arguments = report.parse(parser, argv)
     for name, value in SIZES[arguments.preset, arguments.device].items():
         setattr(arguments, name, getattr(arguments, name) or value)
     arguments.methods = list(dict.fromkeys(arguments.methods or METHODS))

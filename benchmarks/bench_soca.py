@@ -11,7 +11,6 @@ upstream gradient is a fixed, non-symmetric random one. A method that cannot run
 """
 
 import argparse
-import importlib.util
 import statistics
 import sys
 from functools import partial
@@ -44,19 +43,18 @@ BLOCKS = ("forward", "forward_backward")
 # ---- Arguments
 
 
-def _shape(text: str) -> tuple[int, int, int, int]:
-    parts = text.lower().split("x")
-    if len(parts) != 4 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"expected BxCxHxW of positive integers, such as 16x64x48x48, got {text!r}")
-    return tuple(map(int, parts))
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     listed = "; ".join(f"{name}: {method.summary}" for name, method in methods.METHODS.items())
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--shape", type=_shape, nargs="+", metavar="BxCxHxW", help="default: those of the device, fewer with --quick")
+    add(
+        "--shape",
+        type=report.shape,
+        nargs="+",
+        metavar="BxCxHxW",
+        help="default: those of the device, fewer with --quick",
+    )
     add("--dtype", choices=("float32", "float64", "float16", "bfloat16"), default="float32", help="of x")
     add("--iterations", type=report.positive, default=5, metavar="N", help="Newton-Schulz steps (default: 5)")
     add("--output", choices=("matrix", "triu", "mean"), default="matrix")
@@ -70,13 +68,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--plot", type=report.writable, metavar="FILE", help="draw the comparison (PNG, or what the name's ending says)"
     )
-    arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: 'cuda' needs a GPU and a torch built for it; this torch finds none")
-    if arguments.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error("argument --plot: needs matplotlib: pip install 'isqrt_cov[san]'")
+    arguments = report.parse(parser, argv)
     which = arguments.device, arguments.quick
-    arguments.shape = arguments.shape or [_shape(shape) for shape in SHAPES[which]]
+    arguments.shape = arguments.shape or [report.shape(shape) for shape in SHAPES[which]]
     arguments.rounds = arguments.rounds or ROUNDS[which]
     arguments.input = list(dict.fromkeys(arguments.input or (["photo"] if arguments.quick else features.INPUTS)))
     arguments.asked_methods = arguments.methods is not None

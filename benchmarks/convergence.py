@@ -13,7 +13,6 @@ of 20 groups of 10 blocks over 50 epochs.
 """
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 from statistics import mean
@@ -73,11 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=report.positive, metavar="N", help="CPU threads (default: torch's choice)")
     add("--json", type=report.writable, metavar="FILE", help="write every curve")
     add("--plot", type=report.writable, metavar="FILE", help="draw the curves (PNG, or what the name's ending says)")
-    arguments = parser.parse_args(argv)
-    if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"argument --device: {arguments.device!r} needs a GPU and a torch built for it; it finds none")
-    if arguments.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error("argument --plot: needs matplotlib: pip install 'isqrt_cov[san]'")
+    arguments = report.parse(parser, argv)
     for name, value in (SCHEDULES[arguments.preset] | RECIPES[arguments.preset]).items():
         setattr(arguments, name, getattr(arguments, name, None) or value)
     arguments.seeds, arguments.variants = (list(dict.fromkeys(x)) for x in (arguments.seeds, arguments.variants))

@@ -10,7 +10,6 @@ turns in every round; times are medians over the rounds.
 """
 
 import argparse
-import importlib.util
 import statistics
 import sys
 from functools import partial
@@ -58,12 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="two values of each size, one small shape")
     add("--json", type=report.writable, metavar="FILE", help="write everything measured")
     add("--plot", type=report.writable, metavar="FILE", help="draw it (PNG, or what the name's ending says)")
-    arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: 'cuda' needs a GPU and a torch built for it; this torch finds none")
-    if arguments.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error("argument --plot: needs matplotlib: pip install 'isqrt_cov[san]'")
-    return arguments
+    return report.parse(parser, argv)
 
 
 def time_all(calls: dict[str, Any], rounds: int, device: torch.device) -> dict[str, float]:

@@ -35,6 +35,7 @@ SHAPES = (
 ).split()
 # What stands for these where there is no GPU.
 SMALL = "2x16x8x8"
+DTYPES = ("float32", "bfloat16")
 PROFILED = ("16x64x48x48", "32x256x14x14", "1x64x256x256")
 # Tests of every kernel, layout and element type; under compute-sanitizer they take long.
 SANITIZED = "matches_reference or layouts or half or batches or constant_map"
@@ -113,14 +114,19 @@ def all_steps(arguments: argparse.Namespace) -> list[Step]:
         own_allocations = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that bounds are those of the tensors
         steps.append(Step(tool, [*check, *pytest, "-x", "-k", SANITIZED], 300, environment=own_allocations))
     soca = [python, "-P", "benchmarks/bench_soca.py"]
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES:
         measured = [*soca, "--dtype", dtype]
         record = ["--json", str(out / f"soca_{dtype}.json"), "--plot", str(out / f"soca_{dtype}.png")]
         full = [*measured, "--device", "cuda", "--rounds", "21", "--shape", *arguments.shape, *record]
         dry = [*measured, "--quick", "--rounds", "1", "--shape", SMALL, *record]
         steps.append(Step(f"bench_soca_{dtype}", full, 540, dry))
+    for name in ("options", "curves"):
+        measured = [python, "-P", f"benchmarks/{name}.py", "--json", str(out / f"{name}.json")]
+        full, dry = [*measured, "--device", "cuda"], [*measured, "--rounds", "1"]
+        dry += ["--quick"] if name == "curves" else ["--shape", SMALL]
+        steps.append(Step(name, full + (["--plot", str(out / "curves.png")] if name == "curves" else []), 300, dry))
     san = [python, "-P", "benchmarks/bench_san.py"]
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES:
         measured = [*san, "--dtype", dtype, "--json", str(out / f"san_{dtype}.json")]
         full = [*measured, "--device", "cuda", "--preset", "full", "--batch", "16", "--patch", "48"]
         dry = [*measured, "--batch", "1", "--patch", "8", "--image", "8", "--rounds", "1"]
@@ -136,7 +142,7 @@ def all_steps(arguments: argparse.Namespace) -> list[Step]:
 
 GROUPS = {
     "sanitize": SANITIZERS,
-    "bench": ("bench_soca_float32", "bench_soca_bfloat16", "bench_san_float32", "bench_san_bfloat16"),
+    "bench": ("options", "curves", *(f"bench_{of}_{dtype}" for of in ("soca", "san") for dtype in DTYPES)),
     "ncu": tuple(f"ncu_{shape}" for shape in PROFILED),
 }
 ALWAYS = ("install", "machine")

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import importlib.util
 import json
 import math
 import os
@@ -29,6 +30,24 @@ def writable(text: str) -> Path:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"expected a file in an existing folder, got {text!r}")
     return path
+
+
+def shape(text: str) -> tuple[int, int, int, int]:
+    """A command-line argument (B, C, H, W)."""
+    parts = text.lower().split("x")
+    if len(parts) != 4 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"expected BxCxHxW of positive integers, such as 16x64x48x48, got {text!r}")
+    return tuple(map(int, parts))
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, refused where they ask for a GPU or for a figure that cannot be had here."""
+    arguments = parser.parse_args(argv)
+    if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"argument --device: {arguments.device!r} needs a GPU and a torch built for it; it finds none")
+    if getattr(arguments, "plot", None) and not importlib.util.find_spec("matplotlib"):
+        parser.error("argument --plot: needs matplotlib: pip install 'isqrt_cov[san]'")
+    return arguments
 
 
 def record(benchmark: str, arguments: argparse.Namespace, meaning: dict[str, str]) -> dict[str, Any]:

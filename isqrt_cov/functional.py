@@ -76,7 +76,8 @@ def matrix_sqrt(
             eigenvalues under the floor show: a rank-deficient ``sigma`` is then better served by more steps.
 
     Returns:
-        (B, C, C). Zero, with zero gradient, where ``sigma`` is zero; NaN, gradient too, where its trace is negative.
+        (B, C, C). Zero, with zero gradient, where ``sigma`` is zero; NaN, gradient too, where its trace is negative or
+        beyond its dtype's range.
 
     Raises:
         RuntimeError: ``sigma`` is not a batch of square matrices, has another dtype, ``iterations`` < 1, or

@@ -1,4 +1,4 @@
-"""The curves of cost and nearness, and the Pade approximant that they compare with."""
+"""The curves of cost and nearness, the Pade approximant that they compare with, and what each option costs."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import curves
+import options
 import pade
 
 
@@ -49,3 +50,18 @@ def test_curves(tmp_path, capsys):
     assert distance["minimax"][5] < distance["ours"][5]
     assert "distance to the exact root" in capsys.readouterr().out
     assert outputs[1].stat().st_size > 10_000
+
+
+def test_options(tmp_path, capsys):
+    path = tmp_path / "options.json"
+    threads = torch.get_num_threads()
+    assert options.main(["--shape", "2x16x8x8", "--rounds", "2", "--json", str(path)]) == 0
+    assert torch.get_num_threads() == threads
+    result = json.loads(path.read_text())
+    (entry,) = result["shapes"]
+    assert entry["shape"] == [2, 16, 8, 8] and set(entry["options"]) == set(options.OPTIONS)
+    for about in entry["options"].values():
+        assert all(about[block]["ms"] > 0 and len(about[block]["samples_ms"]) == 2 for block in options.BLOCKS)
+    assert entry["options"]["base"]["forward"]["faster"] == 1
+    assert all(us > 0 for of in ("cov_sqrt", "empty") for us in result["call_us"][of].values())
+    assert "times as fast" in capsys.readouterr().out

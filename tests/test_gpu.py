@@ -13,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import bench_san  # noqa: E402
 import bench_soca  # noqa: E402
+import curves  # noqa: E402
 import gpu  # noqa: E402
+import options  # noqa: E402
 
 
 def outcome_of(command, out, seconds=60, limit=60.0, dry=False):
@@ -80,13 +82,12 @@ def test_benchmarks_understand_what_they_are_asked(tmp_path, monkeypatch):
     def arguments(command, program):
         return command[command.index(f"benchmarks/{program}.py") + 1 :]
 
-    for dtype in ("float32", "bfloat16"):
-        for command in (steps[f"bench_soca_{dtype}"].command, steps[f"bench_soca_{dtype}"].dry):
-            bench_soca.parse(arguments(command, "bench_soca"))
-        for command in (steps[f"bench_san_{dtype}"].command, steps[f"bench_san_{dtype}"].dry):
-            bench_san.parse(arguments(command, "bench_san"))
-    for shape in gpu.PROFILED:
-        bench_soca.parse(arguments(steps[f"ncu_{shape}"].command, "bench_soca"))
+    for program in (bench_soca, bench_san, options, curves):
+        name = program.__name__
+        for step in steps.values():
+            for command in (step.command, step.dry):
+                if f"benchmarks/{name}.py" in command:
+                    program.parse(arguments(command, name))
 
 
 def test_conformance_is_built_as_its_head_says(tmp_path, monkeypatch):

@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""What each choice costs: isqrt_cov with one thing changed, against itself.
+
+    python benchmarks/options.py                                      the usual shapes
+    python benchmarks/options.py --shape 16x64x48x48 --json result.json
+
+The base is float32, NCHW, output "matrix", 5 steps and all threads. Everything is timed once in every round, each
+time in another order; ratios are the medians of the ratios of each round. The last lines are the cost of a call that
+has next to nothing to do, beside an empty operator of torch.library.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules beside this file, also when it is imported
+
+import torch  # noqa: E402
+
+import features  # noqa: E402
+import measure  # noqa: E402
+import methods  # noqa: E402
+import report  # noqa: E402
+
+SHAPES = {
+    "cpu": ["16x64x48x48", "32x256x14x14", "1x64x256x256"],
+    "cuda": ["16x64x48x48", "32x256x14x14", "1x64x256x256", "64x128x28x28"],
+}
+TINY = (1, 4, 4, 4)
+BLOCKS = ("forward", "forward_backward")
+MEANING = {
+    "faster": "how many times as fast as the base, the median of the ratios of each round",
+    "page_faults": "pages that the kernel hands out during one forward + backward, the gradient's buffer being fresh",
+    "call_us": f"microseconds of a call on {'x'.join(map(str, TINY))}, the median over the rounds",
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a variation differs from the base."""
+
+    dtype: torch.dtype = torch.float32
+    output: str = "matrix"
+    memory_format: torch.memory_format = torch.contiguous_format
+    threads: int | None = None  # all
+    arguments: dict[str, Any] = field(default_factory=dict)  # of cov_sqrt
+
+
+OPTIONS = {
+    "base": Option(),
+    'output "triu"': Option(output="triu"),
+    'output "mean"': Option(output="mean"),
+    "channels_last": Option(memory_format=torch.channels_last),
+    "bfloat16": Option(dtype=torch.bfloat16),
+    "float16": Option(dtype=torch.float16),
+    "float64": Option(dtype=torch.float64),
+    "3 minimax steps": Option(arguments={"iterations": 3, "coefficients": "minimax", "spectrum_floor": 1e-2}),
+    "1 thread": Option(threads=1),
+}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--shape", type=report.shape, nargs="+", metavar="BxCxHxW", help="default: those of the device")
+    add("--rounds", type=report.positive, default=21, metavar="N", help="default: 21")
+    add("--json", type=report.writable, metavar="FILE", help="write everything measured")
+    arguments = report.parse(parser, argv)
+    arguments.shape = arguments.shape or [report.shape(shape) for shape in SHAPES[arguments.device]]
+    return arguments
+
+
+def variations(shape: tuple[int, ...], device: torch.device) -> dict[str, methods.Prepared]:
+    library = methods.load_library()
+    maps = features.feature_maps("photo", shape, torch.float32, device)
+    prepared = {}
+    for name, option in OPTIONS.items():
+        if option.threads and device.type != "cpu":
+            continue
+        x = maps.to(dtype=option.dtype, memory_format=option.memory_format, copy=True)
+        case = methods.make_case(x, 5, option.output)
+        arguments = {"iterations": 5, "output": option.output} | option.arguments
+        prepared[name] = methods.of_function(case, lambda x, given=arguments: library.cov_sqrt(x, **given))
+    return prepared
+
+
+def rounds(calls: dict[str, Callable[[], object]], threads: dict[str, int], arguments, sample_ms: float):
+    """samples[name][round] in ms."""
+    device = torch.device(arguments.device)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    repeats = {name: measure.calls_per_sample(call, device, sample_ms, 1000) for name, call in calls.items()}
+    everything = torch.get_num_threads()
+    try:
+        for index in range(arguments.rounds):
+            for name in measure.order(list(calls), index):
+                torch.set_num_threads(threads.get(name, everything))
+                calls[name]()  # the first one after a change of threads starts them
+                samples[name].append(measure.time_ms(calls[name], device, repeats[name]))
+    finally:
+        torch.set_num_threads(everything)
+    return samples
+
+
+def run_shape(arguments: argparse.Namespace, shape: tuple[int, ...], progress) -> dict[str, Any]:
+    progress.stage("x".join(map(str, shape)))
+    prepared = variations(shape, torch.device(arguments.device))
+    found: dict[str, dict[str, Any]] = {name: {} for name in prepared}
+    threads = {name: option.threads for name, option in OPTIONS.items() if option.threads}
+    others = measure.OtherLoad()
+    for block in BLOCKS:
+        calls = {name: method.forward if block == "forward" else method.step for name, method in prepared.items()}
+        samples = rounds(calls, threads, arguments, 5.0)
+        for name, own in samples.items():
+            faster = measure.median_ratio(samples["base"], own)
+            found[name][block] = {"ms": statistics.median(own), "faster": faster, "samples_ms": own}
+    others_percent = others.percent()
+    for name, method in prepared.items():
+        found[name]["page_faults"] = measure.page_faults(method.step) if arguments.device == "cpu" else None
+    return {"shape": list(shape), "processor_time_of_others_percent": others_percent, "options": found}
+
+
+def overhead(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """us[of][block]"""
+    library = methods.load_library()
+    x = torch.randn(TINY, device=arguments.device, requires_grad=True)
+    calls = {}
+    for name, function in (("cov_sqrt", library.cov_sqrt), ("empty", empty_operator())):
+        y = function(x)
+        upstream = torch.ones_like(y)
+
+        def forward(function=function):
+            with torch.no_grad():
+                return function(x)
+
+        def step(function=function, upstream=upstream):
+            return torch.autograd.grad(function(x), x, upstream)
+
+        calls |= {f"{name}, forward": forward, f"{name}, forward_backward": step}
+    samples = rounds(calls, {}, arguments, 10.0)
+    us = {name: 1e3 * statistics.median(values) for name, values in samples.items()}
+    return {name: {block: us[f"{name}, {block}"] for block in BLOCKS} for name in ("cov_sqrt", "empty")}
+
+
+def empty_operator() -> Callable[[torch.Tensor], torch.Tensor]:
+    """An operator with a gradient that allocates its result, (B, C, C), and no more."""
+
+    @torch.library.custom_op("isqrt_cov_benchmark::empty", mutates_args=())
+    def empty(x: torch.Tensor) -> torch.Tensor:
+        return x.new_empty(x.shape[0], x.shape[1], x.shape[1])
+
+    def setup(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx, grad):
+        return torch.empty_like(ctx.saved_tensors[0])
+
+    empty.register_autograd(backward, setup_context=setup)
+    return empty
+
+
+def text(entry: dict[str, Any]) -> str:
+    rows = [["", "forward ms", "times as fast", "forward + backward ms", "times as fast", "page faults"]]
+    for name, about in entry["options"].items():
+        rows.append([name])
+        for block in BLOCKS:
+            rows[-1] += [report.number(about[block]["ms"]), report.number(about[block]["faster"])]
+        rows[-1].append("-" if about["page_faults"] is None else str(about["page_faults"]))
+    return "\n" + "x".join(map(str, entry["shape"])) + "\n" + report.table(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    result = report.record("options", arguments, MEANING) | {"shapes": []}
+    progress = report.Progress()
+    try:
+        for shape in arguments.shape:
+            result["shapes"].append(run_shape(arguments, shape, progress))
+            progress.clear()
+            print(text(result["shapes"][-1]), flush=True)
+    except features.PhotographsMissing as error:
+        progress.clear()
+        print(f"options.py: {error}", file=sys.stderr)
+        return 2
+    result["call_us"] = overhead(arguments)
+    rows = [[f"a call on {'x'.join(map(str, TINY))}, us", "forward", "forward + backward"]]
+    rows += [[name, *(report.number(us[block]) for block in BLOCKS)] for name, us in result["call_us"].items()]
+    print("\n" + report.table(rows))
+    if arguments.json:
+        report.write_json(arguments.json, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
