@@ -21,6 +21,23 @@ template <class T> __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
+/// The 32-bit address at which it begins, and what lies at such an address. Where many addresses are sums of the same
+/// parts, those of pointers would take twice the instructions.
+__device__ __forceinline__ int shared_begin() {
+#if defined(__CUDACC__)
+  return int(__cvta_generic_to_shared(shared_memory<char>()));
+#else
+  return 0;
+#endif
+}
+template <class T> __device__ __forceinline__ T& at_shared(int address) {
+#if defined(__CUDACC__)
+  return *static_cast<T*>(__cvta_shared_to_generic(unsigned(address)));
+#else
+  return *reinterpret_cast<T*>(shared_memory<char>() + address);
+#endif
+}
+
 /// Throws std::runtime_error with CUDA's own message, and leaves no error behind for the next caller to find.
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;

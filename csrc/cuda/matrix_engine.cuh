@@ -1,12 +1,13 @@
 // The Engine of newton_schulz.h and normalization.h on one thread block: symmetric C x C matrices in its shared memory.
 //
 // Only the 16 x 16 tiles of the upper triangle are stored, column by column: tile (I, J), I <= J, is the one numbered
-// J (J + 1) / 2 + I, and six matrices of 128 channels in float32 fit into the 227 KiB of a Hopper block. Within a tile,
-// element (r, c) lies at 16 r + (c ^ s(r)) with s(r) = 8 (bit 1 of r) + 4 (bit 2 of r): a warp that reads an operand of
-// tensor.cuh, along rows or along columns, meets no bank conflict in float32.
+// J (J + 1) / 2 + I, and six matrices of 128 channels in float32 fit into the 227 KiB of a Hopper block. Within a tile
+// the elements are permuted (TileLayout), so that a warp meets no bank conflict when it reads an operand of tensor.cuh,
+// along rows in packets of 16 bytes or along columns, nor when it reads or writes a result, except on the diagonal.
 //
-// Each warp has up to kSlots tiles of every result. An operation of the engine begins with all threads at one place and
-// ends with a barrier, so that the next one may read what any thread has written.
+// Each warp has up to kSlots tiles of every result, one after the other in a column where it can: they share an
+// operand, which is read and split once. An operation of the engine begins with all threads at one place and ends with
+// a barrier, so that the next one may read what any thread has written.
 #pragma once
 #include "../normalization.h"
 #include "block.cuh"
@@ -20,12 +21,17 @@ constexpr int kTileSize = kTile * kTile;
 ISQRT_FN constexpr int tile_rows(int channels) { return (channels + kTile - 1) / kTile; }
 ISQRT_FN constexpr int tile_count(int channels) { return tile_rows(channels) * (tile_rows(channels) + 1) / 2; }
 
-/// Tiles of one warp: three warps for each of a multiprocessor's schedulers are enough, and leave each thread the
-/// registers to hold three tiles.
-constexpr int kMaxSlots = 3, kMaxWarps = 12;
-ISQRT_FN constexpr int matrix_slots(int channels) { return (tile_count(channels) + kMaxWarps - 1) / kMaxWarps; }
+/// The most tiles of a warp, and the warps. A product takes as long as that of a multiprocessor's four schedulers which
+/// has the most to do: up to four tiles get a warp each, more of them as many warps for each scheduler as hold them
+/// all, two or three in each.
+constexpr int kMaxSlots = 3, kSchedulers = 4;
+ISQRT_FN constexpr int matrix_slots(int channels) {
+  const int tiles = tile_count(channels);
+  return tiles <= kSchedulers ? 1 : tiles <= 4 * kSchedulers ? 2 : kMaxSlots;
+}
 ISQRT_FN constexpr int matrix_threads(int channels) {
-  return (tile_count(channels) + matrix_slots(channels) - 1) / matrix_slots(channels) * kWarp;
+  const int tiles = tile_count(channels), slots = matrix_slots(channels), each = kSchedulers * slots;
+  return kWarp * (slots == 1 ? tiles : kSchedulers * ((tiles + each - 1) / each));
 }
 
 /// Elements of shared memory before the matrices: for block_sum, and for vectors.
@@ -44,32 +50,72 @@ constexpr int max_matrix_channels(int64_t element_size, int matrices) {
   while (matrix_shared_bytes(channels, element_size, matrices) > kLargestSharedBytes) channels -= kTile;
   return channels;
 }
-static_assert(matrix_slots(max_matrix_channels(4, 1)) <= kMaxSlots);
+
+/// Each warp has as many tiles as there are slots, or one less, but for one.
+static_assert([] {
+  for (int channels = 1; channels <= max_matrix_channels(4, 1); ++channels) {
+    const int tiles = tile_count(channels), warps = matrix_threads(channels) / kWarp, slots = matrix_slots(channels);
+    if (tiles > warps * slots || tiles < warps * (slots > 1 ? slots - 1 : 1)) return false;
+  }
+  return true;
+}());
+
+/// Where in a tile, in bytes from its beginning, the elements lie. A lane of group g and quad q, see tensor.cuh, reads
+/// terms 4 q to 4 q + 3 of vectors g and g + 8, and writes columns 2 q and 2 q + 1, 2 q + 8 and 2 q + 9, of rows g and
+/// g + 8. What depends on the lane is one of a few numbers; the rest are constants, which instructions contain.
+///
+/// In float32 a row of 16 takes half of the banks: rows r and r + 4 lie in different halves, as do 2 r and 2 r + 1, and
+/// columns are exchanged by 8 in such rows that those of one half do not meet. In float64, which moves half as many
+/// lanes at a time, a row takes all banks, and columns are exchanged by 4 along columns, by 2 and 8 along rows.
+template <class T> struct TileLayout;
+
+template <> struct TileLayout<float> {
+  static __device__ int at(int row, int column) {
+    return 4 * (kTile * ((row & ~1) | ((row ^ row >> 2) & 1)) + (column ^ ((row ^ row >> 2) << 2 & 8)));
+  }
+  /// at(group + 8 h, 4 quad)
+  static __device__ int in_row(const Lane& lane, int h) {
+    return (at(lane.group, 4 * lane.quad) ^ 4 * 8 * h) + 4 * kTile * 8 * h;
+  }
+  /// at(4 quad + i, group + 8 h)
+  static __device__ int in_column(const Lane& lane, int h, int i) {
+    return (at(4 * lane.quad + i % 2, lane.group) ^ 4 * 8 * (h ^ i / 2)) + 4 * kTile * (i & 2);
+  }
+};
+
+template <> struct TileLayout<double> {
+  static __device__ int at(int row, int column) {
+    return 8 * (kTile * row + (column ^ (row & 12) ^ (row & 1 ? 10 : 0)));
+  }
+  static __device__ int in_row(const Lane& lane, int h) {
+    return (at(lane.group, 4 * lane.quad) ^ 8 * 8 * h) + 8 * kTile * 8 * h;
+  }
+  static __device__ int in_column(const Lane& lane, int h, int i) {
+    return (at(4 * lane.quad + i % 2, lane.group) ^ 8 * 8 * h) + 8 * kTile * (i & 2);
+  }
+};
 
 /// kInFull: products may be in full. The kernels of the usual few steps do without the registers that it takes.
 template <class T, int kSlots, bool kInFull> class MatrixEngine {
  public:
-  /// Where a matrix begins in shared memory, in bytes. One that is not symmetric takes the tiles under the diagonal
+  /// Where a matrix begins: an address in shared memory. One that is not symmetric takes the tiles under the diagonal
   /// from the upper triangle of its transpose, which begins at `transpose`.
   struct Matrix {
     int first = 0, transpose = first;
   };
 
-  /// Where a vector of C elements begins, in bytes.
+  /// Where a vector of C elements begins.
   struct Column {
     int first;
   };
 
   __device__ explicit MatrixEngine(int channels) : channels_(channels), tiles_(tile_rows(channels)) {
-    next_ = int(sizeof(T)) * (kSums + kVectors * kTile * tiles_);
-    const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
-      const int number = warp + s * warps;
-      int J = 0;
-      while ((J + 1) * (J + 2) / 2 <= number) ++J;
-      own_[s] = {number - J * (J + 1) / 2, J};
-    }
+    next_column_ = columns();
+    next_ = next_column_ + int(sizeof(T)) * kVectors * kTile * tiles_;
+    const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, all = tile_count(channels), rest = all % warps;
+    count_ = all / warps + int(warp < rest);
+    first_ = {all / warps * warp + (warp < rest ? warp : rest), tiles_ - 1};
+    for (; first_.I > first_.J; --first_.J) first_.I -= first_.J + 1;
   }
 
   __device__ Matrix matrix() {
@@ -169,7 +215,7 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
 
   /// The means of the columns of factor A.
   __device__ void write_means(Matrix A, const RootView<T>& result, T factor) const {
-    const Column u{kSums * int(sizeof(T))};
+    const Column u{columns()};
     sums(u, A);
     add(u, T(1) / T(channels_), T(0), u);
     write(u, result, factor);
@@ -186,31 +232,31 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
   }
 
  private:
-  /// A tile (I, J) and the indices in the matrix of its rows and columns.
+  /// A tile (I, J) and the indices in the matrix of its rows and columns. Column by column, from the last one on.
   struct Place {
     int I, J;
     __device__ int i(int row) const { return kTile * I + row; }
     __device__ int j(int column) const { return kTile * J + column; }
+    __device__ Place next() const { return I < J ? Place{I + 1, J} : Place{0, J - 1}; }
   };
+
+  using Layout = TileLayout<T>;
+  using Factor = typename Accumulator<T>::Factor;
 
   static constexpr int kTileBytes = kTileSize * sizeof(T);
 
-  /// Where tile (I, J) begins, in bytes; and what lies at such a place. Addresses are sums of bytes up to the last
-  /// moment, which takes the fewest instructions.
+  /// Where the vectors begin, and where tile (I, J) does.
+  static __device__ int columns() { return shared_begin() + kSums * int(sizeof(T)); }
   static __device__ int tile(Matrix A, int I, int J) { return A.first + (J * (J + 1) / 2 + I) * kTileBytes; }
-  static __device__ T& at(int bytes) { return *reinterpret_cast<T*>(shared_memory<char>() + bytes); }
 
-  static __device__ int swizzle(int row) { return (row << 2 & 8) | (row & 4); }
-  static __device__ T& in_tile(int tile, int row, int column) {
-    return at(tile + int(sizeof(T)) * (kTile * row + (column ^ swizzle(row))));
-  }
+  static __device__ T& in_tile(int tile, int row, int column) { return at_shared<T>(tile + Layout::at(row, column)); }
   static __device__ T& element(Matrix A, int i, int j) {
     const bool above = i / kTile <= j / kTile;
     return above ? in_tile(tile(A, i / kTile, j / kTile), i % kTile, j % kTile)
                  : in_tile(tile(A, j / kTile, i / kTile), j % kTile, i % kTile);
   }
 
-  static __device__ T& element(Column u, int i) { return at(u.first + int(sizeof(T)) * i); }
+  static __device__ T& element(Column u, int i) { return at_shared<T>(u.first + int(sizeof(T)) * i); }
 
   /// u_i = f(i)
   template <class F> __device__ __forceinline__ void map(Column u, const F& f) const {
@@ -218,20 +264,29 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
     __syncthreads();
   }
 
-  /// u_i = sum_j A_ij factor(j). Four neighbouring threads share a row, and meet no bank conflict: they and those of
-  /// the next rows read as for an Operand.
-  template <class Factor> __device__ __forceinline__ void sum_rows(Column u, Matrix A, const Factor& factor) const {
-    for (int i = threadIdx.x / 4; i < kTile * tiles_; i += blockDim.x / 4) {
-      const int I = i / kTile;
-      T sum = 0;
+  /// u_i = sum_j A_ij factor(j). Each warp takes 16 rows, which its lanes read as for a product.
+  template <class F> __device__ __forceinline__ void sum_rows(Column u, Matrix A, const F& factor) const {
+    const Lane lane;
+    for (int I = threadIdx.x / kWarp; I < tiles_; I += blockDim.x / kWarp) {
+      T sum[2] = {};
       for (int J = 0; J < tiles_; ++J) {
-        const int from = I <= J ? tile(A, I, J) : tile(A, J, I);
-        for (int c = threadIdx.x % 4; c < kTile && kTile * J + c < channels_; c += 4)
-          sum += (I <= J ? in_tile(from, i % kTile, c) : in_tile(from, c, i % kTile)) * factor(kTile * J + c);
+        Terms terms;
+        read_A(terms, A, I, J);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int j = kTile * J + 4 * lane.quad + i;
+          const T f = j < channels_ ? factor(j) : T(0);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) sum[h] += terms(h, i) * f;
+        }
       }
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if (threadIdx.x % 4 == 0 && i < channels_) element(u, i) = sum;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
+        sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
+        const int i = kTile * I + lane.group + 8 * h;
+        if (lane.quad == 0 && i < channels_) element(u, i) = sum[h];
+      }
     }
     __syncthreads();
   }
@@ -245,17 +300,26 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
   /// f(own, s) for this warp's tiles, the s-th one in slot s. The compiler shall not remember where they are: kept in
   /// registers, all the addresses that follow would stay there throughout the kernel, at the expense of the products.
   template <class F> __device__ __forceinline__ void for_own_tiles(const F& f) const {
+    Place own{opaque(first_.I), opaque(first_.J)};
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
-      const Place own{opaque(own_[s].I), opaque(own_[s].J)};
-      if (own.J < tiles_) f(own, s);
+      if (s < count_) f(own, s);
+      own = own.next();
     }
   }
+
+  /// Two neighbours in a row, which a lane has of a tile: read and written in one piece.
+  struct alignas(2 * sizeof(T)) Pair {
+    T value[2];
+  };
 
   static __device__ __forceinline__ WarpTile<T> read_tile(Matrix A, const Place& own) {
     WarpTile<T> result;
     const int from = tile(A, own.I, own.J);
-    result.for_each([&](T& a, int r, int c) { a = in_tile(from, r, c); });
+    result.for_each_pair([&](T* a, int r, int c) {
+      const Pair pair = at_shared<Pair>(from + Layout::at(r, c));
+      a[0] = pair.value[0], a[1] = pair.value[1];
+    });
     return result;
   }
 
@@ -263,7 +327,10 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
   static __device__ __forceinline__ void write_tile(Matrix D, const Place& own, WarpTile<T>& result) {
     const int to = tile(D, own.I, own.J);
     if (own.I < own.J || D.transpose != D.first) {
-      result.for_each([&](T a, int r, int c) { in_tile(to, r, c) = a; });
+      result.for_each_pair([&](const T* a, int r, int c) {
+        const Pair pair{a[0], a[1]};
+        at_shared<Pair>(to + Layout::at(r, c)) = pair;
+      });
     } else {
       result.for_each([&](T a, int r, int c) {
         if (r <= c) in_tile(to, r, c) = in_tile(to, c, r) = a;
@@ -282,70 +349,116 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
     __syncthreads();
   }
 
-  /// Of a tile the operands for both halves of its 16 terms, its rows being the vectors with kAlongRows, else its
-  /// columns. What depends on the lane is a sum that is computed once; the rest is exclusive or with constants.
-  template <bool kAlongRows> static __device__ __forceinline__ void read(Operand<T> (&terms)[2], int tile) {
-    const Lane lane;
-    const int first = kAlongRows ? kTile * lane.group + (lane.quad ^ swizzle(lane.group))
-                                 : kTile * lane.quad + (lane.group ^ (lane.quad << 2 & 8));
-#pragma unroll
-    for (int k = 0; k < 2; ++k)
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          const int term = 8 * k + 4 * s, flipped = kAlongRows ? term : 8 * h + 4 * s, rows = kAlongRows ? 8 * h : term;
-          terms[k].value[h][s] = at(tile + int(sizeof(T)) * (first ^ flipped) + int(sizeof(T)) * kTile * rows);
-        }
-  }
-
-  /// 16 terms of A's rows in tile row I and of B's columns in tile column J.
+  /// Both halves of a tile's 16 terms. Lane (g, q) takes the terms 4 q to 4 q + 3 of its vectors as q and q + 4 of one
+  /// half and of the other: any order of the terms does, the same for both factors.
   struct Terms {
-    Operand<T> a[2], b[2];
+    Operand<T> half[2];
+    __device__ __forceinline__ T& operator()(int h, int i) { return half[i / 2].value[h][i % 2]; }
   };
 
-  /// A is symmetric.
-  static __device__ __forceinline__ void read_terms(Terms& terms, Matrix A, Matrix B, const Place& own, int K) {
-    if (K < own.I)
-      read<false>(terms.a, tile(A, K, own.I));
-    else
-      read<true>(terms.a, tile(A, own.I, K));
-    if (K <= own.J)
-      read<false>(terms.b, tile(B, K, own.J));
-    else
-      read<true>(terms.b, tile({B.transpose}, own.J, K));
+  /// The terms of a tile whose rows are the vectors, or whose columns are.
+  static __device__ __forceinline__ void read_rows(Terms& terms, int tile) {
+    constexpr int kPacket = 16 / sizeof(T);
+    struct alignas(16) Packet {
+      T value[kPacket];
+    };
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int i = 0; i < 4; i += kPacket) {
+        // The lowest bits of a column's place in its row follow from the row, see TileLayout<double>.
+        const Packet packet = at_shared<Packet>(tile + (Layout::in_row(Lane(), h) ^ i * int(sizeof(T))));
+#pragma unroll
+        for (int p = 0; p < kPacket; ++p) terms(h, i + p) = packet.value[p];
+      }
+  }
+  static __device__ __forceinline__ void read_columns(Terms& terms, int tile) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) terms(h, i) = at_shared<T>(tile + Layout::in_column(Lane(), h, i));
   }
 
-  /// sum += A B in one tile. The next terms are on their way while these are multiplied, unless registers are short.
-  __device__ __forceinline__ void multiply(Accumulator<T>& sum, Matrix A, Matrix B, const Place& own) const {
-    using Factor = typename Accumulator<T>::Factor;
-    constexpr bool kAhead = !kInFull || sizeof(T) == 4;
-    Terms terms;
-    read_terms(terms, A, B, own, 0);
-#pragma unroll 1
-    for (int K = 1; K <= tiles_; ++K) {
-      Terms next = terms;
-      if (kAhead && K < tiles_) read_terms(next, A, B, own, K);
+  /// Terms [16 K, 16 K + 16) of A's rows in tile row I, A being symmetric, and of B's columns in tile column J.
+  static __device__ __forceinline__ void read_A(Terms& terms, Matrix A, int I, int K) {
+    if (K < I)
+      read_columns(terms, tile(A, K, I));
+    else
+      read_rows(terms, tile(A, I, K));
+  }
+  static __device__ __forceinline__ void read_B(Terms& terms, Matrix B, int K, int J) {
+    if (K <= J)
+      read_columns(terms, tile(B, K, J));
+    else
+      read_rows(terms, tile({B.transpose}, J, K));
+  }
+
+  /// sum[s] += A B in kCount tiles from `start` on. In float32 the terms of the next tile are on their way while
+  /// those of one are multiplied; in float64 there are no registers for that.
+  template <int kCount>
+  __device__ __forceinline__ void multiply_tiles(Accumulator<T>* sum, Matrix A, Matrix B, const Place& start) const {
+    constexpr bool kAhead = sizeof(T) == 4;
+    Place own[kCount];
 #pragma unroll
-      for (int k = 0; k < 2; ++k) sum.multiply_add(Factor(terms.a[k]), Factor(terms.b[k]));
-      if (!kAhead && K < tiles_) read_terms(next, A, B, own, K);
-      terms = next;
+    for (int s = 0; s < kCount; ++s) {
+      own[s] = s == 0 ? start : own[s - 1].next();
+      own[s] = {opaque(own[s].I), opaque(own[s].J)};
     }
+    Terms a, b;
+    if (kAhead) {
+      read_A(a, A, own[0].I, 0);
+      read_B(b, B, 0, own[0].J);
+    }
+#pragma unroll 1
+    for (int K = 0; K < tiles_; ++K) {
+      Factor b_factor[2];
+#pragma unroll
+      for (int s = 0; s < kCount; ++s) {
+        const bool shares = s > 0 && own[s].I > 0;
+        if (!kAhead) read_A(a, A, own[s].I, K);
+        if (!kAhead && !shares) read_B(b, B, K, own[s].J);
+        const Factor a_factor[2] = {Factor(a.half[0]), Factor(a.half[1])};
+        if (!shares)
+          for (int k = 0; k < 2; ++k) b_factor[k] = Factor(b.half[k]);
+        if (kAhead) {
+          const bool last = s + 1 == kCount;
+          const Place next = own[(s + 1) % kCount];
+          const int next_K = last && K + 1 < tiles_ ? K + 1 : K;  // beyond the last terms those before, once more
+          read_A(a, A, next.I, next_K);
+          if (last || next.I == 0) read_B(b, B, next_K, next.J);
+        }
+#pragma unroll
+        for (int k = 0; k < 2; ++k) sum[s].multiply_add(a_factor[k], b_factor[k]);
+      }
+    }
+  }
+
+  /// The same in all of this warp's tiles: kSlots, or one less. In the kernels that need the most registers one by one.
+  __device__ __forceinline__ void multiply(Accumulator<T> (&sum)[kSlots], Matrix A, Matrix B) const {
+    if constexpr (kInFull)
+      for_own_tiles([&](const Place& own, int s) { multiply_tiles<1>(sum + s, A, B, own); });
+    else if (count_ == kSlots)
+      multiply_tiles<kSlots>(sum, A, B, first_);
+    else
+      multiply_tiles<kSlots - 1>(sum, A, B, first_);
   }
 
   /// D = alpha D + beta (A1 B1 + A2 B2), without alpha D where kAddD is false and without A2 B2 where terms = 1.
   template <bool kAddD>
   __device__ __forceinline__ void combine(Matrix D, T alpha, T beta, Matrix A1, Matrix B1, Matrix A2, Matrix B2,
                                           int terms) const {
+    Accumulator<T> sum[kSlots];
+#pragma unroll 1
+    for (int term = 0; term < terms; ++term) multiply(sum, term == 0 ? A1 : A2, term == 0 ? B1 : B2);
     WarpTile<T> result[kSlots];
     for_own_tiles([&](const Place& own, int s) {
-      Accumulator<T> sum;
-#pragma unroll 1
-      for (int term = 0; term < terms; ++term) multiply(sum, term == 0 ? A1 : A2, term == 0 ? B1 : B2, own);
-      result[s] = sum.total();
-      const int previous = tile(D, own.I, own.J);
-      result[s].for_each(
-          [&](T& a, int r, int c) { a = kAddD ? alpha * in_tile(previous, r, c) + beta * a : beta * a; });
+      result[s] = sum[s].total();
+      if constexpr (kAddD) {
+        const WarpTile<T> previous = read_tile(D, own);
+        result[s].combine(previous, [&](T& a, T d) { a = alpha * d + beta * a; });
+      } else {
+        result[s].for_each([&](T& a, int, int) { a *= beta; });
+      }
     });
     __syncthreads();  // D may be an operand
     for_own_tiles([&](const Place& own, int s) { write_tile(D, own, result[s]); });
@@ -368,9 +481,9 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
     }
   }
 
-  int channels_, tiles_;
-  Place own_[kSlots];
-  int next_, next_column_ = kSums * int(sizeof(T));
+  int channels_, tiles_, count_;
+  Place first_;
+  int next_, next_column_;
 };
 
 }  // namespace isqrt::cuda

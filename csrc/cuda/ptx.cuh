@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #if !defined(__CUDACC__)
 #define ISQRT_PTX(native, emulated) emulated
@@ -32,8 +33,10 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
 using emulation::Caller;  // the line of the call, which the emulation's reports name
 #endif
 
-/// i, without the compiler's knowing: what follows from it is computed anew instead of being kept in registers.
-__device__ __forceinline__ int opaque(int i) {
+/// i, without the compiler's knowing: what follows from it is computed anew instead of being kept in registers, and
+/// what it follows from is computed here.
+template <class Word> __device__ __forceinline__ Word opaque(Word i) {
+  static_assert(sizeof(Word) == 4 && std::is_integral_v<Word>);
   ISQRT_PTX(asm volatile("" : "+r"(i)), (void)0);
   return i;
 }

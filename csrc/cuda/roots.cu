@@ -26,7 +26,8 @@ constexpr int most_threads(int channels) {
 }
 
 template <class T, int kSlots, Variant kVariant>
-__global__ void __launch_bounds__(most_threads(kMostChannels<T, false, kVariant>)) root_kernel(const RootTask<T> task) {
+__global__ void __launch_bounds__(most_threads(kMostChannels<T, false, kVariant>), 1)
+    root_kernel(const RootTask<T> task) {
   const int64_t C = task.sigma.channels;
   MatrixEngine<T, kSlots, kVariant == Variant::kInFull> e{int(C)};
   const auto sigma = task.sigma.sample(blockIdx.x);
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(most_threads(kMostChannels<T, false, kVariant>
 }
 
 template <class T, int kSlots, Variant kVariant>
-__global__ void __launch_bounds__(most_threads(kMostChannels<T, true, kVariant>))
+__global__ void __launch_bounds__(most_threads(kMostChannels<T, true, kVariant>), 1)
     root_backward_kernel(const RootBackwardTask<T> task) {
   const int64_t C = task.sigma.channels;
   MatrixEngine<T, kSlots, kVariant == Variant::kInFull> e{int(C)};
@@ -57,8 +58,8 @@ __global__ void __launch_bounds__(most_threads(kMostChannels<T, true, kVariant>)
     e.write(matrix_root_backward(e, sigma, grad, task.steps, task.root), result);
 }
 
-/// One block a sample, of the kernel that choose(slots, variant) returns, both as types; kSlots where one is not enough
-/// and where steps are in full.
+/// One block a sample, of the kernel that choose(slots, variant) returns, both as types; kSlots where two are not
+/// enough and where steps are in full.
 template <int kSlots, class Task, class Choose>
 void launch_blocks(const char* name, const Choose& choose, int64_t channels, bool mean, int64_t shared_bytes,
                    void* stream, const Task& task) {
@@ -67,7 +68,7 @@ void launch_blocks(const char* name, const Choose& choose, int64_t channels, boo
                              " channels are more than a block can hold");
   const int C = int(channels);
   const auto choose_slots = [&](auto variant) {
-    return matrix_slots(C) == 1 ? choose(std::integral_constant<int, 1>(), variant)
+    return matrix_slots(C) <= 2 ? choose(std::integral_constant<int, 2>(), variant)
                                 : choose(std::integral_constant<int, kSlots>(), variant);
   };
   void (*const kernel)(Task) = task.steps.any_in_full()

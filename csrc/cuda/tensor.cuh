@@ -32,19 +32,37 @@ template <class T> struct WarpTile {
 #pragma unroll
       for (int v = 0; v < 4; ++v) f(sum[n][v], lane.group + v / 2 * 8, 8 * n + 2 * lane.quad + v % 2);
   }
+
+  /// f(two elements, row, column of the first) for each of this lane's four pairs of neighbours.
+  template <class F> __device__ __forceinline__ void for_each_pair(const F& f) {
+    const Lane lane;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) f(sum[n] + 2 * h, lane.group + h * 8, 8 * n + 2 * lane.quad);
+  }
+
+  /// f(element, other's element)
+  template <class F> __device__ __forceinline__ void combine(const WarpTile& other, const F& f) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int v = 0; v < 4; ++v) f(sum[n][v], other.sum[n][v]);
+  }
 };
 
 /// A float as the sum of two numbers of tf32's 11 bits. The larger one is rounded to nearest, so that the smaller one
 /// has either sign: of it the hardware ignores the last bits, and what is lost, 2^-22 at most, does not add up.
 struct SplitOperand {
   uint32_t high[2][2], low[2][2];
+  SplitOperand() = default;
   __device__ __forceinline__ explicit SplitOperand(const Operand<float>& a) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        high[h][s] = (__float_as_uint(a.value[h][s]) + 0x1000u) & 0xffffe000u;
-        low[h][s] = __float_as_uint(a.value[h][s] - __uint_as_float(high[h][s]));
+        high[h][s] = opaque((__float_as_uint(a.value[h][s]) + 0x1000u) & 0xffffe000u);
+        low[h][s] = opaque(__float_as_uint(a.value[h][s] - __uint_as_float(high[h][s])));
       }
   }
 };
