@@ -340,6 +340,27 @@ def test_same_bits_each_time_and_for_any_number_of_threads(engine, shape, dtype)
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("precision", ("high", "medium"))
+def test_float32_stays_float32_where_less_is_allowed(engine, precision):
+    if engine == "library":
+        pytest.skip("the library engine multiplies as this torch is told to")
+    device = engine_device(engine)
+    x = feature_maps(2, 64, 200, torch.float32, device).requires_grad_()
+    upstream = torch.randn(2, 64, 64).to(x)
+
+    def result():
+        y = ops.cov_sqrt(x, 5, 0, engine=engine_code(engine))[0]
+        return y, *torch.autograd.grad(y, x, upstream)
+
+    expected = result()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        assert all(torch.equal(a, b) for a, b in zip(expected, result(), strict=True))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_pooling_does_not_cancel(engine):
     # A mean 1e4 times the spread: E[xx^T] - mu mu^T would lose all 24 bits, a centred sum loses those of the mean.
     device = engine_device(engine)
