@@ -144,22 +144,25 @@ def _rates(arguments, case) -> dict[str, list]:
 
 
 def _floor(arguments, case, samples, rates) -> dict[str, Any]:
-    """The floors, from the best rates of all rounds."""
+    """The floors, one for each round, from the best rates of that round."""
     about: dict[str, Any] = {}
     best = {}
     for kind, unit in (("gemm", "flops_per_s"), ("copy", "bytes_per_s")):
-        amounts = {rate.name: rate.amount for rate in rates[kind]}
-        fastest = min(amounts, key=lambda name: min(samples[kind][name]) / amounts[name])
-        best[kind] = 1e3 * amounts[fastest] / min(samples[kind][fastest])
-        about |= {f"{kind}_{unit}": best[kind], f"{kind}_fastest": fastest, f"{kind}_samples_ms": samples[kind]}
+        per_second = {r.name: [1e3 * r.amount / ms for ms in samples[kind][r.name]] for r in rates[kind]}
+        best[kind] = [max(of_round) for of_round in zip(*per_second.values(), strict=True)]
+        fastest = max(per_second, key=lambda name: statistics.median(per_second[name]))
+        about |= {f"{kind}_{unit}": statistics.median(best[kind]), f"{kind}_fastest": fastest}
+        about[f"{kind}_samples_ms"] = samples[kind]
     needed = floor.work(tuple(case.x.shape), arguments.iterations, arguments.output, case.x.itemsize)
     for block, work in zip(BLOCKS, needed, strict=True):
-        arithmetic, traffic = work.flops / best["gemm"], work.bytes / best["copy"]
+        each = [floor.floor_ms(work, *of_round) for of_round in zip(best["gemm"], best["copy"], strict=True)]
+        arithmetic, traffic = work.flops / about["gemm_flops_per_s"], work.bytes / about["copy_bytes_per_s"]
         about[block] = {
             "flops": work.flops,
             "bytes": work.bytes,
             "bound_by": "arithmetic" if arithmetic > traffic else "memory",
-            "ms": floor.floor_ms(work, best["gemm"], best["copy"]),
+            "ms": statistics.median(each),
+            "samples_ms": each,
         }
     return about
 
@@ -171,7 +174,7 @@ def _timing(name: str, block: str, samples, calls, floors) -> dict[str, Any]:
     return {
         "median_ms": statistics.median(own),
         "spread_percent": 50 * (quartiles[2] - quartiles[0]) / quartiles[1],
-        "times_floor": statistics.median(own) / floors[block]["ms"],
+        "times_floor": measure.median_ratio(own, floors[block]["samples_ms"]),
         "speedup_over": {other: measure.median_ratio(samples[other][block], own) for other in others},
         "calls_per_sample": calls[name][block],
         "samples_ms": own,

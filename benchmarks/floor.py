@@ -3,10 +3,10 @@
     floor = max(flops / GEMM rate, bytes / copy rate)
 
 It is the larger of the two, as if arithmetic and memory traffic overlapped perfectly, and it charges nothing for
-launches, reductions and synchronisation. Both rates are the best that torch itself reaches here, at any time in the
-same rounds as the methods: of matrix products of several sizes in the same dtype (under torch's precision setting), and
-of a copy as large as x, which stays in the cache where x does, and a large one. So what disturbs a measurement can only
-make a method look further from the floor.
+launches, reductions and synchronisation. Both rates are the best that torch itself reaches here, in each round of the
+methods anew: of matrix products of several sizes in the same dtype (under torch's precision setting), and of a copy as
+large as x, which stays in the cache where x does, and a large one. Time over floor is the median of the ratios of each
+round, as all ratios are: a processor whose clock changes, or that others use, too, changes both.
 """
 
 from dataclasses import dataclass

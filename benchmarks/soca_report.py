@@ -12,9 +12,9 @@ EXPLANATION = {
     "spread": "half the distance between the quartiles of forward + backward, in % of the median",
     "speedup": "time of the other over time of this method, the median of the ratios of each round: over 1 is faster",
     "floor": "least time of N steps, whatever a method computes: max(flops needed / GEMM rate, bytes needed / "
-    "copy rate), the best rates of the same rounds; "
+    "copy rate), the best rates of each round; "
     "x is in cache where it fits, as it is for the methods",
-    "times_floor": "median time over the floor",
+    "times_floor": "time over the floor, the median of the ratios of each round",
     "peak_memory_torch": "most memory held at once in forward + backward beyond x and the upstream gradient, in "
     "torch's allocator (output and dX included; scratch of extensions and BLAS not seen)",
     "peak_memory_process": "the same of a fresh process, all memory that was touched (CPU on Linux), +- 1 MiB",

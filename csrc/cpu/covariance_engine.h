@@ -21,6 +21,35 @@ inline void for_each_run(const FeatureMaps<T>& x, int64_t m, int64_t n, const Vi
   }
 }
 
+/// The cache lines of the tile after this one, in rows of contiguous positions. The hardware does not foresee where
+/// they lie, and all at once are more than it can wait for: they are asked for a few at a time, between products, and
+/// come into the second level, for the first one holds this tile.
+template <class X> class Ahead {
+  static constexpr int64_t kLine = 64 / sizeof(X);
+
+ public:
+  Ahead() = default;
+
+  /// Of the positions [m, m + n) of a sample. None where they are no rows.
+  Ahead(const FeatureMaps<const X>& x, const X* sample, int64_t m, int64_t n)
+      : row_(sample + x.offset(m)), stride_(x.stride_c), length_(n) {
+    if (x.stride_w == 1 && x.height == 1 && n > 0) rows_ = x.channels;
+  }
+
+  /// The next few lines.
+  void ask_for() {
+    for (int line = 0; line < 24 && rows_ > 0; ++line) {
+      __builtin_prefetch(row_ + at_, 0, 2);
+      at_ += kLine;
+      if (at_ >= length_) at_ = 0, row_ += stride_, --rows_;
+    }
+  }
+
+ private:
+  const X* row_ = nullptr;
+  int64_t stride_ = 0, length_ = 0, rows_ = 0, at_ = 0;
+};
+
 /// Pools one chunk: M2's upper triangle and the mean stay in cache until the chunk is done.
 template <class X> class PoolEngine {
   using T = Compute<X>;
@@ -48,7 +77,8 @@ template <class X> class PoolEngine {
 
   int64_t tile_positions() const { return tile_positions_; }
 
-  void load_tile(int64_t m, int64_t n) const {  // tile: [position, channel]
+  void load_tile(int64_t m, int64_t n) {  // tile: [position, channel]
+    ahead_ = Ahead<X>(x_, sample_, m + n, minimum(tile_positions_, x_.positions() - (m + n)));
     for (int64_t c = 0; c < ld_; ++c) delta_[c] = 0;
     for_each_run(x_, m, n,
                  [&](int64_t offset, int64_t r, int64_t run) { load_run(tile_ + r * ld_, sample_ + offset, run); });
@@ -64,12 +94,16 @@ template <class X> class PoolEngine {
     }
   }
 
-  void accumulate(int64_t n, double weight) const {
+  void accumulate(int64_t n, double weight) {
     for (int64_t c = 0; c < ld_; ++c) minus_delta_[c] = -T(weight) * delta_[c];
     for (int64_t j = 0; j < x_.channels; j += S::kColumns)
       for (int64_t i = 0; i < minimum(x_.channels, j + S::kColumns); i += S::kRows) {
         Tile<T> product;
-        multiply_add(product, tile_ + i, ld_, tile_ + j, ld_, n);
+        constexpr int64_t kPositions = 48;  // take about as long as what is asked for
+        for (int64_t r = 0; r < n; r += kPositions) {
+          ahead_.ask_for();
+          multiply_add(product, tile_ + r * ld_ + i, ld_, tile_ + r * ld_ + j, ld_, minimum(kPositions, n - r));
+        }
         multiply_add(product, minus_delta_ + i, ld_, delta_ + j, ld_, 1);
 #pragma GCC unroll 16
         for (int r = 0; r < S::kRows; ++r)
@@ -97,7 +131,9 @@ template <class X> class PoolEngine {
   /// whole blocks, or lies neither along positions nor along channels, is read element by element.
   void load_run(T* tile, const X* x, int64_t run) const {
     constexpr int W = S::kWidth;
-    const bool along_positions = x_.stride_w == 1, along_channels = x_.stride_c == 1;
+    // The compiler does not know that a tile is written, and not these.
+    const int64_t ld = ld_, stride_c = x_.stride_c;
+    const bool along_positions = x_.stride_w == 1, along_channels = stride_c == 1;
     const int64_t vector_channels = along_positions || along_channels ? x_.channels / W * W : 0;
     const int64_t vector_run = along_positions ? run / W * W : along_channels ? run : 0;
     for (int64_t c = 0; c < vector_channels; c += W) {
@@ -108,15 +144,14 @@ template <class X> class PoolEngine {
           Vector<T> rows[W];
 #pragma GCC unroll 16
           for (int i = 0; i < W; ++i) {
-            rows[i] = load_vector(x + (c + i) * x_.stride_c + r);
-            __builtin_prefetch(x + (c + i) * x_.stride_c + r + 4 * W);
+            rows[i] = load_vector(x + (c + i) * stride_c + r);
           }
           transpose<T>(rows);
 #pragma GCC unroll 16
           for (int i = 0; i < W; ++i) {
             const Vector<T> value = rows[i] - mean;
             sum += value;
-            store_vector(tile + (r + i) * ld_ + c, value);
+            store_vector(tile + (r + i) * ld + c, value);
           }
         }
       } else {
@@ -139,6 +174,7 @@ template <class X> class PoolEngine {
   FeatureMaps<const X> x_;
   const X* sample_;
   int64_t ld_, tile_positions_;
+  Ahead<X> ahead_;
   T *moment_, *tile_, *mean_, *delta_, *minus_delta_;
 };
 
@@ -265,7 +301,8 @@ template <class X> class PoolBackwardEngine {
 
   int64_t tile_positions() const { return tile_positions_; }
 
-  void load_centered(int64_t m, int64_t n) const {  // tile: [channel, position]
+  void load_centered(int64_t m, int64_t n) {  // tile: [channel, position]
+    ahead_ = Ahead<X>(x_, sample_, m + n, minimum(tile_positions_, x_.positions() - (m + n)));
     if (x_.stride_w == 1)
       return for_each_run(x_, m, n,
                           [&](int64_t offset, int64_t r, int64_t run) { load_rows(tile_ + r, sample_ + offset, run); });
@@ -277,7 +314,7 @@ template <class X> class PoolBackwardEngine {
         store_vector(tile_ + c * ld_tile_ + r, scale_ * load_vector(tile_ + c * ld_tile_ + r) - scale_ * mean_[c]);
   }
 
-  void store_gradient(int64_t m, int64_t n) const {
+  void store_gradient(int64_t m, int64_t n) {
     // Whole tiles go straight to rows of dX; others, and other layouts, by way of a buffer.
     if (dx_.stride_w == 1 && dx_.height == 1 && x_.channels % S::kRows == 0 && n % S::kColumns == 0)
       return multiply(n, gradient_ + dx_.offset(m), dx_.stride_c);
@@ -289,27 +326,23 @@ template <class X> class PoolBackwardEngine {
   }
 
  private:
-  /// One run of contiguous positions, less the mean, times the scale: as one multiplication with addition. The hardware
-  /// does not foresee that a row ends: the rows to come are asked for early.
+  /// One run of contiguous positions, less the mean, times the scale: as one multiplication with addition.
   void load_rows(T* tile, const X* x, int64_t run) const {
-    constexpr int64_t W = S::kWidth, kAhead = 6;
+    constexpr int64_t W = S::kWidth;
     for (int64_t c = 0; c < x_.channels; ++c, tile += ld_tile_, x += x_.stride_c) {
       const T mean = scale_ * mean_[c];
-      const int64_t ahead = minimum(kAhead, x_.channels - 1 - c) * x_.stride_c;
       int64_t r = 0;
-      for (; r + W <= run; r += W) {
-        __builtin_prefetch(x + ahead + r);
-        store_vector(tile + r, scale_ * load_vector(x + r) - mean);
-      }
+      for (; r + W <= run; r += W) store_vector(tile + r, scale_ * load_vector(x + r) - mean);
       for (; r < run; ++r) tile[r] = scale_ * to_number(x[r]) - mean;
     }
   }
 
   /// target = W tile, whole register tiles.
-  template <class To> void multiply(int64_t n, To* target, int64_t ld) const {
+  template <class To> void multiply(int64_t n, To* target, int64_t ld) {
     for (int64_t j = 0; j < n; j += S::kColumns)
       for (int64_t i = 0; i < x_.channels; i += S::kRows) {
         Tile<T> product;
+        ahead_.ask_for();
         multiply_add(product, weight_ + i, ld_, tile_ + j, ld_tile_, x_.channels);
 #pragma GCC unroll 16
         for (int r = 0; r < S::kRows; ++r)
@@ -326,6 +359,7 @@ template <class X> class PoolBackwardEngine {
   const T* mean_;
   T scale_;
   int64_t ld_, tile_positions_, ld_tile_;
+  Ahead<X> ahead_;
   T *weight_, *tile_, *result_;
 };
 
