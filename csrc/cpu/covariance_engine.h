@@ -102,7 +102,12 @@ template <class X> class PoolEngine {
         constexpr int64_t kPositions = 48;  // take about as long as what is asked for
         for (int64_t r = 0; r < n; r += kPositions) {
           ahead_.ask_for();
-          multiply_add(product, tile_ + r * ld_ + i, ld_, tile_ + r * ld_ + j, ld_, minimum(kPositions, n - r));
+          const T* rows = tile_ + r * ld_;
+          const int64_t count = minimum(kPositions, n - r);
+          if (i == j)
+            multiply_add_diagonal(product, rows + i, ld_, rows + j, ld_, count);
+          else
+            multiply_add(product, rows + i, ld_, rows + j, ld_, count);
         }
         multiply_add(product, minus_delta_ + i, ld_, delta_ + j, ld_, 1);
 #pragma GCC unroll 16

@@ -111,20 +111,24 @@ template <class T> class MatrixEngine {
   }
 
   void product(Matrix& D, T alpha, T beta, const Matrix& A, const Matrix& B) {
-    combine<true>(D, alpha, beta, false, [&](Tile<T>& t, int64_t i, int64_t j) { add(t, A, B, i, j); });
+    combine<true>(D, alpha, beta, false,
+                  [&](Tile<T>& t, int64_t i, int64_t j, bool half) { add(t, A, B, i, j, half); });
   }
   void products(Matrix& D, T alpha, T beta, const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2) {
-    combine<true>(D, alpha, beta, false,
-                  [&](Tile<T>& t, int64_t i, int64_t j) { add(t, A1, B1, i, j), add(t, A2, B2, i, j); });
+    combine<true>(D, alpha, beta, false, [&](Tile<T>& t, int64_t i, int64_t j, bool half) {
+      add(t, A1, B1, i, j, half), add(t, A2, B2, i, j, half);
+    });
   }
   Matrix product(Matrix& D, Matrix& E, const Matrix& A, const Matrix& B, bool in_full) {
-    combine<false>(D, T(0), T(1), in_full, [&](Tile<T>& t, int64_t i, int64_t j) { add(t, A, B, i, j); });
+    combine<false>(D, T(0), T(1), in_full,
+                   [&](Tile<T>& t, int64_t i, int64_t j, bool half) { add(t, A, B, i, j, half); });
     return in_full ? transpose(E, D) : D;
   }
   Matrix products(Matrix& D, Matrix& E, const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2,
                   bool in_full) {
-    combine<false>(D, T(0), T(1), in_full,
-                   [&](Tile<T>& t, int64_t i, int64_t j) { add(t, A1, B1, i, j), add(t, A2, B2, i, j); });
+    combine<false>(D, T(0), T(1), in_full, [&](Tile<T>& t, int64_t i, int64_t j, bool half) {
+      add(t, A1, B1, i, j, half), add(t, A2, B2, i, j, half);
+    });
     return in_full ? transpose(E, D) : D;
   }
 
@@ -138,10 +142,13 @@ template <class T> class MatrixEngine {
     }
   }
 
-  /// A is symmetric: its rows stand for its columns.
-  inline __attribute__((always_inline)) void add(Tile<T>& tile, const Matrix& A, const Matrix& B, int64_t i,
-                                                 int64_t j) const {
-    multiply_add(tile, A.data + i, ld_, B.data + j, ld_, channels_);
+  /// A is symmetric: its rows stand for its columns. Half of a tile on the diagonal where the rest is not wanted.
+  inline __attribute__((always_inline)) void add(Tile<T>& tile, const Matrix& A, const Matrix& B, int64_t i, int64_t j,
+                                                 bool half) const {
+    if (half)
+      multiply_add_diagonal(tile, A.data + i, ld_, B.data + j, ld_, channels_);
+    else
+      multiply_add(tile, A.data + i, ld_, B.data + j, ld_, channels_);
   }
 
   /// D = alpha D + beta (sum of products), tile by tile, into the spare matrix: all of it, or the upper triangle.
@@ -152,7 +159,7 @@ template <class T> class MatrixEngine {
       const int64_t rows = in_full ? channels_ : minimum(channels_, j + S::kColumns);
       for (int64_t i = 0; i < rows; i += S::kRows) {
         Tile<T> tile;
-        products(tile, i, j);
+        products(tile, i, j, i == j && !in_full);
 #pragma GCC unroll 16
         for (int r = 0; r < S::kRows; ++r)
 #pragma GCC unroll 4
