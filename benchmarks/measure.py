@@ -206,6 +206,8 @@ def _measure_in_child(connection, name, shape, dtype, iterations, output, thread
     import methods
 
     try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1), os.dup2(nowhere, 2)  # libraries report errors there that are reported below
         torch.set_num_threads(threads)
         # Larger blocks go back to the kernel as soon as they are freed: holes in the heap are not the method's memory.
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)

@@ -60,7 +60,7 @@ def truncated_root(case: Case, x: Tensor) -> Tensor:
     return reference.cov_sqrt(x, case.iterations, case.output)
 
 
-MINIMAX_STEPS, MINIMAX_FLOOR = 3, 1e-3
+MINIMAX_STEPS, MINIMAX_FLOOR = 3, 1e-2
 
 
 def minimax_root(case: Case, x: Tensor) -> Tensor:
