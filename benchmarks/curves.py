@@ -147,6 +147,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     columns = max(len(result["cost"]), len(result["nearness"]))
     figure, axes = plt.subplots(2, columns, figsize=(4 * columns, 7.5), layout="constrained")
@@ -168,6 +169,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for axis in axes[1][len(result["nearness"]) :]:
         axis.set_visible(False)
     for axis in axes.flat:
+        for direction in (axis.xaxis, axis.yaxis):
+            direction.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            direction.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            direction.set_minor_formatter(NullFormatter())
         axis.grid(linewidth=0.4, alpha=0.5)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -59,11 +59,46 @@ def speed(name: str, others: tuple[str, ...]) -> list[str]:
         rows[-1].append(number(ours["forward_backward"]["times_floor"]))
         for key in ("peak_process_bytes", "kept_for_backward_bytes"):
             rows[-1].append(" / ".join(mebibytes(about["memory"][key]) for about in (ours, methods["eager"])))
-    names = {"compile": "torch.compile", "mxm": "M x M", "eig": "EIG"}
+    names = {"compile": "torch.compile", "mxm": "M x M", "eig": "EIG", "pade": "Padé"}
     heading = ["B x C x H x W", *(names.get(other, other) for other in others), "time / floor", "peak MiB", "kept MiB"]
     others = max(entry["processor_time_of_others_percent"] or 0 for entry in result["shapes"])
     shared = f" Others took up to {others:.0f} % of the processors meanwhile." if others > 5 else ""
     return [*markdown(heading, rows), "", where(result) + shared]
+
+
+def minimax() -> list[str]:
+    """Three minimax steps beside five as printed and EIG: time and distance to the exact root."""
+    result = load("soca_cpu")
+    rows = []
+    for entry in result["shapes"]:
+        methods = {method["name"]: method for method in entry["methods"] if method["ran"]}
+        few = methods["minimax"]
+        rows.append([_shape(entry)])
+        rows[-1] += [number(few["forward_backward"]["speedup_over"][other], 2) for other in ("ours", "eig")]
+        for method in ("minimax", "ours"):
+            rows[-1].append(number(methods[method]["accuracy"]["photo"]["distance_to_exact_root"], 2))
+    heading = ["B x C x H x W", "than 5 steps", "than EIG", "distance, 3 minimax steps", "distance, 5 as printed"]
+    return [*markdown(heading, rows), "", where(result)]
+
+
+def options() -> list[str]:
+    """What each option costs: forward + backward in ms and beside the base, and pages handed out."""
+    result = load("options_cpu")
+    names = list(result["shapes"][0]["options"])
+    rows = []
+    for name in names:
+        rows.append([name])
+        for entry in result["shapes"]:
+            about = entry["options"][name]["forward_backward"]
+            rows[-1].append(f"{number(about['ms'])} ({number(about['faster'])})")
+    heading = ["", *map(_shape, result["shapes"])]
+    us = result["call_us"]
+    calls = (
+        f"A call that has next to nothing to do, of shape 1 x 4 x 4 x 4: {us['cov_sqrt']['forward']:.0f} us forward, "
+        f"{us['cov_sqrt']['forward_backward']:.0f} us with its gradient; an empty operator with a gradient takes "
+        f"{us['empty']['forward']:.0f} and {us['empty']['forward_backward']:.0f} us."
+    )
+    return [*markdown(heading, rows), "", calls, "", where(result)]
 
 
 # ---- Distance to the root
@@ -167,8 +202,10 @@ def published() -> list[str]:
 # ---- The files
 
 TABLES: dict[str, Callable[[], list[str]]] = {
-    "soca": lambda: speed("soca_cpu", ("eig", "eager", "baddbmm", "compile", "mxm")),
-    "soca_wide": lambda: speed("soca_cpu_wide", ("eig", "eager", "baddbmm")),
+    "soca": lambda: speed("soca_cpu", ("eig", "eager", "baddbmm", "compile", "mxm", "pade")),
+    "soca_wide": lambda: speed("soca_cpu_wide", ("eig", "eager", "baddbmm", "compile")),
+    "minimax": minimax,
+    "options": options,
     "accuracy": accuracy,
     "accuracy_short": lambda: accuracy(SHOWN[:3]),
     "nearest": steps,

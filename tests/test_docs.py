@@ -86,6 +86,17 @@ def test_prose_agrees_with_the_results(tables):
             assert regular or (8 <= steps <= 20 and (after[28] is None or after[28] > 10 * after[steps]))
 
 
+def test_few_minimax_steps_are_as_the_readme_says(tables):
+    for entry in tables.load("soca_cpu")["shapes"]:
+        methods = {method["name"]: method for method in entry["methods"] if method["ran"]}
+        for kind in ("photo", "randn", "decay"):  # "on photographs and on flat and decaying spectra"
+            few, printed = (methods[name]["accuracy"][kind]["distance_to_exact_root"] for name in ("minimax", "ours"))
+            assert few < printed
+        if entry["shape"][1] == 256:  # "in little more than half of the time, and ahead of the eigen-decomposition"
+            faster = methods["minimax"]["forward_backward"]["speedup_over"]
+            assert 1.6 < faster["ours"] < 2 and faster["eig"] > 1.5
+
+
 def test_stale_tables_are_found(tables, tmp_path, monkeypatch):
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- table: classifier -->\n| typed | by hand |\n<!-- end of table -->\nafter\n")
