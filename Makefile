@@ -55,7 +55,7 @@ fuzz: .venv/test
 
 # The kernels are compiled as they lie here. The tests also import the package, any version of it: it need not be built.
 emulate: $(if $(wildcard .venv/test),,.venv/test)
-	$(BIN)/pytest -p no:hypothesispytest tests/test_emulation.py $(if $(K),-k "($(K)) and not sanitizers")
+	$(BIN)/pytest -p no:hypothesispytest tests/test_emulation.py tests/test_emulation_checks.py $(if $(K),-k "($(K)) and not sanitizers")
 
 .venv/torch:
 	if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages .venv; \

@@ -48,13 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     listed = "; ".join(f"{name}: {method.summary}" for name, method in methods.METHODS.items())
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add(
-        "--shape",
-        type=report.shape,
-        nargs="+",
-        metavar="BxCxHxW",
-        help="default: those of the device, fewer with --quick",
-    )
+    add("--shape", type=report.shape, nargs="+", metavar="BxCxHxW", help="default: by device, fewer with --quick")
     add("--dtype", choices=("float32", "float64", "float16", "bfloat16"), default="float32", help="of x")
     add("--iterations", type=report.positive, default=5, metavar="N", help="Newton-Schulz steps (default: 5)")
     add("--output", choices=("matrix", "triu", "mean"), default="matrix")

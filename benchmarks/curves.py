@@ -62,11 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def time_all(calls: dict[str, Any], rounds: int, device: torch.device) -> dict[str, float]:
     """Median ms of each call, all of them once in every round."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    repeats = {name: measure.calls_per_sample(call, device, 5.0) for name, call in calls.items()}
-    for index in range(rounds):
-        for name in measure.order(list(calls), index):
-            samples[name].append(measure.time_ms(calls[name], device, calls=repeats[name]))
+    samples = measure.interleaved_ms(calls, rounds, device, 5.0)
     return {name: statistics.median(values) for name, values in samples.items()}
 
 

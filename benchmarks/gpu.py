@@ -120,11 +120,12 @@ def all_steps(arguments: argparse.Namespace) -> list[Step]:
         full = [*measured, "--device", "cuda", "--rounds", "21", "--shape", *arguments.shape, *record]
         dry = [*measured, "--quick", "--rounds", "1", "--shape", SMALL, *record]
         steps.append(Step(f"bench_soca_{dtype}", full, 540, dry))
-    for name in ("options", "curves"):
+    for name, small, plot in (
+        ("options", ["--shape", SMALL], []),
+        ("curves", ["--quick"], ["--plot", str(out / "curves.png")]),
+    ):
         measured = [python, "-P", f"benchmarks/{name}.py", "--json", str(out / f"{name}.json")]
-        full, dry = [*measured, "--device", "cuda"], [*measured, "--rounds", "1"]
-        dry += ["--quick"] if name == "curves" else ["--shape", SMALL]
-        steps.append(Step(name, full + (["--plot", str(out / "curves.png")] if name == "curves" else []), 300, dry))
+        steps.append(Step(name, [*measured, "--device", "cuda", *plot], 300, [*measured, "--rounds", "1", *small]))
     san = [python, "-P", "benchmarks/bench_san.py"]
     for dtype in DTYPES:
         measured = [*san, "--dtype", dtype, "--json", str(out / f"san_{dtype}.json")]

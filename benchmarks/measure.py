@@ -67,6 +67,24 @@ def order(names: list[str], round_index: int) -> list[str]:
     return rotated[::-1] if round_index % 2 else rotated
 
 
+def interleaved_ms(
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    sample_ms: float,
+    limit: int = 50,
+    before: Callable[[str], object] = lambda name: None,
+) -> dict[str, list[float]]:
+    """samples[name][round] in ms, all of them once in every round; ``before(name)`` is not part of it."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    repeats = {name: calls_per_sample(call, device, sample_ms, limit) for name, call in calls.items()}
+    for index in range(rounds):
+        for name in order(list(calls), index):
+            before(name)
+            samples[name].append(time_ms(calls[name], device, calls=repeats[name]))
+    return samples
+
+
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
     """Median of the ratios of each round: what slows a whole round cancels."""
     return statistics.median(n / d for n, d in zip(numerators, denominators, strict=True))
@@ -116,17 +134,24 @@ def available_memory(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def _no_stderr() -> Iterator[None]:
-    """The profiler writes two lines at every use, whatever its log level."""
-    sys.stderr.flush()
-    saved = os.dup(2)
+def _silent() -> Iterator[None]:
+    """Libraries say nothing: the profiler writes two lines at every use, whatever its log level; a BLAS its errors."""
+    c_library, saved = ctypes.CDLL(None), {stream: os.dup(stream) for stream in (1, 2)}
+
+    def flush():  # what was written belongs to where the stream led then
+        sys.stdout.flush(), sys.stderr.flush(), c_library.fflush(None)
+
+    flush()
     with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+        for stream in saved:
+            os.dup2(nowhere.fileno(), stream)
     try:
         yield
     finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+        flush()
+        for stream, copy in saved.items():
+            os.dup2(copy, stream)
+            os.close(copy)
 
 
 def peak_torch_memory(call: Callable[[], object], device: torch.device) -> int:
@@ -138,7 +163,7 @@ def peak_torch_memory(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with _no_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()  # its result dies here: a block freed outside would leave a stale entry in the profiler's books
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         profiler.export_chrome_trace(file.name)
@@ -206,8 +231,6 @@ def _measure_in_child(connection, name, shape, dtype, iterations, output, thread
     import methods
 
     try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1), os.dup2(nowhere, 2)  # libraries report errors there that are reported below
         torch.set_num_threads(threads)
         # Larger blocks go back to the kernel as soon as they are freed: holes in the heap are not the method's memory.
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
@@ -227,7 +250,8 @@ def _measure_in_child(connection, name, shape, dtype, iterations, output, thread
                 methods.prepare(name, case((1, 2, 2, 2)), **options).step()
             measured.x.grad = None
 
-        connection.send(peak_process_memory(prepared.step, settled))
+        with _silent():  # an error comes as an exception, too
+            connection.send(peak_process_memory(prepared.step, settled))
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
 

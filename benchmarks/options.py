@@ -89,32 +89,28 @@ def variations(shape: tuple[int, ...], device: torch.device) -> dict[str, method
     return prepared
 
 
-def rounds(calls: dict[str, Callable[[], object]], threads: dict[str, int], arguments, sample_ms: float):
-    """samples[name][round] in ms."""
-    device = torch.device(arguments.device)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    repeats = {name: measure.calls_per_sample(call, device, sample_ms, 1000) for name, call in calls.items()}
+def samples_ms(calls: dict[str, Callable[[], object]], arguments, sample_ms: float) -> dict[str, list[float]]:
+    """samples[name][round]; options that ask for other threads are timed with those."""
     everything = torch.get_num_threads()
+
+    def before(name):
+        torch.set_num_threads((OPTIONS[name].threads if name in OPTIONS else None) or everything)
+        calls[name]()  # the first one after a change of threads starts them
+
     try:
-        for index in range(arguments.rounds):
-            for name in measure.order(list(calls), index):
-                torch.set_num_threads(threads.get(name, everything))
-                calls[name]()  # the first one after a change of threads starts them
-                samples[name].append(measure.time_ms(calls[name], device, repeats[name]))
+        return measure.interleaved_ms(calls, arguments.rounds, torch.device(arguments.device), sample_ms, 1000, before)
     finally:
         torch.set_num_threads(everything)
-    return samples
 
 
 def run_shape(arguments: argparse.Namespace, shape: tuple[int, ...], progress) -> dict[str, Any]:
     progress.stage("x".join(map(str, shape)))
     prepared = variations(shape, torch.device(arguments.device))
     found: dict[str, dict[str, Any]] = {name: {} for name in prepared}
-    threads = {name: option.threads for name, option in OPTIONS.items() if option.threads}
     others = measure.OtherLoad()
     for block in BLOCKS:
         calls = {name: method.forward if block == "forward" else method.step for name, method in prepared.items()}
-        samples = rounds(calls, threads, arguments, 5.0)
+        samples = samples_ms(calls, arguments, 5.0)
         for name, own in samples.items():
             faster = measure.median_ratio(samples["base"], own)
             found[name][block] = {"ms": statistics.median(own), "faster": faster, "samples_ms": own}
@@ -141,7 +137,7 @@ def overhead(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
             return torch.autograd.grad(function(x), x, upstream)
 
         calls |= {f"{name}, forward": forward, f"{name}, forward_backward": step}
-    samples = rounds(calls, {}, arguments, 10.0)
+    samples = samples_ms(calls, arguments, 10.0)
     us = {name: 1e3 * statistics.median(values) for name, values in samples.items()}
     return {name: {block: us[f"{name}, {block}"] for block in BLOCKS} for name in ("cov_sqrt", "empty")}
 

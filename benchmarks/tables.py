@@ -82,11 +82,10 @@ def minimax() -> list[str]:
 
 
 def options() -> list[str]:
-    """What each option costs: forward + backward in ms and beside the base, and pages handed out."""
+    """What each option costs: forward + backward in ms and beside the base."""
     result = load("options_cpu")
-    names = list(result["shapes"][0]["options"])
     rows = []
-    for name in names:
+    for name in result["shapes"][0]["options"]:
         rows.append([name])
         for entry in result["shapes"]:
             about = entry["options"][name]["forward_backward"]

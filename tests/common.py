@@ -1,6 +1,7 @@
 """What the tests share: what they compare with, and how near is near enough."""
 
 import math
+import platform
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ from isqrt_cov import build_info, plan
 from isqrt_cov.ops import ENGINES
 
 CUDA_ENGINES = ("block", "grid")
+
+needs_emulation = pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="the emulation switches stacks of x86-64 only"
+)
 
 
 def missing_cuda() -> str | None:

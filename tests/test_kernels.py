@@ -2,7 +2,6 @@
 
 import copy
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import kernels  # noqa: E402
 import sass  # noqa: E402
+from common import needs_emulation  # noqa: E402
 from emulation import build, lint  # noqa: E402
 
 POOL = (
@@ -193,10 +193,6 @@ def test_library_without_kernels_is_refused(tmp_path, capsys):
 
 
 # ---- Memory accesses
-
-needs_emulation = pytest.mark.skipif(
-    platform.machine() != "x86_64", reason="the emulation switches stacks of x86-64 only"
-)
 
 
 @needs_emulation

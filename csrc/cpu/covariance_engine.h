@@ -30,10 +30,10 @@ template <class X> class Ahead {
  public:
   Ahead() = default;
 
-  /// Of the positions [m, m + n) of a sample. None where they are no rows.
+  /// Of up to n positions of a sample from m on. None where they are no rows.
   Ahead(const FeatureMaps<const X>& x, const X* sample, int64_t m, int64_t n)
-      : row_(sample + x.offset(m)), stride_(x.stride_c), length_(n) {
-    if (x.stride_w == 1 && x.height == 1 && n > 0) rows_ = x.channels;
+      : row_(sample + x.offset(m)), stride_(x.stride_c), length_(minimum(n, x.positions() - m)) {
+    if (x.stride_w == 1 && x.height == 1 && length_ > 0) rows_ = x.channels;
   }
 
   /// The next few lines.
@@ -78,7 +78,7 @@ template <class X> class PoolEngine {
   int64_t tile_positions() const { return tile_positions_; }
 
   void load_tile(int64_t m, int64_t n) {  // tile: [position, channel]
-    ahead_ = Ahead<X>(x_, sample_, m + n, minimum(tile_positions_, x_.positions() - (m + n)));
+    ahead_ = Ahead<X>(x_, sample_, m + n, tile_positions_);
     for (int64_t c = 0; c < ld_; ++c) delta_[c] = 0;
     for_each_run(x_, m, n,
                  [&](int64_t offset, int64_t r, int64_t run) { load_run(tile_ + r * ld_, sample_ + offset, run); });
@@ -103,11 +103,7 @@ template <class X> class PoolEngine {
         for (int64_t r = 0; r < n; r += kPositions) {
           ahead_.ask_for();
           const T* rows = tile_ + r * ld_;
-          const int64_t count = minimum(kPositions, n - r);
-          if (i == j)
-            multiply_add_diagonal(product, rows + i, ld_, rows + j, ld_, count);
-          else
-            multiply_add(product, rows + i, ld_, rows + j, ld_, count);
+          multiply_add(product, rows + i, ld_, rows + j, ld_, minimum(kPositions, n - r), i == j);
         }
         multiply_add(product, minus_delta_ + i, ld_, delta_ + j, ld_, 1);
 #pragma GCC unroll 16
@@ -148,9 +144,7 @@ template <class X> class PoolEngine {
         for (int64_t r = 0; r < vector_run; r += W) {
           Vector<T> rows[W];
 #pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) {
-            rows[i] = load_vector(x + (c + i) * stride_c + r);
-          }
+          for (int i = 0; i < W; ++i) rows[i] = load_vector(x + (c + i) * stride_c + r);
           transpose<T>(rows);
 #pragma GCC unroll 16
           for (int i = 0; i < W; ++i) {
@@ -307,7 +301,7 @@ template <class X> class PoolBackwardEngine {
   int64_t tile_positions() const { return tile_positions_; }
 
   void load_centered(int64_t m, int64_t n) {  // tile: [channel, position]
-    ahead_ = Ahead<X>(x_, sample_, m + n, minimum(tile_positions_, x_.positions() - (m + n)));
+    ahead_ = Ahead<X>(x_, sample_, m + n, tile_positions_);
     if (x_.stride_w == 1)
       return for_each_run(x_, m, n,
                           [&](int64_t offset, int64_t r, int64_t run) { load_rows(tile_ + r, sample_ + offset, run); });

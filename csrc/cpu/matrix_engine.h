@@ -145,10 +145,7 @@ template <class T> class MatrixEngine {
   /// A is symmetric: its rows stand for its columns. Half of a tile on the diagonal where the rest is not wanted.
   inline __attribute__((always_inline)) void add(Tile<T>& tile, const Matrix& A, const Matrix& B, int64_t i, int64_t j,
                                                  bool half) const {
-    if (half)
-      multiply_add_diagonal(tile, A.data + i, ld_, B.data + j, ld_, channels_);
-    else
-      multiply_add(tile, A.data + i, ld_, B.data + j, ld_, channels_);
+    multiply_add(tile, A.data + i, ld_, B.data + j, ld_, channels_, half);
   }
 
   /// D = alpha D + beta (sum of products), tile by tile, into the spare matrix: all of it, or the upper triangle.

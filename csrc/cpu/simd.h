@@ -13,9 +13,9 @@ template <class T> struct Simd {
   static constexpr int kWidth = ISQRT_VECTOR_BYTES / sizeof(T);
   typedef T Vector __attribute__((vector_size(ISQRT_VECTOR_BYTES)));
   typedef T Unaligned __attribute__((vector_size(ISQRT_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
-
   typedef T Half __attribute__((vector_size(ISQRT_VECTOR_BYTES / 2)));
   typedef T UnalignedHalf __attribute__((vector_size(ISQRT_VECTOR_BYTES / 2), aligned(sizeof(T)), may_alias));
+
   // Registers hold kRows x kVectors accumulators, enough independent chains to hide the latency of an FMA.
   static constexpr int kRows = ISQRT_TILE_ROWS, kVectors = ISQRT_TILE_VECTORS, kColumns = kVectors * kWidth;
 };
@@ -172,11 +172,34 @@ template <class T> struct Tile {
 };
 
 /// tile[i, j] += sum_k a[k, i] b[k, j]. Both operands are read along their rows: the left one is symmetric, or given
-/// transposed, so that nothing has to be packed.
+/// transposed, so that nothing has to be packed. With `half` what lies under the tile's diagonal does not count: of the
+/// lower half of the rows only the right half of the columns is computed, where vectors can be halved for that.
 template <class T>
 inline __attribute__((always_inline)) void multiply_add(Tile<T>& tile, const T* a, int64_t lda, const T* b, int64_t ldb,
-                                                        int64_t n) {
+                                                        int64_t n, bool half = false) {
   using S = Simd<T>;
+  if constexpr (S::kVectors == 1 && S::kRows == 16 && S::kWidth == 16) {
+    if (half) {
+      typename S::Half lower[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i)
+        lower[i] = __builtin_shufflevector(tile.sum[8 + i][0], tile.sum[8 + i][0], 8, 9, 10, 11, 12, 13, 14, 15);
+      for (int64_t k = 0; k < n; ++k, a += lda, b += ldb) {
+        const Vector<T> right = load_vector(b);
+        const auto right_half = *reinterpret_cast<const typename S::UnalignedHalf*>(b + 8);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+          tile.sum[i][0] += a[i] * right;
+          lower[i] += a[8 + i] * right_half;
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i)
+        tile.sum[8 + i][0] =
+            __builtin_shufflevector(lower[i], lower[i], 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+      return;
+    }
+  }
   for (int64_t k = 0; k < n; ++k, a += lda, b += ldb) {
     Vector<T> right[S::kVectors];
 #pragma GCC unroll 4
@@ -185,35 +208,6 @@ inline __attribute__((always_inline)) void multiply_add(Tile<T>& tile, const T* 
     for (int i = 0; i < S::kRows; ++i)
 #pragma GCC unroll 4
       for (int v = 0; v < S::kVectors; ++v) tile.sum[i][v] += a[i] * right[v];
-  }
-}
-
-/// The same of a tile on the diagonal, of which what lies under the diagonal does not count: of the lower half of the
-/// rows only the right half of the columns.
-template <class T>
-inline __attribute__((always_inline)) void multiply_add_diagonal(Tile<T>& tile, const T* a, int64_t lda, const T* b,
-                                                                 int64_t ldb, int64_t n) {
-  using S = Simd<T>;
-  if constexpr (S::kVectors == 1 && S::kRows == 16 && S::kWidth == 16) {
-    using Half = typename S::Half;
-    Half lower[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i)
-      lower[i] = __builtin_shufflevector(tile.sum[8 + i][0], tile.sum[8 + i][0], 8, 9, 10, 11, 12, 13, 14, 15);
-    for (int64_t k = 0; k < n; ++k, a += lda, b += ldb) {
-      const Vector<T> right = load_vector(b);
-      const Half right_half = *reinterpret_cast<const typename S::UnalignedHalf*>(b + 8);
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        tile.sum[i][0] += a[i] * right;
-        lower[i] += a[8 + i] * right_half;
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i)
-      tile.sum[8 + i][0] = __builtin_shufflevector(lower[i], lower[i], 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
-  } else {
-    multiply_add(tile, a, lda, b, ldb, n);
   }
 }
 

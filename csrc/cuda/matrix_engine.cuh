@@ -67,31 +67,22 @@ static_assert([] {
 /// In float32 a row of 16 takes half of the banks: rows r and r + 4 lie in different halves, as do 2 r and 2 r + 1, and
 /// columns are exchanged by 8 in such rows that those of one half do not meet. In float64, which moves half as many
 /// lanes at a time, a row takes all banks, and columns are exchanged by 4 along columns, by 2 and 8 along rows.
-template <class T> struct TileLayout;
+template <class T> struct TileLayout {
+  static constexpr int kSize = sizeof(T);
+  static constexpr bool kHalfBanks = kSize == 4;
 
-template <> struct TileLayout<float> {
   static __device__ int at(int row, int column) {
-    return 4 * (kTile * ((row & ~1) | ((row ^ row >> 2) & 1)) + (column ^ ((row ^ row >> 2) << 2 & 8)));
+    const int place = kHalfBanks ? (row & ~1) | ((row ^ row >> 2) & 1) : row;
+    const int flip = kHalfBanks ? (row ^ row >> 2) << 2 & 8 : (row & 12) ^ (row & 1 ? 10 : 0);
+    return kSize * (kTile * place + (column ^ flip));  // multiplied inside, the sizes would cost registers
   }
   /// at(group + 8 h, 4 quad)
   static __device__ int in_row(const Lane& lane, int h) {
-    return (at(lane.group, 4 * lane.quad) ^ 4 * 8 * h) + 4 * kTile * 8 * h;
+    return (at(lane.group, 4 * lane.quad) ^ kSize * 8 * h) + kSize * kTile * 8 * h;
   }
   /// at(4 quad + i, group + 8 h)
   static __device__ int in_column(const Lane& lane, int h, int i) {
-    return (at(4 * lane.quad + i % 2, lane.group) ^ 4 * 8 * (h ^ i / 2)) + 4 * kTile * (i & 2);
-  }
-};
-
-template <> struct TileLayout<double> {
-  static __device__ int at(int row, int column) {
-    return 8 * (kTile * row + (column ^ (row & 12) ^ (row & 1 ? 10 : 0)));
-  }
-  static __device__ int in_row(const Lane& lane, int h) {
-    return (at(lane.group, 4 * lane.quad) ^ 8 * 8 * h) + 8 * kTile * 8 * h;
-  }
-  static __device__ int in_column(const Lane& lane, int h, int i) {
-    return (at(4 * lane.quad + i % 2, lane.group) ^ 8 * 8 * h) + 8 * kTile * (i & 2);
+    return (at(4 * lane.quad + i % 2, lane.group) ^ kSize * 8 * (kHalfBanks ? h ^ i / 2 : h)) + kSize * kTile * (i & 2);
   }
 };
 
@@ -366,7 +357,7 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
     for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int i = 0; i < 4; i += kPacket) {
-        // The lowest bits of a column's place in its row follow from the row, see TileLayout<double>.
+        // The lowest bits of a column's place in its row follow from the row, see TileLayout::at.
         const Packet packet = at_shared<Packet>(tile + (Layout::in_row(Lane(), h) ^ i * int(sizeof(T))));
 #pragma unroll
         for (int p = 0; p < kPacket; ++p) terms(h, i + p) = packet.value[p];
