@@ -128,19 +128,19 @@ std::vector<int64_t> output_shape(int64_t batch, int64_t channels, Output output
   return {batch, size};
 }
 
-template <class T> RootView<const T> source(const Tensor& t, Output output, int64_t channels) {
-  return {t.const_data_ptr<T>(), output, channels};
+template <class X> RootView<const X> source(const Tensor& t, Output output, int64_t channels) {
+  return {static_cast<const X*>(t.const_data_ptr()), output, channels};
 }
-template <class T> RootView<T> target(const Tensor& t, Output output, int64_t channels) {
-  return {t.mutable_data_ptr<T>(), output, channels};
+template <class X> RootView<X> target(const Tensor& t, Output output, int64_t channels) {
+  return {static_cast<X*>(t.mutable_data_ptr()), output, channels};
 }
 
 /// Null for an empty tensor.
 template <class T> const T* numbers(const Tensor& t) { return t.numel() ? t.const_data_ptr<T>() : nullptr; }
 
-/// f(X()) for the element type X of feature maps.
-template <class F> void dispatch_maps(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
+/// f(X()) for the element type X of a tensor.
+template <class F> void dispatch(const Tensor& t, const F& f) {
+  switch (t.scalar_type()) {
     case ScalarType::Double:
       return f(double());
     case ScalarType::Half:
@@ -150,12 +150,6 @@ template <class F> void dispatch_maps(const Tensor& x, const F& f) {
     default:
       return f(float());
   }
-}
-
-/// f(T()) for the element type T of matrices.
-template <class F> void dispatch_matrices(const Tensor& sigma, const F& f) {
-  if (sigma.scalar_type() == ScalarType::Double) return f(double());
-  f(float());
 }
 
 /// A matrix or vector per sample in another dtype; itself where it has that one. Small beside x.
@@ -176,8 +170,8 @@ struct Cpu {
   template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKind kind) const {
     cpu::pool_backward(task, kind);
   }
-  template <class T> void root(const RootTask<T>& task, EngineKind kind) const { cpu::root(task, kind); }
-  template <class T> void root_backward(const RootBackwardTask<T>& task, EngineKind kind) const {
+  template <class X> void root(const RootTask<X>& task, EngineKind kind) const { cpu::root(task, kind); }
+  template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind kind) const {
     cpu::root_backward(task, kind);
   }
   static int64_t workspace_size(EngineKind, const Tensor&, const Steps&, bool) { return 0; }
@@ -195,10 +189,10 @@ struct Cuda {
   template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKind) const {
     cuda::pool_backward(task, stream);
   }
-  template <class T> void root(const RootTask<T>& task, EngineKind kind) const {
+  template <class X> void root(const RootTask<X>& task, EngineKind kind) const {
     kind == EngineKind::kGrid ? cuda::grid_root(task, stream) : cuda::root(task, stream);
   }
-  template <class T> void root_backward(const RootBackwardTask<T>& task, EngineKind kind) const {
+  template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind kind) const {
     kind == EngineKind::kGrid ? cuda::grid_root_backward(task, stream) : cuda::root_backward(task, stream);
   }
   /// Elements that the engine needs beside sigma.
@@ -239,7 +233,7 @@ template <class Device> struct Engine {
     if (B == 0) return {sigma, mean, scale};
     const Tensor partial_mean = count == 1 ? mean : empty({B, count, C});
     const Tensor partial_moment = count == 1 ? sigma : empty({B, count, C, C});
-    dispatch_maps(x, [&](auto zero) {
+    dispatch(x, [&](auto zero) {
       using X = decltype(zero);
       using T = Compute<X>;
       device.pool(
@@ -255,7 +249,7 @@ template <class Device> struct Engine {
   Tensor pool_backward(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& scale) const {
     const Tensor dx = torch::stable::empty_like(x);
     if (x.size(0) == 0) return dx;
-    dispatch_maps(x, [&](auto zero) {
+    dispatch(x, [&](auto zero) {
       using X = decltype(zero);
       using T = Compute<X>;
       device.pool_backward(PoolBackwardTask<X>{feature_maps<const X>(x, x.const_data_ptr()), choice.pool_backward,
@@ -266,34 +260,40 @@ template <class Device> struct Engine {
     return dx;
   }
 
-  Tensor root(const Tensor& sigma, const Tensor& scale, const Steps& steps, Root root, Output output) const {
+  /// The result in `dtype`, of which sigma's is the compute_dtype().
+  Tensor root(const Tensor& sigma, const Tensor& scale, const Steps& steps, Root root, Output output,
+              ScalarType dtype) const {
     const int64_t B = sigma.size(0), C = sigma.size(1);
-    if (choice.forward == EngineKind::kLibrary && B > 0) return library::root(sigma, scale, steps, root, output);
-    const Tensor result = torch::stable::new_empty(sigma, output_shape(B, C, output));
+    if (choice.forward == EngineKind::kLibrary && B > 0)
+      return as(library::root(sigma, scale, steps, root, output), dtype);
+    const Tensor result = torch::stable::new_empty(sigma, output_shape(B, C, output), dtype);
     if (B == 0) return result;
     const Tensor workspace =
         torch::stable::new_empty(sigma, {device.workspace_size(choice.forward, sigma, steps, false)});
-    dispatch_matrices(sigma, [&](auto zero) {
-      using T = decltype(zero);
-      device.root(RootTask<T>{B, source<T>(sigma, Output::kMatrix, C), steps, root, target<T>(result, output, C),
+    dispatch(result, [&](auto zero) {
+      using X = decltype(zero);
+      using T = Compute<X>;
+      device.root(RootTask<X>{B, source<T>(sigma, Output::kMatrix, C), steps, root, target<X>(result, output, C),
                               numbers<T>(scale), workspace.mutable_data_ptr<T>()},
                   choice.forward);
     });
     return result;
   }
 
+  /// `grad` is contiguous; sigma's dtype is the compute_dtype() of its own.
   Tensor root_backward(const Tensor& grad, const Tensor& sigma, const Steps& steps, Root root, Output output) const {
     const int64_t B = sigma.size(0), C = sigma.size(1);
     if (choice.backward == EngineKind::kLibrary && B > 0)
-      return library::root_backward(grad, sigma, steps, root, output);
+      return library::root_backward(as(grad, sigma.scalar_type()), sigma, steps, root, output);
     const Tensor result = torch::stable::new_empty(sigma, {B, C, C});
     if (B == 0) return result;
     const Tensor workspace =
         torch::stable::new_empty(sigma, {device.workspace_size(choice.backward, sigma, steps, true)});
-    dispatch_matrices(sigma, [&](auto zero) {
-      using T = decltype(zero);
+    dispatch(grad, [&](auto zero) {
+      using X = decltype(zero);
+      using T = Compute<X>;
       device.root_backward(
-          RootBackwardTask<T>{B, source<T>(grad, output, C), source<T>(sigma, Output::kMatrix, C), steps, root,
+          RootBackwardTask<X>{B, source<X>(grad, output, C), source<T>(sigma, Output::kMatrix, C), steps, root,
                               target<T>(result, Output::kMatrix, C), workspace.mutable_data_ptr<T>()},
           choice.backward);
     });
@@ -324,7 +324,7 @@ Tensor matrix_root(const Tensor& sigma, int64_t iterations, int64_t root, double
   check_matrices(sigma);
   const Steps steps = check_steps(iterations, spectrum_floor);
   const Engine<Device> chosen(sigma, 1, check_engine(engine), steps);
-  return as(chosen.root(matrices(sigma), none(sigma), steps, check_root(root), Output::kMatrix), sigma.scalar_type());
+  return chosen.root(matrices(sigma), none(sigma), steps, check_root(root), Output::kMatrix, sigma.scalar_type());
 }
 
 template <class Device>
@@ -334,7 +334,8 @@ Tensor matrix_root_backward(const Tensor& grad, const Tensor& sigma, int64_t ite
   check_beside(grad, "grad", {sigma.size(0), sigma.size(1), sigma.size(1)}, sigma.scalar_type(), sigma);
   const Steps steps = check_steps(iterations, spectrum_floor);
   const Engine<Device> chosen(sigma, 1, check_engine(engine), steps);
-  return as(chosen.root_backward(matrices(grad), matrices(sigma), steps, check_root(root), Output::kMatrix),
+  const Tensor upstream = torch::stable::contiguous(grad);
+  return as(chosen.root_backward(upstream, matrices(sigma), steps, check_root(root), Output::kMatrix),
             sigma.scalar_type());
 }
 
@@ -346,8 +347,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cov_sqrt(const Tensor& x, int64_t ite
   const Output layout = check_output(output);
   const Engine<Device> chosen(x, positions_of(x), check_engine(engine), steps);
   const auto [sigma, mean, scale] = chosen.pool(x, true);
-  const Tensor y = chosen.root(sigma, scale, steps, Root::kSquare, layout);
-  return {wide ? y : as(y, x.scalar_type()), sigma, mean, scale};
+  const ScalarType dtype = wide ? compute_dtype(x.scalar_type()) : x.scalar_type();
+  return {chosen.root(sigma, scale, steps, Root::kSquare, layout, dtype), sigma, mean, scale};
 }
 
 template <class Device>
@@ -364,7 +365,8 @@ Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigm
   check_beside(mean, "mean", {B, C}, kept, x);
   check_beside(scale, "scale", {B}, kept, x);
   const Engine<Device> chosen(x, positions_of(x), check_engine(engine), steps);
-  const Tensor grad_sigma = chosen.root_backward(matrices(grad), matrices(sigma), steps, Root::kSquare, layout);
+  const Tensor upstream = torch::stable::contiguous(grad);
+  const Tensor grad_sigma = chosen.root_backward(upstream, matrices(sigma), steps, Root::kSquare, layout);
   return chosen.pool_backward(grad_sigma, x, matrices(mean), matrices(scale));
 }
 

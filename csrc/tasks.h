@@ -28,21 +28,23 @@ template <class X> struct PoolBackwardTask {
 };
 
 /// Sigma -> Yhat, or the inverse root; the mean is that of the square root. Sigma is that of scale x, Yhat that of x;
-/// null stands for 1.
-template <class T> struct RootTask {
+/// null stands for 1. Yhat alone is put out as X.
+template <class X, class Pointer = X*> struct RootTask {
+  using T = Compute<X>;
   int64_t batch;
   RootView<const T> sigma;
   Steps steps;
   Root root;
-  RootView<T> result;
+  RootView<X, Pointer> result;
   const T* scale = nullptr;  // [B]
   T* workspace = nullptr;    // of an engine that needs one
 };
 
-/// dL/dYhat -> dL/dSigma, symmetric.
-template <class T> struct RootBackwardTask {
+/// dL/dYhat, of X, -> dL/dSigma, symmetric.
+template <class X, class Pointer = const X*> struct RootBackwardTask {
+  using T = Compute<X>;
   int64_t batch;
-  RootView<const T> grad;
+  RootView<const X, Pointer> grad;
   RootView<const T> sigma;
   Steps steps;
   Root root;

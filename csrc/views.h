@@ -54,9 +54,9 @@ enum class Output : int { kMatrix = 0, kTriu = 1, kMean = 2 };
 ISQRT_FN int64_t triu_index(int64_t i, int64_t j, int64_t channels) { return i * channels - i * (i - 1) / 2 + (j - i); }
 
 /// The result of one batch of roots, [B, C, C], [B, C (C + 1) / 2] or [B, C], contiguous; or the upstream gradient
-/// dL/dYhat in the same layout.
-template <class T> struct RootView {
-  T* data;
+/// dL/dYhat in the same layout. Its elements are of X, and data[i] is one.
+template <class X, class Pointer = X*> struct RootView {
+  Pointer data;
   Output output;
   int64_t channels;
 

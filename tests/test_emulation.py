@@ -1,6 +1,7 @@
 """The CUDA kernels and their launchers, unchanged, run on the CPU: their results, and that every line runs."""
 
 import importlib.util
+from functools import partial
 
 import pytest
 import torch
@@ -93,12 +94,12 @@ def pool_backward(kernels, grad_sigma, x, mean, chunk, scale=NO_SCALE):
     return grad_x
 
 
-def root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False, scale=NO_SCALE):
+def root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False, scale=NO_SCALE, dtype=None):
     batch, channels = sigma.shape[:2]
     shape = {"matrix": (channels, channels), "triu": (channels * (channels + 1) // 2,), "mean": (channels,)}[output]
-    result = not_a_number(batch, *shape, dtype=sigma.dtype)
+    result = not_a_number(batch, *shape, dtype=dtype or sigma.dtype)
     codes = ROOTS.index(root_name), OUTPUTS.index(output)
-    kernels.root(name_of(sigma.dtype), array(sigma), iterations, *codes, floor, grid, array(scale), array(result))
+    kernels.root(name_of(result.dtype), array(sigma), iterations, *codes, floor, grid, array(scale), array(result))
     return result
 
 
@@ -106,7 +107,7 @@ def root_backward(kernels, grad, sigma, iterations, root_name, output, floor=0.0
     grad_sigma = torch.full_like(sigma, float("nan"))
     codes = ROOTS.index(root_name), OUTPUTS.index(output)
     kernels.root_backward(
-        name_of(sigma.dtype), array(grad.contiguous()), array(sigma), iterations, *codes, floor, grid, array(grad_sigma)
+        name_of(grad.dtype), array(grad.contiguous()), array(sigma), iterations, *codes, floor, grid, array(grad_sigma)
     )
     return grad_sigma
 
@@ -251,6 +252,21 @@ def test_pooling_reads_and_writes_every_half(kernels, dtype):
     x = torch.randn(512, 1, 64).to(dtype)
     grad_x = pool_backward(kernels, grad_sigma, x, torch.zeros(512, 1), 64)
     assert torch.equal(grad_x, (2 / 64 * grad_sigma * x.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("grid", (False, True), ids=("block", "grid"))
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_newton_schulz_of_half_results(kernels, output, grid, dtype):
+    sigma, scale = covariances(3, 33, torch.float32), torch.tensor((1.0, 2.0, 0.25))
+    for floor in (0.0, 1e-4):
+        run = partial(root, kernels, sigma, 5, "square", output, floor, grid, scale)
+        half = run(dtype=dtype)
+        assert torch.equal(half, run().to(dtype))
+        upstream = torch.randn(half.shape).to(dtype)
+        run = partial(root_backward, kernels, sigma=sigma, iterations=5, root_name="square", output=output)
+        grads = [run(grad=grad, floor=floor, grid=grid) for grad in (upstream, upstream.float())]
+        assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))

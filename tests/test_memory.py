@@ -51,6 +51,16 @@ def test_no_copy_of_x_under_autocast(device, layout, dtype):
         assert (y.dtype, slope.dtype) == (torch.float32, dtype)
 
 
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_no_copy_of_a_half_root_and_its_gradient(device, dtype):
+    x = torch.randn(4, 96, 300, device=device).to(dtype).requires_grad_()
+    y, in_forward = allocated(lambda: cov_sqrt(x), device)
+    size = y.numel() * y.element_size()
+    _, in_backward = allocated(lambda: torch.autograd.grad(y, x, torch.ones_like(y)), device)
+    assert 3 * size < in_forward < 3.2 * size  # Sigma in float32, and y
+    assert 3 * size <= in_backward - x.numel() * x.element_size() < 3.2 * size  # its gradient, and that of y
+
+
 def test_a_copy_would_be_seen(device):
     x = layouts(torch.randn(2, 8, 200, 240, device=device))["cropped"]
     size = x.numel() * x.element_size()

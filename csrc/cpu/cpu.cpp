@@ -31,25 +31,22 @@ template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKin
   run(task, ISQRT_KERNELS(level, pool_kernels<X>()).pool_backward, task.x.batch * task.chunks.count);
 }
 
-template <class T> void root(const RootTask<T>& task, EngineKind level) {
-  run(task, ISQRT_KERNELS(level, root_kernels<T>()).root, task.batch);
+template <class X> void root(const RootTask<X>& task, EngineKind level) {
+  run(task, ISQRT_KERNELS(level, root_kernels<X>()).root, task.batch);
 }
 
-template <class T> void root_backward(const RootBackwardTask<T>& task, EngineKind level) {
-  run(task, ISQRT_KERNELS(level, root_kernels<T>()).root_backward, task.batch);
+template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind level) {
+  run(task, ISQRT_KERNELS(level, root_kernels<X>()).root_backward, task.batch);
 }
 
-#define ISQRT_INSTANTIATE_POOL(X)                     \
-  template void pool(const PoolTask<X>&, EngineKind); \
-  template void pool_backward(const PoolBackwardTask<X>&, EngineKind);
-#define ISQRT_INSTANTIATE_ROOT(T)                     \
-  template void root(const RootTask<T>&, EngineKind); \
-  template void root_backward(const RootBackwardTask<T>&, EngineKind);
-ISQRT_INSTANTIATE_POOL(float)
-ISQRT_INSTANTIATE_POOL(double)
-ISQRT_INSTANTIATE_POOL(Half)
-ISQRT_INSTANTIATE_POOL(BFloat16)
-ISQRT_INSTANTIATE_ROOT(float)
-ISQRT_INSTANTIATE_ROOT(double)
+#define ISQRT_INSTANTIATE(X)                                           \
+  template void pool(const PoolTask<X>&, EngineKind);                  \
+  template void pool_backward(const PoolBackwardTask<X>&, EngineKind); \
+  template void root(const RootTask<X>&, EngineKind);                  \
+  template void root_backward(const RootBackwardTask<X>&, EngineKind);
+ISQRT_INSTANTIATE(float)
+ISQRT_INSTANTIATE(double)
+ISQRT_INSTANTIATE(Half)
+ISQRT_INSTANTIATE(BFloat16)
 
 }  // namespace isqrt::cpu

@@ -7,7 +7,7 @@ namespace isqrt::cpu {
 
 template <class X> void pool(const PoolTask<X>& task, EngineKind level);
 template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKind level);
-template <class T> void root(const RootTask<T>& task, EngineKind level);
-template <class T> void root_backward(const RootBackwardTask<T>& task, EngineKind level);
+template <class X> void root(const RootTask<X>& task, EngineKind level);
+template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind level);
 
 }  // namespace isqrt::cpu

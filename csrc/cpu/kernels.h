@@ -10,23 +10,23 @@ template <class X> struct PoolKernels {
   void (*pool_backward)(const PoolBackwardTask<X>&, int64_t begin, int64_t end);  // item: sample * chunks + chunk
 };
 
-template <class T> struct RootKernels {
-  void (*root)(const RootTask<T>&, int64_t begin, int64_t end);                   // item: sample
-  void (*root_backward)(const RootBackwardTask<T>&, int64_t begin, int64_t end);  // item: sample
+template <class X> struct RootKernels {
+  void (*root)(const RootTask<X>&, int64_t begin, int64_t end);                   // item: sample
+  void (*root_backward)(const RootBackwardTask<X>&, int64_t begin, int64_t end);  // item: sample
 };
 
 // One of each per level, in avx512.cpp, avx2.cpp and portable.cpp.
 namespace avx512 {
 template <class X> PoolKernels<X> pool_kernels();
-template <class T> RootKernels<T> root_kernels();
+template <class X> RootKernels<X> root_kernels();
 }  // namespace avx512
 namespace avx2 {
 template <class X> PoolKernels<X> pool_kernels();
-template <class T> RootKernels<T> root_kernels();
+template <class X> RootKernels<X> root_kernels();
 }  // namespace avx2
 namespace portable {
 template <class X> PoolKernels<X> pool_kernels();
-template <class T> RootKernels<T> root_kernels();
+template <class X> RootKernels<X> root_kernels();
 }  // namespace portable
 
 }  // namespace isqrt::cpu

@@ -33,10 +33,10 @@ template <class X> void pool_backward(const PoolBackwardTask<X>& task, int64_t b
 }
 
 /// Copies a root out of its padded matrix, the whole of it or its upper triangle.
-template <class T>
-void write_root(const MatrixEngine<T>& engine, const typename MatrixEngine<T>::Matrix& A, const RootView<T>& result) {
+template <class T, class X>
+void write_root(const MatrixEngine<T>& engine, const typename MatrixEngine<T>::Matrix& A, const RootView<X>& result) {
   const int64_t C = result.channels;
-  T* out = result.data;
+  X* out = result.data;
   for (int64_t i = 0; i < C; ++i) {
     const int64_t first = result.output == Output::kTriu ? i : 0;
     copy_strided(out, C, int64_t(1), engine.row(A, i) + first, C, int64_t(1), int64_t(1), C - first);
@@ -44,7 +44,8 @@ void write_root(const MatrixEngine<T>& engine, const typename MatrixEngine<T>::M
   }
 }
 
-template <class T> void root(const RootTask<T>& task, int64_t begin, int64_t end) {
+template <class X> void root(const RootTask<X>& task, int64_t begin, int64_t end) {
+  using T = Compute<X>;
   const int64_t C = task.sigma.channels;
   const Scratch<T> storage(MatrixEngine<T>::storage_size(C, task.steps.any_in_full() ? 4 : 3, 3));
   for (int64_t sample = begin; sample < end; ++sample) {
@@ -64,12 +65,26 @@ template <class T> void root(const RootTask<T>& task, int64_t begin, int64_t end
   }
 }
 
-template <class T> void root_backward(const RootBackwardTask<T>& task, int64_t begin, int64_t end) {
-  const int64_t C = task.sigma.channels;
-  const Scratch<T> storage(MatrixEngine<T>::storage_size(C, task.steps.any_in_full() ? 8 : 6, 4));
+/// A gradient as the engine reads it; of 16-bit numbers it is the copy in `buffer`.
+template <class X> RootView<const Compute<X>> in_compute_type(const RootView<const X>& grad, Compute<X>* buffer) {
+  if constexpr (std::is_same_v<X, Compute<X>>) {
+    return grad;
+  } else {
+    const int64_t size = grad.size();
+    copy_strided(buffer, size, int64_t(1), grad.data, size, int64_t(1), int64_t(1), size);
+    return {buffer, grad.output, grad.channels};
+  }
+}
+
+template <class X> void root_backward(const RootBackwardTask<X>& task, int64_t begin, int64_t end) {
+  using T = Compute<X>;
+  const int64_t C = task.sigma.channels, copy = std::is_same_v<X, T> ? 0 : task.grad.size();
+  const int64_t size = MatrixEngine<T>::storage_size(C, task.steps.any_in_full() ? 8 : 6, 4);
+  const Scratch<T> storage(size + copy);
   for (int64_t sample = begin; sample < end; ++sample) {
     MatrixEngine<T> e(C, storage.get());
-    const auto sigma = task.sigma.sample(sample), grad = task.grad.sample(sample);
+    const auto sigma = task.sigma.sample(sample);
+    const auto grad = in_compute_type(task.grad.sample(sample), storage.get() + size);
     const auto gradient = grad.output == Output::kMean ? matrix_root_mean_backward(e, sigma, grad, task.steps, C)
                                                        : matrix_root_backward(e, sigma, grad, task.steps, task.root);
     write_root(e, gradient, task.grad_sigma.sample(sample));
@@ -77,7 +92,7 @@ template <class T> void root_backward(const RootBackwardTask<T>& task, int64_t b
 }
 
 template <class X> PoolKernels<X> pool_kernels() { return {pool<X>, merge<X>, pool_backward<X>}; }
-template <class T> RootKernels<T> root_kernels() { return {root<T>, root_backward<T>}; }
+template <class X> RootKernels<X> root_kernels() { return {root<X>, root_backward<X>}; }
 
 template PoolKernels<float> pool_kernels();
 template PoolKernels<double> pool_kernels();
@@ -85,5 +100,7 @@ template PoolKernels<Half> pool_kernels();
 template PoolKernels<BFloat16> pool_kernels();
 template RootKernels<float> root_kernels();
 template RootKernels<double> root_kernels();
+template RootKernels<Half> root_kernels();
+template RootKernels<BFloat16> root_kernels();
 
 }  // namespace isqrt::cpu::ISQRT_LEVEL

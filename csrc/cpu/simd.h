@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "half.h"
 

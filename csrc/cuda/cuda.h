@@ -10,12 +10,12 @@ namespace isqrt::cuda {
 /// CUDA's own message where a launch fails.
 template <class X> void pool(const PoolTask<X>& task, void* stream);
 template <class X> void pool_backward(const PoolBackwardTask<X>& task, void* stream);
-template <class T> void root(const RootTask<T>& task, void* stream);
-template <class T> void root_backward(const RootBackwardTask<T>& task, void* stream);
+template <class X> void root(const RootTask<X>& task, void* stream);
+template <class X> void root_backward(const RootBackwardTask<X>& task, void* stream);
 
 /// The same of matrices in global memory, with the workspace of the task: so many elements.
-template <class T> void grid_root(const RootTask<T>& task, void* stream);
-template <class T> void grid_root_backward(const RootBackwardTask<T>& task, void* stream);
+template <class X> void grid_root(const RootTask<X>& task, void* stream);
+template <class X> void grid_root_backward(const RootBackwardTask<X>& task, void* stream);
 int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_size, bool backward, bool in_full);
 
 /// Shared memory in bytes that one block needs for root or root_backward of a C x C matrix, with or without steps in

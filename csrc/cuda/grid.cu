@@ -29,7 +29,9 @@ void for_each_slice(const Task& task, int64_t channels, int matrices, const F& f
 
 }  // namespace
 
-template <class T> void grid_root(const RootTask<T>& task, void* stream) {
+template <class X> void grid_root(const RootTask<X>& own, void* stream) {
+  using T = Compute<X>;
+  const auto task = with_elements(own);
   const int count = matrices(false, task.steps.any_in_full());
   for_each_slice<T>(task, task.sigma.channels, count, [&](const GridShape& shape, int64_t first) {
     GridEngine<T> e(shape, count, task.workspace, stream);
@@ -38,7 +40,9 @@ template <class T> void grid_root(const RootTask<T>& task, void* stream) {
   });
 }
 
-template <class T> void grid_root_backward(const RootBackwardTask<T>& task, void* stream) {
+template <class X> void grid_root_backward(const RootBackwardTask<X>& own, void* stream) {
+  using T = Compute<X>;
+  const auto task = with_elements(own);
   const int count = matrices(true, task.steps.any_in_full());
   for_each_slice<T>(task, task.sigma.channels, count, [&](const GridShape& shape, int64_t first) {
     GridEngine<T> e(shape, count, task.workspace, stream);
@@ -55,7 +59,11 @@ int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_siz
 
 template void grid_root(const RootTask<float>&, void*);
 template void grid_root(const RootTask<double>&, void*);
+template void grid_root(const RootTask<Half>&, void*);
+template void grid_root(const RootTask<BFloat16>&, void*);
 template void grid_root_backward(const RootBackwardTask<float>&, void*);
 template void grid_root_backward(const RootBackwardTask<double>&, void*);
+template void grid_root_backward(const RootBackwardTask<Half>&, void*);
+template void grid_root_backward(const RootBackwardTask<BFloat16>&, void*);
 
 }  // namespace isqrt::cuda

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "../tasks.h"
+#include "number.cuh"
 #include "panel.cuh"
 
 namespace isqrt::cuda {
@@ -136,12 +136,12 @@ template <class T> struct GridFactor {
 };
 
 /// A = sym(source), padded with zeros.
-template <class T> struct GridLoad {
+template <class T, class Source> struct GridLoad {
   T* A;
-  RootView<const T> source;
+  Source source;
   __device__ void operator()(const GridShape& shape, int64_t sample, int64_t i, int64_t j) const {
     const bool inside = i < shape.channels && j < shape.channels;
-    const RootView<const T> from = source.sample(sample);
+    const auto from = source.sample(sample);
     A[sample * shape.size() + i * shape.pitch + j] = !inside  ? T(0)
                                                      : i <= j ? from.symmetric(i, j)
                                                               : from.symmetric(j, i);
@@ -162,23 +162,22 @@ template <class T> struct GridAffine {
 };
 
 /// A / divisor copied out, or its upper triangle, or the means of its columns.
-template <class T> struct GridWrite {
-  RootView<T> result;
+template <class T, class Result> struct GridWrite {
+  Result result;
   const T* A;
   GridFactor<T> divisor;
   __device__ void operator()(const GridShape& shape, int64_t sample, int64_t i, int64_t j) const {
     const int64_t C = shape.channels;
-    if (i >= C || j >= C) return;
-    const T* from = A + sample * shape.size() + j;
-    T* to = result.sample(sample).data;
-    const T s = divisor(sample);
-    if (result.output == Output::kMatrix) to[i * C + j] = from[i * shape.pitch] / s;
-    if (result.output == Output::kTriu && i <= j) to[triu_index(i, j, C)] = from[i * shape.pitch] / s;
-    if (result.output == Output::kMean && i == 0) {
-      T sum = 0;
-      for (int64_t k = 0; k < C; ++k) sum += from[k * shape.pitch];
-      to[j] = sum / T(C) / s;
+    const bool upper = result.output == Output::kTriu, mean = result.output == Output::kMean;
+    if (i >= C || j >= C || (upper && i > j) || (mean && i > 0)) return;
+    const T* column = A + sample * shape.size() + j;
+    T value = column[i * shape.pitch];
+    if (mean) {
+      for (int64_t k = 1; k < C; ++k) value += column[k * shape.pitch];
+      value /= T(C);
     }
+    const int64_t at = upper ? triu_index(i, j, C) : i * C + j;
+    store_number(result.sample(sample).data + at, value / divisor(sample));
   }
 };
 
@@ -197,12 +196,12 @@ template <class T> struct GridTrace {
     return sum;
   }
 };
-template <class T> struct GridInner {
-  RootView<const T> source;
+template <class T, class Source> struct GridInner {
+  Source source;
   const T* A;
   GridFactor<T> factor;
   __device__ T operator()(const GridShape& shape, int64_t sample) const {
-    const RootView<const T> from = source.sample(sample);
+    const auto from = source.sample(sample);
     const T f = factor(sample);
     T sum = 0;
     for (int64_t i = threadIdx.x / kWarp; i < shape.channels; i += blockDim.x / kWarp)
@@ -278,15 +277,17 @@ template <class T> class GridEngine {
 
   Matrix matrix() const { return {}; }
 
-  void load(Matrix& A, const RootView<const T>& source) {
+  template <class Source> void load(Matrix& A, const Source& source) {
     if (!A.data) A.data = A.transpose = take();
-    elements("load", GridLoad<T>{A.data, source});
+    elements("load", GridLoad<T, Source>{A.data, source});
   }
   Scalar trace(const Matrix& A) { return sum("trace", GridTrace<T>{A.data}); }
-  Scalar inner(const RootView<const T>& source, const Matrix& A) { return inner(source, A, number(nullptr)); }
-  Scalar inner(const RootView<const T>& source, const Matrix& A, const Scalar& factor) {
+  template <class Source> Scalar inner(const Source& source, const Matrix& A) {
+    return inner(source, A, number(nullptr));
+  }
+  template <class Source> Scalar inner(const Source& source, const Matrix& A, const Scalar& factor) {
     flush();
-    return sum("inner", GridInner<T>{source, A.data, factor.factor});
+    return sum("inner", GridInner<T, Source>{source, A.data, factor.factor});
   }
 
   /// The numbers of a batch, 1 where null.
@@ -317,9 +318,9 @@ template <class T> class GridEngine {
     return enqueue(D, E, {0, 0, nullptr, {A1.data, A2.data}, {B1.data, B2.data}, T(0), T(1), 2}, in_full);
   }
 
-  void write(const Matrix& A, const RootView<T>& result, const Scalar& divisor) {
+  template <class Result> void write(const Matrix& A, const Result& result, const Scalar& divisor) {
     flush();
-    elements("write", GridWrite<T>{result, A.data, divisor.factor});
+    elements("write", GridWrite<T, Result>{result, A.data, divisor.factor});
   }
 
   /// What the operators of Scalar do.

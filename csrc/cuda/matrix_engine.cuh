@@ -11,6 +11,7 @@
 #pragma once
 #include "../normalization.h"
 #include "block.cuh"
+#include "number.cuh"
 #include "tensor.cuh"
 
 namespace isqrt::cuda {
@@ -200,12 +201,12 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
   }
 
   /// Copies factor u out.
-  __device__ void write(Column u, const RootView<T>& result, T factor = 1) const {
-    for (int i = threadIdx.x; i < channels_; i += blockDim.x) result.data[i] = factor * element(u, i);
+  template <class Result> __device__ void write(Column u, const Result& result, T factor = 1) const {
+    for (int i = threadIdx.x; i < channels_; i += blockDim.x) store_number(result.data + i, factor * element(u, i));
   }
 
   /// The means of the columns of factor A.
-  __device__ void write_means(Matrix A, const RootView<T>& result, T factor) const {
+  template <class Result> __device__ void write_means(Matrix A, const Result& result, T factor) const {
     const Column u{columns()};
     sums(u, A);
     add(u, T(1) / T(channels_), T(0), u);
@@ -213,12 +214,12 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
   }
 
   /// The whole of factor A, or its upper triangle; neighbouring threads write neighbouring elements.
-  __device__ void write(Matrix A, const RootView<T>& result, T factor = 1) const {
+  template <class Result> __device__ void write(Matrix A, const Result& result, T factor = 1) const {
     const bool upper = result.output == Output::kTriu;
     for (int i = threadIdx.x / kWarp; i < channels_; i += blockDim.x / kWarp) {
-      T* row = result.data + (upper ? triu_index(i, i, channels_) - i : int64_t(i) * channels_);
+      const auto row = result.data + (upper ? triu_index(i, i, channels_) - i : int64_t(i) * channels_);
       for (int j = threadIdx.x % kWarp; j < channels_; j += kWarp)
-        if (!upper || j >= i) row[j] = factor * element(A, i, j);
+        if (!upper || j >= i) store_number(row + j, factor * element(A, i, j));
     }
   }
 

@@ -1,9 +1,12 @@
-// Reading and writing elements of feature maps. To 16 bits they are rounded to nearest, ties to even.
+// Reading and writing elements in memory. To 16 bits they are rounded to nearest, ties to even.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
-#include "../views.h"
+#include <type_traits>
+
+#include "../tasks.h"
 
 namespace isqrt::cuda {
 
@@ -16,5 +19,63 @@ __device__ inline void store_number(float* to, float x) { *to = x; }
 __device__ inline void store_number(double* to, double x) { *to = x; }
 __device__ inline void store_number(Half* to, float x) { to->bits = __half_as_ushort(__float2half_rn(x)); }
 __device__ inline void store_number(BFloat16* to, float x) { to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+
+/// A pointer to elements that are computed as T, const or not, and may lie in memory as 16 bits. The kernels of roots
+/// read and write few of them: they are told which, where those of pooling are compiled for each.
+template <class T> class Elements {
+  template <class X> using Like = std::conditional_t<std::is_const_v<T>, const X, X>;
+
+ public:
+  template <class X> explicit Elements(X* data) : data_(data), kind_(kind(data)) {}
+
+  ISQRT_FN Elements operator+(int64_t n) const {
+    Elements moved = *this;
+    moved.data_ = reinterpret_cast<Like<char>*>(data_) + n * (kind_ == kOwn ? int64_t(sizeof(T)) : 2);
+    return moved;
+  }
+  __device__ std::remove_const_t<T> operator[](int64_t i) const {
+    if constexpr (sizeof(T) == 4) {
+      if (kind_ == kHalf) return to_number(static_cast<Like<Half>*>(data_)[i]);
+      if (kind_ == kBFloat16) return to_number(static_cast<Like<BFloat16>*>(data_)[i]);
+    }
+    return static_cast<T*>(data_)[i];
+  }
+  __device__ void store(T x) const {
+    if constexpr (sizeof(T) == 4) {
+      if (kind_ == kHalf) return store_number(static_cast<Half*>(data_), x);
+      if (kind_ == kBFloat16) return store_number(static_cast<BFloat16*>(data_), x);
+    }
+    *static_cast<T*>(data_) = x;
+  }
+
+ private:
+  enum Kind { kOwn, kHalf, kBFloat16 };
+  static Kind kind(const std::remove_const_t<T>*) { return kOwn; }
+  static Kind kind(const Half*) { return kHalf; }
+  static Kind kind(const BFloat16*) { return kBFloat16; }
+
+  Like<void>* data_;
+  Kind kind_;
+};
+
+template <class T> __device__ inline void store_number(const Elements<T>& to, T x) { to.store(x); }
+
+/// A task as the kernels take it.
+template <class X, class T = Compute<X>> RootTask<T, Elements<T>> with_elements(const RootTask<X>& task) {
+  return {task.batch,
+          task.sigma,
+          task.steps,
+          task.root,
+          {Elements<T>(task.result.data), task.result.output, task.result.channels},
+          task.scale,
+          task.workspace};
+}
+template <class X, class T = Compute<X>>
+RootBackwardTask<T, Elements<const T>> with_elements(const RootBackwardTask<X>& task) {
+  return {task.batch,    {Elements<const T>(task.grad.data), task.grad.output, task.grad.channels},
+          task.sigma,    task.steps,
+          task.root,     task.grad_sigma,
+          task.workspace};
+}
 
 }  // namespace isqrt::cuda

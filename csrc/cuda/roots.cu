@@ -27,7 +27,7 @@ constexpr int most_threads(int channels) {
 
 template <class T, int kSlots, Variant kVariant>
 __global__ void __launch_bounds__(most_threads(kMostChannels<T, false, kVariant>), 1)
-    root_kernel(const RootTask<T> task) {
+    root_kernel(const RootTask<T, Elements<T>> task) {
   const int64_t C = task.sigma.channels;
   MatrixEngine<T, kSlots, kVariant == Variant::kInFull> e{int(C)};
   const auto sigma = task.sigma.sample(blockIdx.x);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(most_threads(kMostChannels<T, false, kVariant>
 
 template <class T, int kSlots, Variant kVariant>
 __global__ void __launch_bounds__(most_threads(kMostChannels<T, true, kVariant>), 1)
-    root_backward_kernel(const RootBackwardTask<T> task) {
+    root_backward_kernel(const RootBackwardTask<T, Elements<const T>> task) {
   const int64_t C = task.sigma.channels;
   MatrixEngine<T, kSlots, kVariant == Variant::kInFull> e{int(C)};
   const auto sigma = task.sigma.sample(blockIdx.x);
@@ -80,24 +80,32 @@ void launch_blocks(const char* name, const Choose& choose, int64_t channels, boo
 
 }  // namespace
 
-template <class T> void root(const RootTask<T>& task, void* stream) {
+template <class X> void root(const RootTask<X>& task, void* stream) {
+  using T = Compute<X>;
   const int64_t C = task.sigma.channels;
   const auto choose = [](auto slots, auto variant) { return root_kernel<T, slots, variant>; };
   launch_blocks<kMostSlots<T, false>>("root", choose, C, task.result.output == Output::kMean,
-                                      root_shared_bytes(C, sizeof(T), false, task.steps.any_in_full()), stream, task);
+                                      root_shared_bytes(C, sizeof(T), false, task.steps.any_in_full()), stream,
+                                      with_elements(task));
 }
 
-template <class T> void root_backward(const RootBackwardTask<T>& task, void* stream) {
+template <class X> void root_backward(const RootBackwardTask<X>& task, void* stream) {
+  using T = Compute<X>;
   const int64_t C = task.sigma.channels;
   const auto choose = [](auto slots, auto variant) { return root_backward_kernel<T, slots, variant>; };
   launch_blocks<kMostSlots<T, true>>("root_backward", choose, C, task.grad.output == Output::kMean,
-                                     root_shared_bytes(C, sizeof(T), true, task.steps.any_in_full()), stream, task);
+                                     root_shared_bytes(C, sizeof(T), true, task.steps.any_in_full()), stream,
+                                     with_elements(task));
 }
 
 template void root(const RootTask<float>&, void*);
 template void root(const RootTask<double>&, void*);
+template void root(const RootTask<Half>&, void*);
+template void root(const RootTask<BFloat16>&, void*);
 template void root_backward(const RootBackwardTask<float>&, void*);
 template void root_backward(const RootBackwardTask<double>&, void*);
+template void root_backward(const RootBackwardTask<Half>&, void*);
+template void root_backward(const RootBackwardTask<BFloat16>&, void*);
 
 int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full) {
   const int count = matrices(backward, in_full);

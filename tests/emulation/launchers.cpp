@@ -41,15 +41,12 @@ Chunks chunks(const Array& x, int64_t chunk) {
 }
 
 /// f(X()) for the element type X of that name.
-template <class F> void dispatch_matrix(const std::string& dtype, const F& f) {
+template <class F> void dispatch(const std::string& dtype, const F& f) {
   if (dtype == "float32") return f(float());
   if (dtype == "float64") return f(double());
-  throw std::invalid_argument("dtype: " + dtype);
-}
-template <class F> void dispatch(const std::string& dtype, const F& f) {
   if (dtype == "float16") return f(Half());
   if (dtype == "bfloat16") return f(BFloat16());
-  dispatch_matrix(dtype, f);
+  throw std::invalid_argument("dtype: " + dtype);
 }
 
 }  // namespace
@@ -87,16 +84,17 @@ void pool_backward(const std::string& dtype, const Array& grad_sigma, const Arra
 
 void root(const std::string& dtype, const Array& sigma, int iterations, int root, int output, double floor, bool grid,
           const Array& scale, const Array& result) {
-  dispatch_matrix(dtype, [&](auto zero) {
-    using T = decltype(zero);
+  dispatch(dtype, [&](auto zero) {
+    using X = decltype(zero);
+    using T = Compute<X>;
     const int64_t B = sigma.shape[0], C = sigma.shape[1];
     const Steps steps = choose_steps(iterations, floor);
     std::vector<T> workspace(grid ? cuda::grid_workspace_size(B, C, sizeof(T), false, steps.any_in_full()) : 0, T(NAN));
-    const RootTask<T> task{B,
+    const RootTask<X> task{B,
                            {contiguous<const T>(sigma), Output::kMatrix, C},
                            steps,
                            static_cast<Root>(root),
-                           {contiguous<T>(result), static_cast<Output>(output), C},
+                           {contiguous<X>(result), static_cast<Output>(output), C},
                            numbers<const T>(scale),
                            workspace.data()};
     grid ? cuda::grid_root(task, nullptr) : cuda::root(task, nullptr);
@@ -105,13 +103,14 @@ void root(const std::string& dtype, const Array& sigma, int iterations, int root
 
 void root_backward(const std::string& dtype, const Array& grad, const Array& sigma, int iterations, int root,
                    int output, double floor, bool grid, const Array& grad_sigma) {
-  dispatch_matrix(dtype, [&](auto zero) {
-    using T = decltype(zero);
+  dispatch(dtype, [&](auto zero) {
+    using X = decltype(zero);
+    using T = Compute<X>;
     const int64_t B = sigma.shape[0], C = sigma.shape[1];
     const Steps steps = choose_steps(iterations, floor);
     std::vector<T> workspace(grid ? cuda::grid_workspace_size(B, C, sizeof(T), true, steps.any_in_full()) : 0, T(NAN));
-    const RootBackwardTask<T> task{B,
-                                   {contiguous<const T>(grad), static_cast<Output>(output), C},
+    const RootBackwardTask<X> task{B,
+                                   {contiguous<const X>(grad), static_cast<Output>(output), C},
                                    {contiguous<const T>(sigma), Output::kMatrix, C},
                                    steps,
                                    static_cast<Root>(root),

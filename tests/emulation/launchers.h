@@ -15,10 +15,11 @@ struct Array {
   int64_t shape[4], strides[4];
 };
 
-// `dtype` names the type of x's elements, or of the matrices'. Feature maps are (B, C, H, W) or (B, C, M) with any
-// strides; everything else is contiguous, matrices (B, C, C). `chunk` is the number of positions in a chunk; `output`
-// and `root` are the enumerations of views.h and newton_schulz.h, and steps are tuned for `floor` where that is not 0.
-// `grid` chooses between the engine of the whole device and that of a block. An empty `scale` is not wanted, or 1.
+// `dtype` names the type of the elements of x, of a result or of its upstream gradient. Feature maps are (B, C, H, W)
+// or (B, C, M) with any strides; everything else is contiguous, matrices (B, C, C). `chunk` is the number of positions
+// in a chunk; `output` and `root` are the enumerations of views.h and newton_schulz.h, and steps are tuned for `floor`
+// where that is not 0. `grid` chooses between the engine of the whole device and that of a block. An empty `scale` is
+// not wanted, or 1.
 void pool(const std::string& dtype, const Array& x, int64_t chunk, const Array& sigma, const Array& mean,
           const Array& scale);
 void pool_backward(const std::string& dtype, const Array& grad_sigma, const Array& x, const Array& mean,
