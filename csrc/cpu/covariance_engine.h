@@ -21,9 +21,9 @@ inline void for_each_run(const FeatureMaps<T>& x, int64_t m, int64_t n, const Vi
   }
 }
 
-/// The cache lines of the tile after this one, in rows of contiguous positions. The hardware does not foresee where
-/// they lie, and all at once are more than it can wait for: they are asked for a few at a time, between products, and
-/// come into the second level, for the first one holds this tile.
+/// The cache lines of the tile after this one, in rows of contiguous positions or channels. The hardware does not
+/// foresee where they lie, and all at once are more than it can wait for: they are asked for a few at a time, between
+/// products, and come into the second level, for the first one holds this tile.
 template <class X> class Ahead {
   static constexpr int64_t kLine = 64 / sizeof(X);
 
@@ -31,9 +31,11 @@ template <class X> class Ahead {
   Ahead() = default;
 
   /// Of up to n positions of a sample from m on. None where they are no rows.
-  Ahead(const FeatureMaps<const X>& x, const X* sample, int64_t m, int64_t n)
-      : row_(sample + x.offset(m)), stride_(x.stride_c), length_(minimum(n, x.positions() - m)) {
-    if (x.stride_w == 1 && x.height == 1 && length_ > 0) rows_ = x.channels;
+  Ahead(const FeatureMaps<const X>& x, const X* sample, int64_t m, int64_t n) : row_(sample + x.offset(m)) {
+    n = minimum(n, x.positions() - m);
+    if (x.height != 1 || n <= 0) return;
+    if (x.stride_w == 1) stride_ = x.stride_c, length_ = n, rows_ = x.channels;
+    if (x.stride_c == 1) stride_ = x.stride_w, length_ = x.channels, rows_ = n;
   }
 
   /// The next few lines.
@@ -137,27 +139,24 @@ template <class X> class PoolEngine {
     const bool along_positions = x_.stride_w == 1, along_channels = stride_c == 1;
     const int64_t vector_channels = along_positions || along_channels ? x_.channels / W * W : 0;
     const int64_t vector_run = along_positions ? run / W * W : along_channels ? run : 0;
-    for (int64_t c = 0; c < vector_channels; c += W) {
+    if (along_channels) {
+      int64_t c = 0;
+      for (; c + 4 * W <= vector_channels; c += 4 * W) load_columns<4>(tile, x, c, run);
+      for (; c < vector_channels; c += W) load_columns<1>(tile, x, c, run);
+    }
+    for (int64_t c = 0; along_positions && c < vector_channels; c += W) {
       const Vector<T> mean = load_vector(mean_ + c);
       Vector<T> sum = {};
-      if (along_positions) {
-        for (int64_t r = 0; r < vector_run; r += W) {
-          Vector<T> rows[W];
+      for (int64_t r = 0; r < vector_run; r += W) {
+        Vector<T> rows[W];
 #pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) rows[i] = load_vector(x + (c + i) * stride_c + r);
-          transpose<T>(rows);
+        for (int i = 0; i < W; ++i) rows[i] = load_vector(x + (c + i) * stride_c + r);
+        transpose<T>(rows);
 #pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) {
-            const Vector<T> value = rows[i] - mean;
-            sum += value;
-            store_vector(tile + (r + i) * ld + c, value);
-          }
-        }
-      } else {
-        for (int64_t r = 0; r < vector_run; ++r) {
-          const Vector<T> value = load_vector(x + r * x_.stride_w + c) - mean;
+        for (int i = 0; i < W; ++i) {
+          const Vector<T> value = rows[i] - mean;
           sum += value;
-          store_vector(tile + r * ld_ + c, value);
+          store_vector(tile + (r + i) * ld + c, value);
         }
       }
       store_vector(delta_ + c, load_vector(delta_ + c) + sum);
@@ -168,6 +167,26 @@ template <class X> class PoolEngine {
         delta_[c] += value;
         tile[r * ld_ + c] = value;
       }
+  }
+
+  /// kVectors vectors of contiguous channels from c on, of each position of a run.
+  template <int kVectors> void load_columns(T* tile, const X* x, int64_t c, int64_t run) const {
+    const int64_t ld = ld_, stride = x_.stride_w;
+    Vector<T> mean[kVectors], sum[kVectors] = {};
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) mean[v] = load_vector(mean_ + c + v * S::kWidth);
+    for (int64_t r = 0; r < run; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const Vector<T> value = load_vector(x + r * stride + c + v * S::kWidth) - mean[v];
+        sum[v] += value;
+        store_vector(tile + r * ld + c + v * S::kWidth, value);
+      }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      T* delta = delta_ + c + v * S::kWidth;
+      store_vector(delta, load_vector(delta) + sum[v]);
+    }
   }
 
   FeatureMaps<const X> x_;
@@ -302,47 +321,59 @@ template <class X> class PoolBackwardEngine {
 
   void load_centered(int64_t m, int64_t n) {  // tile: [channel, position]
     ahead_ = Ahead<X>(x_, sample_, m + n, tile_positions_);
-    if (x_.stride_w == 1)
-      return for_each_run(x_, m, n,
-                          [&](int64_t offset, int64_t r, int64_t run) { load_rows(tile_ + r, sample_ + offset, run); });
-    for_each_run(x_, m, n, [&](int64_t offset, int64_t r, int64_t run) {
-      copy_strided(tile_ + r, ld_tile_, int64_t(1), sample_ + offset, x_.stride_c, x_.stride_w, x_.channels, run);
-    });
-    for (int64_t c = 0; c < x_.channels; ++c)
-      for (int64_t r = 0; r < n; r += S::kWidth)
-        store_vector(tile_ + c * ld_tile_ + r, scale_ * load_vector(tile_ + c * ld_tile_ + r) - scale_ * mean_[c]);
+    for_each_run(x_, m, n, [&](int64_t offset, int64_t r, int64_t run) { load_run(tile_ + r, sample_ + offset, run); });
   }
 
   void store_gradient(int64_t m, int64_t n) {
-    // Whole tiles go straight to rows of dX; others, and other layouts, by way of a buffer.
-    if (dx_.stride_w == 1 && dx_.height == 1 && x_.channels % S::kRows == 0 && n % S::kColumns == 0)
-      return multiply(n, gradient_ + dx_.offset(m), dx_.stride_c);
-    multiply(n, result_, ld_tile_);
+    const int64_t C = x_.channels;
+    X* target = gradient_ + dx_.offset(m);
+    // Whole tiles go straight to dX: to its rows of positions W tile, to those of channels tile' W, W being symmetric.
+    // Others, and other layouts, go by way of a buffer.
+    if (dx_.height == 1 && dx_.stride_w == 1 && C % S::kRows == 0 && n % S::kColumns == 0)
+      return multiply(weight_, ld_, C, tile_, ld_tile_, n, target, dx_.stride_c);
+    if (dx_.height == 1 && dx_.stride_c == 1 && n % S::kRows == 0 && C % S::kColumns == 0)
+      return multiply(tile_, ld_tile_, n, weight_, ld_, C, target, dx_.stride_w);
+    multiply(weight_, ld_, C, tile_, ld_tile_, n, result_, ld_tile_);
     for_each_run(dx_, m, n, [&](int64_t offset, int64_t r, int64_t run) {
       copy_strided(gradient_ + offset, dx_.stride_c, dx_.stride_w, static_cast<const T*>(result_ + r), ld_tile_,
-                   int64_t(1), x_.channels, run);
+                   int64_t(1), C, run);
     });
   }
 
  private:
-  /// One run of contiguous positions, less the mean, times the scale: as one multiplication with addition.
-  void load_rows(T* tile, const X* x, int64_t run) const {
-    constexpr int64_t W = S::kWidth;
-    for (int64_t c = 0; c < x_.channels; ++c, tile += ld_tile_, x += x_.stride_c) {
+  /// One run of positions, less the mean, times the scale: as one multiplication with addition.
+  void load_run(T* tile, const X* x, int64_t run) const {
+    constexpr int W = S::kWidth;
+    const int64_t C = x_.channels, ld = ld_tile_, stride_c = x_.stride_c, stride_w = x_.stride_w;
+    const int64_t vector_run = run / W * W, transposed = stride_c == 1 && stride_w != 1 ? C / W * W : 0;
+    for (int64_t r = 0; transposed && r < vector_run; r += W)
+      for (int64_t c = 0; c < transposed; c += W) {
+        Vector<T> rows[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) rows[i] = load_vector(x + (r + i) * stride_w + c);
+        transpose<T>(rows);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) store_vector(tile + (c + i) * ld + r, scale_ * rows[i] - scale_ * mean_[c + i]);
+      }
+    for (int64_t c = 0; c < C; ++c) {
       const T mean = scale_ * mean_[c];
-      int64_t r = 0;
-      for (; r + W <= run; r += W) store_vector(tile + r, scale_ * load_vector(x + r) - mean);
-      for (; r < run; ++r) tile[r] = scale_ * to_number(x[r]) - mean;
+      int64_t r = c < transposed ? vector_run : 0;
+      if (stride_w == 1)
+        for (; r < vector_run; r += W)
+          store_vector(tile + c * ld + r, scale_ * load_vector(x + c * stride_c + r) - mean);
+      for (; r < run; ++r) tile[c * ld + r] = scale_ * to_number(x[c * stride_c + r * stride_w]) - mean;
     }
   }
 
-  /// target = W tile, whole register tiles.
-  template <class To> void multiply(int64_t n, To* target, int64_t ld) {
-    for (int64_t j = 0; j < n; j += S::kColumns)
-      for (int64_t i = 0; i < x_.channels; i += S::kRows) {
+  /// target = A' B in whole register tiles; both factors have a row for each channel.
+  template <class To>
+  void multiply(const T* A, int64_t ld_A, int64_t rows, const T* B, int64_t ld_B, int64_t columns, To* target,
+                int64_t ld) {
+    for (int64_t j = 0; j < columns; j += S::kColumns)
+      for (int64_t i = 0; i < rows; i += S::kRows) {
         Tile<T> product;
         ahead_.ask_for();
-        multiply_add(product, weight_ + i, ld_, tile_ + j, ld_tile_, x_.channels);
+        multiply_add(product, A + i, ld_A, B + j, ld_B, x_.channels);
 #pragma GCC unroll 16
         for (int r = 0; r < S::kRows; ++r)
 #pragma GCC unroll 4
