@@ -5,7 +5,8 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma")
+#include <immintrin.h>
+#pragma GCC target("avx2,fma,f16c")
 #define ISQRT_LEVEL avx2
 #define ISQRT_VECTOR_BYTES 32
 #define ISQRT_TILE_ROWS 4

@@ -5,6 +5,7 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #define ISQRT_LEVEL avx512
 #define ISQRT_VECTOR_BYTES 64

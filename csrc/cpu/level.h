@@ -67,7 +67,7 @@ template <class X> void root(const RootTask<X>& task, int64_t begin, int64_t end
 
 /// A gradient as the engine reads it; of 16-bit numbers it is the copy in `buffer`.
 template <class X> RootView<const Compute<X>> in_compute_type(const RootView<const X>& grad, Compute<X>* buffer) {
-  if constexpr (std::is_same_v<X, Compute<X>>) {
+  if constexpr (sizeof(X) == sizeof(Compute<X>)) {
     return grad;
   } else {
     const int64_t size = grad.size();
@@ -78,7 +78,7 @@ template <class X> RootView<const Compute<X>> in_compute_type(const RootView<con
 
 template <class X> void root_backward(const RootBackwardTask<X>& task, int64_t begin, int64_t end) {
   using T = Compute<X>;
-  const int64_t C = task.sigma.channels, copy = std::is_same_v<X, T> ? 0 : task.grad.size();
+  const int64_t C = task.sigma.channels, copy = sizeof(X) == sizeof(T) ? 0 : task.grad.size();
   const int64_t size = MatrixEngine<T>::storage_size(C, task.steps.any_in_full() ? 8 : 6, 4);
   const Scratch<T> storage(size + copy);
   for (int64_t sample = begin; sample < end; ++sample) {
