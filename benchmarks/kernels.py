@@ -45,13 +45,17 @@ class Expectation:
         return re.fullmatch(self.kernel, kernel) is not None and sass.number(architecture) >= self.since
 
 
+# Kernels are launched before those before them have finished, and wait.
+WAITING_SINCE = 90
+
 PRODUCTS = r"(root|root_backward|pool|pool_backward|product)<.*"
 EXPECTATIONS = (
     Expectation(PRODUCTS, "tensor", 80, "products run on tensor cores, in float32 as three of tf32"),
+    Expectation(r".*", "wait", WAITING_SINCE, "kernels may still run whose results it reads"),
     Expectation(r"(pool|pool_backward|product)<.*", "LDGSTS", 80, "operands are copied while others are multiplied"),
 )
 # Each of these is a fault, except for the kernels listed here: (kernel, heading) with the reason.
-FORBIDDEN = ("stack", "local", "LDL + STL", "generic")
+FORBIDDEN = ("stack", "local", "LDL + STL", "generic", "before wait")
 EXCUSED: dict[tuple[str, str], str] = {}
 
 Row = dict[str, str]  # by heading
@@ -78,6 +82,7 @@ def instruction_rows(kernels: list[sass.Kernel]) -> Rows:
             "LDL + STL": str(k.counts["LDL"] + k.counts["STL"]),
             **{f"{opcode} 128-bit": wide(k, opcode) for opcode in sass.MEMORY},
             **{name: str(k.counts[name]) for name in sass.COUNTED if name not in ("LDL", "STL")},
+            "before wait": str(k.counts["before wait"] if sass.number(k.architecture) >= WAITING_SINCE else 0),
         }
     return rows
 
@@ -181,8 +186,9 @@ Written by `python benchmarks/kernels.py --write`; CI fails where a build is wor
 Compiled by {{compiler}}. `shared` is static shared memory, from sm_90 on with 1024 bytes of the system's; what a launch
 asks for comes on top. `16 of 139` are instructions of 128 bits among all of that name. `LDL + STL` are spills and other
 local memory, `generic` accesses whose address space nvcc could not tell, `tensor` all instructions of the tensor cores,
-`LDSM` loads of their operands, `LDGSTS` and `bulk` asynchronous copies. Columns of zeros are left out. Instructions are
-counted where they stand, not how often they run.
+`LDSM` loads of their operands, `LDGSTS` and `bulk` asynchronous copies, `wait` where a kernel waits for those before it
+and `before wait` what it does in global memory earlier. Columns of zeros are left out. Instructions are counted where
+they stand, not how often they run.
 """
 ACCESS_INTRODUCTION = f"""
 ## {TOTALS}

@@ -27,7 +27,10 @@ COUNTED = {
     "SHFL": r"SHFL",
     "BAR": r"BAR",
     "cluster": r"UCGABAR_ARV|UCGABAR_WAIT",  # barrier.cluster
+    "wait": r"ACQBULK",  # griddepcontrol.wait
 }
+# Whatever uses global memory, among them generic accesses.
+GLOBAL = re.compile(r"LDG\w*|STG|LD|ST|ATOMG?|REDG?|UBLKCP|UTMALDG|UTMASTG")
 DTYPES = {"BFloat16": "bfloat16", "Half": "float16", "float": "float32", "double": "float64"}
 
 _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)((?:\.\w+)*)")
@@ -147,6 +150,8 @@ def count(kernel: Kernel, opcode: str, suffixes: list[str]) -> None:
     kernel.instructions += opcode != "NOP"
     if opcode in MEMORY:
         kernel.counts[opcode, next((bits for bits in map(_bits, suffixes) if bits), 32)] += 1
+    if GLOBAL.fullmatch(opcode) and not kernel.counts["wait"]:
+        kernel.counts["before wait"] += 1
     for name, pattern in _COUNTED.items():
         kernel.counts[name] += pattern.fullmatch(opcode) is not None
 

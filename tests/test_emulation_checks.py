@@ -85,6 +85,7 @@ FAULTS = (
     ("missing_lane", "plain", None),
     ("matrix_missing_lane", "plain", None),
     ("between_blocks", "thread", None),
+    ("unordered_kernel", "plain", "without having waited for the kernels before it"),
     # Bounds, alignment, what was never written
     ("global_bounds", "address", None),
     ("dynamic_bounds", "address", None),

@@ -57,6 +57,7 @@ arch = sm_90
 \t.headerflags\t@"EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
         /*0000*/                   LDC R1, c[0x0][0x28] ;                         /* 0x00000a00ff017b82 */
                                                                                   /* 0x000fe20000000800 */
+        /*0008*/                   ACQBULK ;                                      /* 0x000000000000782e */
         /*0010*/              @!P0 LDG.E.U16 R5, desc[UR16][R6.64] ;              /* 0x0000001006058981 */
         /*0020*/                   LDG.E.128.CONSTANT R8, desc[UR16][R6.64] ;     /* 0x0000001006087981 */
         /*0030*/                   LDS.128 R12, [R3] ;                            /* 0x00000000030c7984 */
@@ -87,11 +88,11 @@ def pool():
 
 def test_what_cuobjdump_prints_is_read(pool):
     assert (pool.registers, pool.stack, pool.shared, pool.local, pool.barriers) == (80, 16, 1024, 8, 2)
-    assert pool.instructions == 12
+    assert pool.instructions == 13
     counted = {name: number for name, number in pool.counts.items() if number}
     assert counted == {
         ("LDG", 16): 1, ("LDG", 128): 1, ("LDS", 128): 1, ("LDS", 64): 1, ("STS", 32): 1,
-        "tensor": 1, "FFMA": 1, "LDGSTS": 1, "STL": 1, "generic": 1, "BAR": 1,
+        "tensor": 1, "FFMA": 1, "LDGSTS": 1, "STL": 1, "generic": 1, "BAR": 1, "wait": 1,
     }  # fmt: skip
 
 
@@ -100,6 +101,13 @@ def test_instructions_of_tensor_cores(opcode):
     kernel = sass.Kernel("pool", "sm_90")
     sass.count(kernel, opcode, ["16816", "F32"])
     assert kernel.counts["tensor"] == 1
+
+
+def test_what_comes_before_the_wait_is_counted():
+    kernel = sass.Kernel("pool", "sm_90")
+    for opcode in ("LDC", "LDS", "LDG", "STG", "LDGSTS", "ACQBULK", "LDG", "STG"):
+        sass.count(kernel, opcode, ["E"])
+    assert (kernel.counts["before wait"], kernel.counts["wait"]) == (3, 1)
 
 
 def test_names_are_what_a_reader_knows():
@@ -127,7 +135,7 @@ def test_rules(pool, monkeypatch):
         worse["sm_90", "pool<float32>"] |= changes
         return kernels.instruction_faults(good, worse)
 
-    for heading in ("stack", "local", "LDL + STL", "generic"):
+    for heading in ("stack", "local", "LDL + STL", "generic", "before wait"):
         assert faults(**{heading: "8"}) == [f"pool<float32> on sm_90: {heading} is 8 and must be 0"]
     excused = {("pool<float32>", "generic"): "reads another block's shared memory"}
     monkeypatch.setattr(kernels, "EXCUSED", excused)
@@ -139,6 +147,7 @@ def test_rules(pool, monkeypatch):
     assert faults(registers="88") == []
     assert "89 registers, 80 on the page (margin 8)" in faults(registers="89")[0]
     assert "wide accesses lost" in faults(**{"LDG 128-bit": "1 of 3"})[0]
+    assert "no wait (kernels may still run" in faults(wait="0")[0]
     for name, why in (("tensor", "products run"), ("LDGSTS", "operands are copied")):
         expected, lost = faults(**{name: "0"})
         assert f"no {name} ({why}" in expected and f"no {name} instruction left" in lost

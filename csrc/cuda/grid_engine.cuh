@@ -136,9 +136,9 @@ template <class T> struct GridFactor {
 };
 
 /// A = sym(source), padded with zeros.
-template <class T, class Source> struct GridLoad {
+template <class T, class Pointer> struct GridLoad {
   T* A;
-  Source source;
+  RootView<const T, Pointer> source;
   __device__ void operator()(const GridShape& shape, int64_t sample, int64_t i, int64_t j) const {
     const bool inside = i < shape.channels && j < shape.channels;
     const auto from = source.sample(sample);
@@ -162,8 +162,8 @@ template <class T> struct GridAffine {
 };
 
 /// A / divisor copied out, or its upper triangle, or the means of its columns.
-template <class T, class Result> struct GridWrite {
-  Result result;
+template <class T, class Pointer> struct GridWrite {
+  RootView<T, Pointer> result;
   const T* A;
   GridFactor<T> divisor;
   __device__ void operator()(const GridShape& shape, int64_t sample, int64_t i, int64_t j) const {
@@ -182,6 +182,7 @@ template <class T, class Result> struct GridWrite {
 };
 
 template <class F> __global__ void __launch_bounds__(kPanelThreads) elements_kernel(const F f, const GridShape shape) {
+  wait_for_kernels_before();
   const int64_t element = int64_t(blockIdx.x) * kPanelThreads + threadIdx.x, row = element / shape.pitch;
   if (row < shape.batch * shape.pitch) f(shape, row / shape.pitch, row % shape.pitch, element % shape.pitch);
 }
@@ -196,8 +197,8 @@ template <class T> struct GridTrace {
     return sum;
   }
 };
-template <class T, class Source> struct GridInner {
-  Source source;
+template <class T, class Pointer> struct GridInner {
+  RootView<const T, Pointer> source;
   const T* A;
   GridFactor<T> factor;
   __device__ T operator()(const GridShape& shape, int64_t sample) const {
@@ -213,6 +214,7 @@ template <class T, class Source> struct GridInner {
 
 template <class F, class T>
 __global__ void __launch_bounds__(kPanelThreads) sum_kernel(const F f, const GridShape shape, T* sums) {
+  wait_for_kernels_before();
   const T sum = block_sum(f(shape, blockIdx.x), shared_memory<T>());
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
@@ -222,6 +224,7 @@ enum class ScalarOp { kMultiply, kDivide, kSubtract, kSquareRoot, kNonzero };
 template <class T>
 __global__ void __launch_bounds__(kPanelThreads)
     scalar_kernel(ScalarOp op, int64_t batch, T* to, GridFactor<T> a, GridFactor<T> b) {
+  wait_for_kernels_before();
   const int64_t sample = int64_t(blockIdx.x) * kPanelThreads + threadIdx.x;
   if (sample >= batch) return;
   const T x = a(sample), y = b(sample);
@@ -235,6 +238,7 @@ __global__ void __launch_bounds__(kPanelThreads)
 template <class T>
 __global__ void __launch_bounds__(kPanelThreads, sizeof(T) == 8 ? 1 : 2)
     product_kernel(const GridProducts<T> products, const GridShape shape, int64_t pairs) {
+  wait_for_kernels_before();
   const int64_t pair = blockIdx.x % pairs, number = blockIdx.x / pairs % products.count,
                 sample = blockIdx.x / pairs / products.count;
   int64_t J = 0;
@@ -277,17 +281,18 @@ template <class T> class GridEngine {
 
   Matrix matrix() const { return {}; }
 
-  template <class Source> void load(Matrix& A, const Source& source) {
+  template <class Pointer> void load(Matrix& A, const RootView<const T, Pointer>& source) {
     if (!A.data) A.data = A.transpose = take();
-    elements("load", GridLoad<T, Source>{A.data, source});
+    elements("load", GridLoad<T, Pointer>{A.data, source});
   }
   Scalar trace(const Matrix& A) { return sum("trace", GridTrace<T>{A.data}); }
-  template <class Source> Scalar inner(const Source& source, const Matrix& A) {
+  template <class Pointer> Scalar inner(const RootView<const T, Pointer>& source, const Matrix& A) {
     return inner(source, A, number(nullptr));
   }
-  template <class Source> Scalar inner(const Source& source, const Matrix& A, const Scalar& factor) {
+  template <class Pointer>
+  Scalar inner(const RootView<const T, Pointer>& source, const Matrix& A, const Scalar& factor) {
     flush();
-    return sum("inner", GridInner<T, Source>{source, A.data, factor.factor});
+    return sum("inner", GridInner<T, Pointer>{source, A.data, factor.factor});
   }
 
   /// The numbers of a batch, 1 where null.
@@ -318,9 +323,9 @@ template <class T> class GridEngine {
     return enqueue(D, E, {0, 0, nullptr, {A1.data, A2.data}, {B1.data, B2.data}, T(0), T(1), 2}, in_full);
   }
 
-  template <class Result> void write(const Matrix& A, const Result& result, const Scalar& divisor) {
+  template <class Pointer> void write(const Matrix& A, const RootView<T, Pointer>& result, const Scalar& divisor) {
     flush();
-    elements("write", GridWrite<T, Result>{result, A.data, divisor.factor});
+    elements("write", GridWrite<T, Pointer>{result, A.data, divisor.factor});
   }
 
   /// What the operators of Scalar do.

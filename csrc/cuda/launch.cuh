@@ -45,22 +45,38 @@ inline void check(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-/// Enqueues kernel(arguments...) with that many blocks; nothing for 0. `name` is what an error message calls it.
+/// Whether a kernel may be brought to the multiprocessors while those before it still run: its code is of sm_90 or
+/// later, where wait_for_kernels_before() does wait, and the driver can record such launches in graphs.
+inline bool may_come_early(const void* kernel, const char* name) {
+  constexpr int kSm90 = 90, kCuda12_3 = 12030;
+  cudaFuncAttributes attributes = {};
+  int driver = 0;
+  check(cudaFuncGetAttributes(&attributes, kernel), name);
+  check(cudaDriverGetVersion(&driver), name);
+  return attributes.ptxVersion >= kSm90 && driver >= kCuda12_3;
+}
+
+/// Enqueues kernel(arguments...) with that many blocks; nothing for 0. `name` is what an error message calls it. Each
+/// kernel begins with wait_for_kernels_before().
 template <class... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
             void* stream, const std::type_identity_t<Parameters>&... arguments) {
   constexpr int64_t kMaxBlocks = 0x7fffffff, kSharedBytesByDefault = 48 * 1024;
   if (blocks == 0) return;
   if (blocks > kMaxBlocks) throw std::runtime_error(std::string(name) + ": more blocks than a grid can have");
+  const void* code = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > kSharedBytesByDefault)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               int(shared_bytes)),
-          name);
+    check(cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(unsigned(threads));
   config.dynamicSmemBytes = size_t(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early;
+  config.numAttrs = may_come_early(code, name) ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 

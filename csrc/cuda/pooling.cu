@@ -28,6 +28,7 @@ struct BlockOfTriangle {
 
 template <class X, bool kPositionsInRows>
 __global__ void __launch_bounds__(kPanelThreads, kBlocks<X>) pool_kernel(const PoolTask<X> task, int64_t tiles) {
+  wait_for_kernels_before();
   const BlockOfTriangle block(tiles, task.chunks.count);
   const int64_t C = task.x.channels, part = block.sample * task.chunks.count + block.chunk;
   const int64_t first = task.chunks.first(block.chunk), last = task.chunks.last(block.chunk);
@@ -38,6 +39,7 @@ __global__ void __launch_bounds__(kPanelThreads, kBlocks<X>) pool_kernel(const P
 
 template <class X>
 __global__ void __launch_bounds__(MergeEngine<X>::kThreads) merge_kernel(const PoolTask<X> task, int64_t tiles) {
+  wait_for_kernels_before();
   const BlockOfTriangle block(tiles, 1);
   MergeEngine<X> engine(task, block.sample, block.I, block.J);
   merge_covariances(engine, task.chunks);
@@ -45,6 +47,7 @@ __global__ void __launch_bounds__(MergeEngine<X>::kThreads) merge_kernel(const P
 
 template <class X>
 __global__ void __launch_bounds__(RescueEngine<X>::kThreads, 1) rescue_kernel(const PoolTask<X> task) {
+  wait_for_kernels_before();
   RescueEngine<X> engine(task, blockIdx.x);
   rescue_covariance<X>(engine);
 }
@@ -52,6 +55,7 @@ __global__ void __launch_bounds__(RescueEngine<X>::kThreads, 1) rescue_kernel(co
 template <class X, bool kPositionsInRows>
 __global__ void __launch_bounds__(kPanelThreads, kBlocks<X>)
     pool_backward_kernel(const PoolBackwardTask<X> task, int64_t tiles) {
+  wait_for_kernels_before();
   const int64_t block = blockIdx.x, chunk = block / tiles % task.chunks.count;
   const int64_t first = task.chunks.first(chunk), last = task.chunks.last(chunk);
   PoolBackwardEngine<X, kPositionsInRows> engine(task, block / tiles / task.chunks.count, block % tiles, first, last);

@@ -41,6 +41,16 @@ template <class Word> __device__ __forceinline__ Word opaque(Word i) {
   return i;
 }
 
+// ---- kernels after kernels ------------------------------------------------------------------------------------------
+
+/// griddepcontrol.wait and griddepcontrol.launch_dependents, the first thing that a kernel does: all kernels before it
+/// have finished, and what they wrote is seen; the next one may come to the multiprocessors, where it waits here. See
+/// launch().
+__device__ __forceinline__ void wait_for_kernels_before([[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90(asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" :: : "memory"), (void)0,
+                 emulation::wait_for_kernels_before(caller));
+}
+
 // ---- tensor cores ---------------------------------------------------------------------------------------------------
 
 /// cvt.rna.tf32.f32: the nearest number with 10 bits of mantissa, ties away from zero.

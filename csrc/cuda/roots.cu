@@ -28,6 +28,7 @@ constexpr int most_threads(int channels) {
 template <class T, int kSlots, Variant kVariant>
 __global__ void __launch_bounds__(most_threads(kMostChannels<T, false, kVariant>), 1)
     root_kernel(const RootTask<T, Elements<T>> task) {
+  wait_for_kernels_before();
   const int64_t C = task.sigma.channels;
   MatrixEngine<T, kSlots, kVariant == Variant::kInFull> e{int(C)};
   const auto sigma = task.sigma.sample(blockIdx.x);
@@ -47,6 +48,7 @@ __global__ void __launch_bounds__(most_threads(kMostChannels<T, false, kVariant>
 template <class T, int kSlots, Variant kVariant>
 __global__ void __launch_bounds__(most_threads(kMostChannels<T, true, kVariant>), 1)
     root_backward_kernel(const RootBackwardTask<T, Elements<const T>> task) {
+  wait_for_kernels_before();
   const int64_t C = task.sigma.channels;
   MatrixEngine<T, kSlots, kVariant == Variant::kInFull> e{int(C)};
   const auto sigma = task.sigma.sample(blockIdx.x);

@@ -25,14 +25,18 @@ std::map<const void*, Allowed> allowed;
 uint64_t volume(const dim3& d) { return uint64_t(d.x) * d.y * d.z; }
 }  // namespace
 
-cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel, unsigned& cluster_size) {
+cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel, LaunchShape& shape) {
   const dim3 &grid = config.gridDim, &block = config.blockDim;
   if (volume(block) == 0 || volume(block) > 1024 || volume(grid) == 0) return remember(cudaErrorInvalidConfiguration);
   if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) return remember(cudaErrorInvalidConfiguration);
   const Allowed& limits = allowed[kernel];
   if (config.dynamicSmemBytes > limits.shared_bytes) return remember(cudaErrorInvalidValue);
-  cluster_size = 1;
-  for (unsigned a = 0; a < config.numAttrs; ++a)
+  shape = {grid, block, config.dynamicSmemBytes};
+  for (unsigned a = 0; a < config.numAttrs; ++a) {
+    if (config.attrs[a].id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+      shape.early = config.attrs[a].val.programmaticStreamSerializationAllowed != 0;
+      if (shape.early && options.capability_major < 9) throw std::logic_error("no device before sm_90 can do that");
+    }
     if (config.attrs[a].id == cudaLaunchAttributeClusterDimension) {
       const auto& dim = config.attrs[a].val.clusterDim;
       const uint64_t blocks = uint64_t(dim.x) * dim.y * dim.z;
@@ -41,8 +45,9 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel, u
       if (blocks == 0 || blocks > (limits.large_clusters ? kLargestCluster : kPortableCluster))
         return remember(cudaErrorInvalidClusterSize);
       if (grid.x % dim.x != 0) return remember(cudaErrorInvalidConfiguration);
-      cluster_size = unsigned(blocks);
+      shape.cluster_size = unsigned(blocks);
     }
+  }
   return cudaSuccess;
 }
 
@@ -89,6 +94,15 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
       allowed[kernel].large_clusters = value != 0;
       break;
   }
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = 10 * emulation::options.capability_major + emulation::options.capability_minor;
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
   return cudaSuccess;
 }
 

@@ -30,6 +30,15 @@ constexpr int kWarp = 32, kThreads = 128, kSharedBytes = 32 * 1024;
 
 __global__ void opaque_kernel(const int* x, int* y) { y[threadIdx.x] = opaque(x[threadIdx.x]); }
 
+/// y = 1 + x backwards, of the whole grid; a block takes the longer the higher its number.
+__global__ void follower_kernel(const int* x, int* y) {
+  wait_for_kernels_before();
+  const unsigned at = blockIdx.x * kThreads + threadIdx.x;
+  int value = 0;
+  for (unsigned turn = 0; turn <= 8 * blockIdx.x; ++turn) value = opaque(x[gridDim.x * kThreads - 1 - at]);
+  y[at] = value + 1;
+}
+
 __global__ void round_kernel(const float* x, uint32_t* y) { y[threadIdx.x] = to_tf32(x[threadIdx.x]); }
 
 enum class Kind { kTf32, kF16, kBf16 };
@@ -202,6 +211,22 @@ bool check_opaque() {
   return run(opaque_kernel, x, kThreads, kThreads) == x;
 }
 
+/// One kernel after the other, each of which needs all blocks of the one before.
+bool check_kernels_in_a_row() {
+  constexpr int kKernels = 8, kBlocks = 32;
+  const std::vector<int> x = counting<int>(kBlocks * kThreads);
+  const DeviceArray<int> a(x), b(x);
+  for (int number = 0; number < kKernels; ++number) {
+    const DeviceArray<int>&from = number % 2 ? b : a, &to = number % 2 ? a : b;
+    launch("follower", follower_kernel, kBlocks, kThreads, 0, nullptr, from.get(), to.get());
+  }
+  check(cudaDeviceSynchronize(), "kernel");
+  const std::vector<int> y = a.values();
+  for (size_t i = 0; i < x.size(); ++i)
+    if (y[i] != x[i] + kKernels) return false;
+  return true;
+}
+
 bool check_to_tf32() {
   std::vector<float> x = {0.0f, -0.0f, 1.0f, 1.0f + 0x1p-11f, -1.0f - 0x1p-11f, 1.0f + 3 * 0x1p-11f, 0x1p-130f, 3e38f};
   while (x.size() < kThreads) x.push_back(std::ldexp(float(int32_t(generator())), int(generator() % 200) - 120));
@@ -345,6 +370,7 @@ struct Check {
 
 const Check kChecks[] = {
     {"opaque", 8, check_opaque},
+    {"wait_for_kernels_before", 8, check_kernels_in_a_row},
     {"to_tf32", 8, check_to_tf32},
     {"mma_tf32", 8, check_mma<Kind::kTf32, uint32_t>},
     {"mma_f16", 8, check_mma<Kind::kF16, uint16_t>},

@@ -47,8 +47,14 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// Runs body() once for each thread of the grid.
-void run(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster_size, const std::function<void()>& body);
+/// Runs body() once for each thread of the grid. A kernel that comes early has to wait for those before it.
+struct LaunchShape {
+  dim3 grid, block;
+  size_t shared_bytes;
+  unsigned cluster_size = 1;
+  bool early = false;
+};
+void run(const LaunchShape& shape, const std::function<void()>& body);
 
 // ---- for the headers that stand in for CUDA's -----------------------------------------------------------------------
 
@@ -96,7 +102,10 @@ using Slots = unsigned char[32][kSlotBytes];
 const Slots& gather(uint32_t mask, const void* value, unsigned bytes, bool orders_memory, const Site& site,
                     void (*complete)(Slots&) = nullptr);
 
-// The bodies of csrc/cuda/ptx.cuh, which says what they are: tensor cores,
+// The bodies of csrc/cuda/ptx.cuh, which says what they are: kernels after kernels,
+void wait_for_kernels_before(const Caller& caller);
+
+// tensor cores,
 uint32_t to_tf32(float x);
 void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Caller& caller);
 void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Caller& caller);

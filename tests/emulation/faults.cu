@@ -87,6 +87,11 @@ template <bool kFault> __global__ void early_return(float* y) {
   __syncthreads();  // fault: early_return
 }
 
+template <bool kFault> __global__ void unordered_kernel(float* y) {
+  if (!kFault || threadIdx.x % 2) wait_for_kernels_before();
+  y[threadIdx.x] = 1;
+}
+
 template <bool kFault> __global__ void missing_lane(float* y) {
   float value = 1;
   if (!kFault || threadIdx.x % 32 < 16) value = __shfl_xor_sync(kAllLanes, value, 1);  // fault: missing_lane
@@ -295,6 +300,13 @@ std::vector<float> run(unsigned blocks, unsigned cluster, void (*kernel)(float*,
   return y;
 }
 
+/// As the launchers do it.
+template <class... Parameters> std::vector<float> run_early(void (*kernel)(float*, Parameters...)) {
+  std::vector<float> y(kThreads);
+  launch("kernel", kernel, 1, kThreads, 0, nullptr, y.data());
+  return y;
+}
+
 template <bool kFault> std::map<std::string, std::function<std::vector<float>()>> kernels() {
   static const std::vector<float> x(kThreads, 1.0f);
   const float* data = x.data();
@@ -309,6 +321,7 @@ template <bool kFault> std::map<std::string, std::function<std::vector<float>()>
       {"uninitialised", [] { return run(1, 1, uninitialised<kFault>); }},
       {"divergent_barrier", [] { return run(1, 1, divergent_barrier<kFault>); }},
       {"early_return", [] { return run(1, 1, early_return<kFault>); }},
+      {"unordered_kernel", [] { return run_early(unordered_kernel<kFault>); }},
       {"missing_lane", [] { return run(1, 1, missing_lane<kFault>); }},
       {"matrix_missing_lane", [] { return run(1, 1, matrix_missing_lane<kFault>); }},
       {"matrix_misaligned", [] { return run(1, 1, matrix_misaligned<kFault>); }},

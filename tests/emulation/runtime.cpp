@@ -124,6 +124,8 @@ void finish_thread() {
   Thread* me = launch.running;
   Block& block = *me->block;
   Cluster& cluster = *launch.cluster;
+  if (launch.early && !me->waited_for_kernels)
+    stop([&] { return describe(*me) + " returned without having waited for the kernels before it"; });
   me->done = true;
   --block.running;
   --cluster.running;
@@ -231,19 +233,21 @@ std::vector<unsigned> order_of_clusters(unsigned count) {
 
 }  // namespace
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster_size, const std::function<void()>& body) {
+void run(const LaunchShape& shape, const std::function<void()>& body) {
   const Quiet quiet;
-  gridDim = grid;
-  blockDim = block;
+  const unsigned cluster_size = shape.cluster_size;
+  gridDim = shape.grid;
+  blockDim = shape.block;
   launch.body = &body;
-  launch.shared_bytes = shared_bytes;
+  launch.shared_bytes = shape.shared_bytes;
+  launch.early = shape.early;
   launch.error.clear();
   launch.error_at = nullptr;
   launch.random = options.seed * 0x9E3779B97F4A7C15u | 1;
   launch.fruitless = 0;
   describe_main_fiber(launch.main);
   std::vector<char*> kept;
-  for (const unsigned c : order_of_clusters(grid.x * grid.y * grid.z / cluster_size)) {
+  for (const unsigned c : order_of_clusters(gridDim.x * gridDim.y * gridDim.z / cluster_size)) {
     reset_static_shared();
     Cluster cluster;
     cluster.blocks.resize(cluster_size);
@@ -272,6 +276,9 @@ void fail_at(const std::string& message, const void* instruction) {
 }
 
 // ---- waiting --------------------------------------------------------------------------------------------------------
+
+/// They have run, but nobody should rely on that.
+void wait_for_kernels_before(const Caller&) { launch.running->waited_for_kernels = true; }
 
 void leave(bool last) {
   Thread* to = next_thread();

@@ -34,6 +34,7 @@ struct Thread {
   uint64_t place = 0;   // in the order of all threads of the cluster
   Block* block = nullptr;
   bool done = false;
+  bool waited_for_kernels = false;
   const Site* waits_at = nullptr;
   bool arrived_at_cluster = false;  // in that generation of the cluster's barrier
   unsigned cluster_generation = 0;
@@ -82,6 +83,7 @@ struct Cluster {
 struct Launch {
   const std::function<void()>* body = nullptr;
   size_t shared_bytes = 0;
+  bool early = false;
   Cluster* cluster = nullptr;
   Thread* running = nullptr;
   Fiber main;

@@ -157,7 +157,10 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6
+};
 
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -165,7 +168,12 @@ struct cudaLaunchAttribute {
     struct {
       unsigned x, y, z;
     } clusterDim;
+    int programmaticStreamSerializationAllowed;
   } val;
+};
+
+struct cudaFuncAttributes {
+  int ptxVersion;
 };
 
 struct cudaLaunchConfig_t {
@@ -184,20 +192,21 @@ cudaError_t cudaFree(void* memory);
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
 cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
+cudaError_t cudaDriverGetVersion(int* version);
 
 namespace emulation {
-/// What CUDA would say to a launch of that shape, before anything runs. Sets the number of blocks in a cluster.
-cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel, unsigned& cluster_size);
+/// What CUDA would say to a launch, before anything runs, and its shape.
+cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel, LaunchShape& shape);
 }  // namespace emulation
 
 /// Returns once the kernel has run.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  unsigned cluster_size = 1;
-  const cudaError_t status = emulation::check_launch(*config, reinterpret_cast<const void*>(kernel), cluster_size);
+  emulation::LaunchShape shape;
+  const cudaError_t status = emulation::check_launch(*config, reinterpret_cast<const void*>(kernel), shape);
   if (status != cudaSuccess) return status;
-  emulation::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, cluster_size,
-                 [&] { kernel(static_cast<Parameters>(arguments)...); });
+  emulation::run(shape, [&] { kernel(static_cast<Parameters>(arguments)...); });
   return cudaSuccess;
 }
