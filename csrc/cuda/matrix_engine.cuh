@@ -123,7 +123,7 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
   }
 
   template <class Source> __device__ void load(Matrix A, const Source& source) const {
-    for_own_tiles([&](const Place& own, int) {
+    for_own_tiles([&](const Place& own) {
       WarpTile<T> tile;
       tile.for_each([&](T& a, int r, int c) { a = symmetric(source, own.i(r), own.j(c)); });
       write_tile(A, own, tile);
@@ -133,7 +133,7 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
 
   __device__ T trace(Matrix A) const {
     T sum = 0;
-    for_own_tiles([&](const Place& own, int) {
+    for_own_tiles([&](const Place& own) {
       if (own.I != own.J) return;
       WarpTile<T> tile = read_tile(A, own);
       tile.for_each([&](T a, int r, int c) { sum += r == c ? a : T(0); });
@@ -144,7 +144,7 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
   /// <factor sym(source), A>
   template <class Source> __device__ T inner(const Source& source, Matrix A, T factor = 1) const {
     T sum = 0;
-    for_own_tiles([&](const Place& own, int) {
+    for_own_tiles([&](const Place& own) {
       const T times = own.I < own.J ? 2 : 1;  // tile (J, I) is not stored
       WarpTile<T> tile = read_tile(A, own);
       tile.for_each([&](T a, int r, int c) { sum += times * (factor * symmetric(source, own.i(r), own.j(c)) * a); });
@@ -289,13 +289,24 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
     return i <= j ? source.symmetric(i, j) : source.symmetric(j, i);
   }
 
-  /// f(own, s) for this warp's tiles, the s-th one in slot s. The compiler shall not remember where they are: kept in
-  /// registers, all the addresses that follow would stay there throughout the kernel, at the expense of the products.
-  template <class F> __device__ __forceinline__ void for_own_tiles(const F& f) const {
+  /// f(own, s) for this warp's tiles, the s-th one in slot s: for results in registers. The compiler shall not remember
+  /// where they are: kept in registers, all the addresses that follow would stay there throughout the kernel, at the
+  /// expense of the products.
+  template <class F> __device__ __forceinline__ void for_slots(const F& f) const {
     Place own{opaque(first_.I), opaque(first_.J)};
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
       if (s < count_) f(own, s);
+      own = own.next();
+    }
+  }
+  /// f(own) for each of them, one after the other: what runs once is not worth its instructions' way to the
+  /// multiprocessor several times.
+  template <class F> __device__ __forceinline__ void for_own_tiles(const F& f) const {
+    Place own{opaque(first_.I), opaque(first_.J)};
+#pragma unroll 1
+    for (int s = 0; s < count_; ++s) {
+      f(own);
       own = own.next();
     }
   }
@@ -332,7 +343,7 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
 
   /// D = f(A, i, j) elementwise.
   template <class F> __device__ __forceinline__ void map(Matrix D, Matrix A, const F& f) const {
-    for_own_tiles([&](const Place& own, int) {
+    for_own_tiles([&](const Place& own) {
       WarpTile<T> result = read_tile(A, own);
       result.for_each([&](T& a, int r, int c) { a = f(a, own.i(r), own.j(c)); });
       __syncwarp();  // D may be A, and on the diagonal other lanes' elements are written
@@ -428,7 +439,7 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
   /// The same in all of this warp's tiles: kSlots, or one less. In the kernels that need the most registers one by one.
   __device__ __forceinline__ void multiply(Accumulator<T> (&sum)[kSlots], Matrix A, Matrix B) const {
     if constexpr (kInFull)
-      for_own_tiles([&](const Place& own, int s) { multiply_tiles<1>(sum + s, A, B, own); });
+      for_slots([&](const Place& own, int s) { multiply_tiles<1>(sum + s, A, B, own); });
     else if (count_ == kSlots)
       multiply_tiles<kSlots>(sum, A, B, first_);
     else
@@ -443,7 +454,7 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
 #pragma unroll 1
     for (int term = 0; term < terms; ++term) multiply(sum, term == 0 ? A1 : A2, term == 0 ? B1 : B2);
     WarpTile<T> result[kSlots];
-    for_own_tiles([&](const Place& own, int s) {
+    for_slots([&](const Place& own, int s) {
       result[s] = sum[s].total();
       if constexpr (kAddD) {
         const WarpTile<T> previous = read_tile(D, own);
@@ -453,7 +464,7 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
       }
     });
     __syncthreads();  // D may be an operand
-    for_own_tiles([&](const Place& own, int s) { write_tile(D, own, result[s]); });
+    for_slots([&](const Place& own, int s) { write_tile(D, own, result[s]); });
     __syncthreads();
   }
 
