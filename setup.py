@@ -92,10 +92,19 @@ def main():
         def get_tag(self):
             return ("py3", "none", super().get_tag()[2])
 
+    class Build(cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)):
+        def build_extensions(self):
+            # torch lets nvcc tell which headers a source has read only where torch has CUDA itself.
+            newest = max(header.stat().st_mtime for header in Path("csrc").rglob("*.*h"))
+            for compiled in Path(self.build_temp, "csrc", "cuda").glob("*.o"):
+                if compiled.stat().st_mtime < newest:
+                    compiled.unlink()
+            super().build_extensions()
+
     setup(
         ext_modules=[extension(cpp_extension)],
         cmdclass={
-            "build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True),
+            "build_ext": Build,
             "bdist_wheel": PlatformWheel,
         },
     )
