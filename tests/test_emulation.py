@@ -184,7 +184,8 @@ def test_newton_schulz_matches_reference(kernels, channels, dtype):
     sigma = covariances(2, channels, dtype)
     if not fits(kernels, sigma, backward=False):
         pytest.skip("does not fit into a block's shared memory")
-    for number, iterations in enumerate((1, 2, 3, 5)):
+    # What few steps leave out is left out whatever the size.
+    for number, iterations in enumerate((1, 2, 3, 5) if channels < 100 else (2, 5)):
         check_root(kernels, sigma, iterations, "square", OUTPUTS[(number + channels) % 3])
     check_root(kernels, sigma, 2, "inverse", "matrix")
 
@@ -258,15 +259,13 @@ def test_pooling_reads_and_writes_every_half(kernels, dtype):
 @pytest.mark.parametrize("grid", (False, True), ids=("block", "grid"))
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_newton_schulz_of_half_results(kernels, output, grid, dtype):
-    sigma, scale = covariances(3, 33, torch.float32), torch.tensor((1.0, 2.0, 0.25))
-    for floor in (0.0, 1e-4):
-        run = partial(root, kernels, sigma, 5, "square", output, floor, grid, scale)
-        half = run(dtype=dtype)
-        assert torch.equal(half, run().to(dtype))
-        upstream = torch.randn(half.shape).to(dtype)
-        run = partial(root_backward, kernels, sigma=sigma, iterations=5, root_name="square", output=output)
-        grads = [run(grad=grad, floor=floor, grid=grid) for grad in (upstream, upstream.float())]
-        assert torch.equal(*grads)
+    sigma, scale = covariances(2, 20, torch.float32), torch.tensor((1.0, 0.25))
+    run = partial(root, kernels, sigma, 2, "square", output, grid=grid, scale=scale)
+    half = run(dtype=dtype)
+    assert torch.equal(half, run().to(dtype))
+    upstream = torch.randn(half.shape).to(dtype)
+    grads = [root_backward(kernels, g, sigma, 2, "square", output, grid=grid) for g in (upstream, upstream.float())]
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
