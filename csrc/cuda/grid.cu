@@ -27,11 +27,7 @@ void for_each_slice(const Task& task, int64_t channels, int matrices, const F& f
     f(GridShape(std::min(samples, task.batch - first), channels), first);
 }
 
-}  // namespace
-
-template <class X> void grid_root(const RootTask<X>& own, void* stream) {
-  using T = Compute<X>;
-  const auto task = with_elements(own);
+template <class T> void launch_root(const RootTask<T, Elements<T>>& task, void* stream) {
   const int count = matrices(false, task.steps.any_in_full());
   for_each_slice<T>(task, task.sigma.channels, count, [&](const GridShape& shape, int64_t first) {
     GridEngine<T> e(shape, count, task.workspace, stream);
@@ -40,15 +36,20 @@ template <class X> void grid_root(const RootTask<X>& own, void* stream) {
   });
 }
 
-template <class X> void grid_root_backward(const RootBackwardTask<X>& own, void* stream) {
-  using T = Compute<X>;
-  const auto task = with_elements(own);
+template <class T> void launch_root_backward(const RootBackwardTask<T, Elements<const T>>& task, void* stream) {
   const int count = matrices(true, task.steps.any_in_full());
   for_each_slice<T>(task, task.sigma.channels, count, [&](const GridShape& shape, int64_t first) {
     GridEngine<T> e(shape, count, task.workspace, stream);
     e.write(matrix_root_backward(e, task.sigma.sample(first), task.grad.sample(first), task.steps, task.root),
             task.grad_sigma.sample(first), e.number(nullptr));
   });
+}
+
+}  // namespace
+
+template <class X> void grid_root(const RootTask<X>& task, void* stream) { launch_root(with_elements(task), stream); }
+template <class X> void grid_root_backward(const RootBackwardTask<X>& task, void* stream) {
+  launch_root_backward(with_elements(task), stream);
 }
 
 int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_size, bool backward, bool in_full) {

@@ -80,24 +80,25 @@ void launch_blocks(const char* name, const Choose& choose, int64_t channels, boo
   launch(name, kernel, task.batch, matrix_threads(C), shared_bytes, stream, task);
 }
 
-}  // namespace
-
-template <class X> void root(const RootTask<X>& task, void* stream) {
-  using T = Compute<X>;
+template <class T> void launch_root(const RootTask<T, Elements<T>>& task, void* stream) {
   const int64_t C = task.sigma.channels;
   const auto choose = [](auto slots, auto variant) { return root_kernel<T, slots, variant>; };
   launch_blocks<kMostSlots<T, false>>("root", choose, C, task.result.output == Output::kMean,
-                                      root_shared_bytes(C, sizeof(T), false, task.steps.any_in_full()), stream,
-                                      with_elements(task));
+                                      root_shared_bytes(C, sizeof(T), false, task.steps.any_in_full()), stream, task);
 }
 
-template <class X> void root_backward(const RootBackwardTask<X>& task, void* stream) {
-  using T = Compute<X>;
+template <class T> void launch_root_backward(const RootBackwardTask<T, Elements<const T>>& task, void* stream) {
   const int64_t C = task.sigma.channels;
   const auto choose = [](auto slots, auto variant) { return root_backward_kernel<T, slots, variant>; };
   launch_blocks<kMostSlots<T, true>>("root_backward", choose, C, task.grad.output == Output::kMean,
-                                     root_shared_bytes(C, sizeof(T), true, task.steps.any_in_full()), stream,
-                                     with_elements(task));
+                                     root_shared_bytes(C, sizeof(T), true, task.steps.any_in_full()), stream, task);
+}
+
+}  // namespace
+
+template <class X> void root(const RootTask<X>& task, void* stream) { launch_root(with_elements(task), stream); }
+template <class X> void root_backward(const RootBackwardTask<X>& task, void* stream) {
+  launch_root_backward(with_elements(task), stream);
 }
 
 template void root(const RootTask<float>&, void*);
