@@ -16,7 +16,7 @@ from common import (
     tolerance,
 )
 from isqrt_cov import reference
-from isqrt_cov.ops import OUTPUTS, ROOTS
+from isqrt_cov.ops import OUTPUTS, ROOTS, compute_dtype
 
 ops = torch.ops.isqrt_cov
 CHANNELS = (1, 2, 3, 16, 33, 64, 65, 100, 128, 200, 256)
@@ -137,6 +137,21 @@ def test_outputs_of_many_steps(engine, output):
     assert_close(y, reference.cov_sqrt(exact_x, 14, output), bound)
     exact_grad = reference.cov_sqrt_backward(upstream.double(), exact_x, 14, output)
     assert_close(grad, exact_grad, 4 * bound, gradient_size(upstream, y, x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("positions", (16, 160, 176))
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=str)
+def test_gradient_of_whole_cache_lines(engine, memory_format, positions, dtype):
+    # Rows of positions or channels that begin and end with cache lines, or with halves of them.
+    device = engine_device(engine)
+    x = feature_maps(2, 64, positions, dtype, device).unflatten(2, (-1, 16)).contiguous(memory_format=memory_format)
+    mean = x.double().mean((2, 3))
+    gradient = covariances(2, 64, dtype, device)
+    grad_x = ops.covariance_pool_backward(gradient, x, mean.to(compute_dtype(dtype)), engine=engine_code(engine))
+    exact = 2 / positions * torch.einsum("bij,bjhw->bihw", gradient.double(), x.double() - mean[..., None, None])
+    assert_close(grad_x, exact, tolerance(dtype, 64, positions))
+    assert grad_x.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

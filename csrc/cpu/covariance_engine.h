@@ -7,7 +7,7 @@ namespace isqrt::cpu::ISQRT_LEVEL {
 
 /// Positions of a tile: few enough to stay near the first-level cache, enough to outweigh a pass over M2.
 template <class T> inline int64_t tile_positions_for(int64_t channels) {
-  const int64_t fitting = 48 * 1024 / (padded<T>(channels) * int64_t(sizeof(T))) / 16 * 16;
+  const int64_t fitting = 48 * 1024 / (padded<T>(channels) * int64_t(sizeof(T))) / 32 * 32;
   return minimum<int64_t>(fitting < 128 ? 128 : fitting, 256);
 }
 
@@ -330,10 +330,10 @@ template <class X> class PoolBackwardEngine {
     // Whole tiles go straight to dX: to its rows of positions W tile, to those of channels tile' W, W being symmetric.
     // Others, and other layouts, go by way of a buffer.
     if (dx_.height == 1 && dx_.stride_w == 1 && C % S::kRows == 0 && n % S::kColumns == 0)
-      return multiply(weight_, ld_, C, tile_, ld_tile_, n, target, dx_.stride_c);
+      return multiply_out(weight_, ld_, C, tile_, ld_tile_, n, target, dx_.stride_c);
     if (dx_.height == 1 && dx_.stride_c == 1 && n % S::kRows == 0 && C % S::kColumns == 0)
-      return multiply(tile_, ld_tile_, n, weight_, ld_, C, target, dx_.stride_w);
-    multiply(weight_, ld_, C, tile_, ld_tile_, n, result_, ld_tile_);
+      return multiply_out(tile_, ld_tile_, n, weight_, ld_, C, target, dx_.stride_w);
+    multiply<false>(weight_, ld_, C, tile_, ld_tile_, n, result_, ld_tile_);
     for_each_run(dx_, m, n, [&](int64_t offset, int64_t r, int64_t run) {
       copy_strided(gradient_ + offset, dx_.stride_c, dx_.stride_w, static_cast<const T*>(result_ + r), ld_tile_,
                    int64_t(1), C, run);
@@ -365,20 +365,38 @@ template <class X> class PoolBackwardEngine {
     }
   }
 
+  /// multiply() into dX, past the caches where it consists of whole lines.
+  void multiply_out(const T* A, int64_t ld_A, int64_t rows, const T* B, int64_t ld_B, int64_t columns, X* target,
+                    int64_t ld) {
+    constexpr int64_t kLine = kLineBytes / sizeof(X);
+    if (reinterpret_cast<uintptr_t>(target) % kLineBytes == 0 && ld % kLine == 0 && columns % kLine == 0)
+      multiply<true>(A, ld_A, rows, B, ld_B, columns, target, ld);
+    else
+      multiply<false>(A, ld_A, rows, B, ld_B, columns, target, ld);
+  }
+
   /// target = A' B in whole register tiles; both factors have a row for each channel.
-  template <class To>
+  template <bool kLines, class To>
   void multiply(const T* A, int64_t ld_A, int64_t rows, const T* B, int64_t ld_B, int64_t columns, To* target,
                 int64_t ld) {
-    for (int64_t j = 0; j < columns; j += S::kColumns)
+    constexpr int64_t kGroup = kLines ? kLineBytes / sizeof(To) : S::kColumns;
+    for (int64_t j = 0; j < columns; j += kGroup)
       for (int64_t i = 0; i < rows; i += S::kRows) {
-        Tile<T> product;
-        ahead_.ask_for();
-        multiply_add(product, A + i, ld_A, B + j, ld_B, x_.channels);
+        alignas(kLineBytes) To group[S::kRows][kGroup];
+        for (int64_t k = 0; k < kGroup; k += S::kColumns) {
+          Tile<T> product;
+          ahead_.ask_for();
+          multiply_add(product, A + i, ld_A, B + j + k, ld_B, x_.channels);
 #pragma GCC unroll 16
-        for (int r = 0; r < S::kRows; ++r)
+          for (int r = 0; r < S::kRows; ++r)
 #pragma GCC unroll 4
-          for (int v = 0; v < S::kVectors; ++v)
-            store_vector(target + (i + r) * ld + j + v * S::kWidth, product.sum[r][v]);
+            for (int v = 0; v < S::kVectors; ++v) {
+              To* at = kLines ? group[r] + k : target + (i + r) * ld + j;
+              store_vector(at + v * S::kWidth, product.sum[r][v]);
+            }
+        }
+#pragma GCC unroll 16
+        for (int r = 0; kLines && r < S::kRows; ++r) stream_line(target + (i + r) * ld + j, group[r]);
       }
   }
 

@@ -32,8 +32,9 @@ template <class F, class U> inline U narrow(F number, Half) {  // to nearest, ti
 template <class F, class U> inline F widen(U half, BFloat16) { return bits_of<F>(U(half << 16)); }
 
 template <class F, class U> inline U narrow(F number, BFloat16) {  // to nearest, ties to even
-  const U bits = bits_of<U>(number), rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-  return (bits & 0x7fffffff) > 0x7f800000u ? bits >> 16 | 0x40 : rounded;  // NaN stays one
+  const U bits = bits_of<U>(number), rounding = (bits >> 16 & 1) + 0x7fff;
+  // Of a NaN the first 16 bits: arithmetic has set the one that keeps it from becoming Inf.
+  return (bits + (number == number ? rounding : bits * 0)) >> 16;
 }
 
 // One number; a float or double is its own.

@@ -30,6 +30,7 @@ template <class X> void pool_backward(const PoolBackwardTask<X>& task, int64_t b
     PoolBackwardEngine<X> engine(task, item / count, storage.get());
     covariance_backward(engine, task.chunks.first(item % count), task.chunks.last(item % count));
   }
+  finish_streams();
 }
 
 /// Copies a root out of its padded matrix, the whole of it or its upper triangle.

@@ -30,6 +30,26 @@ template <class T> inline void store_vector(T* p, Vector<T> v) {
   *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
 }
 
+/// Copies a cache line, to memory past the caches: written so, it is not read first. Other threads see it after
+/// finish_streams().
+constexpr int64_t kLineBytes = 64;
+template <class X> inline void stream_line(X* to, const X* from) {
+#if ISQRT_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_load_si512(from));
+#elif ISQRT_VECTOR_BYTES == 32
+  for (int half = 0; half < 2; ++half)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + half,
+                        _mm256_load_si256(reinterpret_cast<const __m256i*>(from) + half));
+#else
+  __builtin_memcpy(to, from, kLineBytes);
+#endif
+}
+inline void finish_streams() {
+#if ISQRT_VECTOR_BYTES >= 32
+  _mm_sfence();
+#endif
+}
+
 // Feature maps of a 16-bit type are read as vectors of float, and written from them.
 using Words = uint16_t __attribute__((vector_size(ISQRT_VECTOR_BYTES / 2)));
 using UnalignedWords = uint16_t __attribute__((vector_size(ISQRT_VECTOR_BYTES / 2), aligned(2), may_alias));
