@@ -274,7 +274,7 @@ template <class Device> struct Engine {
       using X = decltype(zero);
       using T = Compute<X>;
       device.root(RootTask<X>{B, source<T>(sigma, Output::kMatrix, C), steps, root, target<X>(result, output, C),
-                              numbers<T>(scale), workspace.mutable_data_ptr<T>()},
+                              numbers<T>(scale), workspace.mutable_data_ptr<T>(), choice.forward_blocks},
                   choice.forward);
     });
     return result;
@@ -292,10 +292,10 @@ template <class Device> struct Engine {
     dispatch(grad, [&](auto zero) {
       using X = decltype(zero);
       using T = Compute<X>;
-      device.root_backward(
-          RootBackwardTask<X>{B, source<X>(grad, output, C), source<T>(sigma, Output::kMatrix, C), steps, root,
-                              target<T>(result, Output::kMatrix, C), workspace.mutable_data_ptr<T>()},
-          choice.backward);
+      device.root_backward(RootBackwardTask<X>{B, source<X>(grad, output, C), source<T>(sigma, Output::kMatrix, C),
+                                               steps, root, target<T>(result, Output::kMatrix, C),
+                                               workspace.mutable_data_ptr<T>(), choice.backward_blocks},
+                           choice.backward);
     });
     return result;
   }
@@ -386,7 +386,8 @@ std::string describe_plan(bool cuda, int64_t device, int64_t batch, int64_t chan
   std::ostringstream text;
   text << "{\"pooling\": \"" << engine_name(p.pooling) << "\", \"forward\": \"" << engine_name(p.forward)
        << "\", \"backward\": \"" << engine_name(p.backward) << "\", \"pool_chunks\": " << p.pool.count
-       << ", \"pool_backward_chunks\": " << p.pool_backward.count << '}';
+       << ", \"pool_backward_chunks\": " << p.pool_backward.count << ", \"forward_blocks\": " << p.forward_blocks
+       << ", \"backward_blocks\": " << p.backward_blocks << '}';
   return text.str();
 }
 

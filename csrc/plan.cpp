@@ -41,10 +41,23 @@ Plan plan_cpu(const Problem& p, EngineKind requested) {
 }
 
 #ifdef ISQRT_WITH_CUDA
+/// A cluster for each sample where the samples leave multiprocessors idle: as large a one as all samples can have at
+/// the same time, those of eight in half of the device, for they leave gaps. With fewer channels there are too few
+/// tiles, and products are too short for the barriers of a cluster; those of a root too short for a cluster of two.
+int blocks_of_sample(const Problem& p, const cuda::Limits& device, bool backward) {
+  constexpr int64_t kFewestChannels = 49;
+  const int64_t bytes = cuda::cluster_shared_bytes(p.channels, p.element_size, backward, p.in_full);
+  if (!device.clusters || bytes == 0 || bytes > device.shared_bytes || p.channels < kFewestChannels) return 1;
+  if (8 * p.batch <= device.multiprocessors / 2) return 8;
+  if (4 * p.batch <= device.multiprocessors) return 4;
+  return backward && 2 * p.batch <= device.multiprocessors ? 2 : 1;
+}
+
 Plan plan_cuda(const Problem& p, EngineKind requested) {
+  const cuda::Limits device = cuda::limits(p.device);
   const auto choose = [&](bool backward) {
     const int64_t bytes = cuda::root_shared_bytes(p.channels, p.element_size, backward, p.in_full);
-    const bool fits = bytes > 0 && bytes <= cuda::shared_bytes_limit(p.device);
+    const bool fits = bytes > 0 && bytes <= device.shared_bytes;
     switch (requested) {
       case EngineKind::kAuto:
         return fits ? EngineKind::kBlock : EngineKind::kGrid;
@@ -61,8 +74,11 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
   };
   // Several blocks for each of the at most 160 multiprocessors of today's devices; whole tiles, aligned where x is.
   constexpr int64_t kBlocks = 1024, kTile = 64;
-  return {choose(false), choose(true), EngineKind::kBlock,
-          split(p, kBlocks, std::max<int64_t>(256, 4 * p.channels), kTile), split(p, kBlocks, kTile, kTile)};
+  Plan plan = {choose(false), choose(true), EngineKind::kBlock,
+               split(p, kBlocks, std::max<int64_t>(256, 4 * p.channels), kTile), split(p, kBlocks, kTile, kTile)};
+  if (plan.forward == EngineKind::kBlock) plan.forward_blocks = blocks_of_sample(p, device, false);
+  if (plan.backward == EngineKind::kBlock) plan.backward_blocks = blocks_of_sample(p, device, true);
+  return plan;
 }
 #endif
 

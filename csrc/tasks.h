@@ -38,6 +38,7 @@ template <class X, class Pointer = X*> struct RootTask {
   RootView<X, Pointer> result;
   const T* scale = nullptr;  // [B]
   T* workspace = nullptr;    // of an engine that needs one
+  int blocks = 1;            // that share a sample, of an engine that has any
 };
 
 /// dL/dYhat, of X, -> dL/dSigma, symmetric.
@@ -50,6 +51,7 @@ template <class X, class Pointer = const X*> struct RootBackwardTask {
   Root root;
   RootView<T> grad_sigma;
   T* workspace = nullptr;
+  int blocks = 1;
 };
 
 }  // namespace isqrt

@@ -160,7 +160,8 @@ def plan(
 
     Returns:
         ``pooling``, ``forward`` and ``backward``: the engine of the covariance, of the root and of its gradient;
-        ``pool_chunks`` and ``pool_backward_chunks``: independent pieces of one sample's positions.
+        ``pool_chunks`` and ``pool_backward_chunks``: independent pieces of one sample's positions;
+        ``forward_blocks`` and ``backward_blocks``: blocks of a GPU that share the root of one sample.
     """
     if len(shape) not in (3, 4):
         raise ValueError(f"shape: expected (B, C, H, W) or (B, C, M), got {tuple(shape)}")

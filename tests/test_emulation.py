@@ -94,21 +94,22 @@ def pool_backward(kernels, grad_sigma, x, mean, chunk, scale=NO_SCALE):
     return grad_x
 
 
-def root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False, scale=NO_SCALE, dtype=None):
+def root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False, scale=NO_SCALE, dtype=None, blocks=1):
     batch, channels = sigma.shape[:2]
     shape = {"matrix": (channels, channels), "triu": (channels * (channels + 1) // 2,), "mean": (channels,)}[output]
     result = not_a_number(batch, *shape, dtype=dtype or sigma.dtype)
     codes = ROOTS.index(root_name), OUTPUTS.index(output)
-    kernels.root(name_of(result.dtype), array(sigma), iterations, *codes, floor, grid, array(scale), array(result))
+    blocks = 0 if grid else blocks
+    kernels.root(name_of(result.dtype), array(sigma), iterations, *codes, floor, blocks, array(scale), array(result))
     return result
 
 
-def root_backward(kernels, grad, sigma, iterations, root_name, output, floor=0.0, grid=False):
+def root_backward(kernels, grad, sigma, iterations, root_name, output, floor=0.0, grid=False, blocks=1):
     grad_sigma = torch.full_like(sigma, float("nan"))
     codes = ROOTS.index(root_name), OUTPUTS.index(output)
-    kernels.root_backward(
-        name_of(grad.dtype), array(grad.contiguous()), array(sigma), iterations, *codes, floor, grid, array(grad_sigma)
-    )
+    arrays = array(grad.contiguous()), array(sigma)
+    blocks = 0 if grid else blocks
+    kernels.root_backward(name_of(grad.dtype), *arrays, iterations, *codes, floor, blocks, array(grad_sigma))
     return grad_sigma
 
 
@@ -188,6 +189,19 @@ def test_newton_schulz_matches_reference(kernels, channels, dtype):
     for number, iterations in enumerate((1, 2, 3, 5) if channels < 100 else (2, 5)):
         check_root(kernels, sigma, iterations, "square", OUTPUTS[(number + channels) % 3])
     check_root(kernels, sigma, 2, "inverse", "matrix")
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize(("channels", "blocks"), ((1, 2), (33, 3), (64, 4), (70, 2), (96, 8)))
+def test_a_cluster_computes_the_bits_of_a_block(kernels, channels, blocks, output):
+    sigma = covariances(2, channels, torch.float32)
+    cases = [(iterations, "square") for iterations in (1, 2, 5)] + [(3, "inverse")] * (output != "mean")
+    for iterations, name in cases if channels < 96 else cases[1:2]:
+        expected, result = (root(kernels, sigma, iterations, name, output, blocks=n) for n in (1, blocks))
+        assert torch.equal(result, expected)
+        upstream = torch.randn_like(result)
+        run = partial(root_backward, kernels, upstream, sigma, iterations, name, output)
+        assert torch.equal(run(blocks=blocks), run())
 
 
 # One tile, a tail, two tiles of which one ends in the middle of a panel; and more.
@@ -353,6 +367,9 @@ def test_same_bits_in_any_order_of_threads(kernels, dtype):
         for output in OUTPUTS:
             y = root(kernels, small, 3, "square", output)
             runs[-1] += [y, root_backward(kernels, y, small, 3, "square", output)]
+        if dtype == torch.float32:
+            y = root(kernels, small, 3, "square", "matrix", blocks=3)
+            runs[-1] += [y, root_backward(kernels, y, small, 3, "square", "matrix", blocks=3)]
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
@@ -373,7 +390,7 @@ PLANS = (
 def test_what_plan_chooses(kernels, batch, channels, positions, dtype):
     compute = torch.promote_types(dtype, torch.float32)
     size = compute.itemsize
-    forward, backward, pool_chunk, pool_backward_chunk = kernels.plan(batch, channels, positions, size)
+    forward, backward, pool_chunk, pool_backward_chunk, *_ = kernels.plan(batch, channels, positions, size)
     check_pooling(kernels, feature_maps(batch, channels, positions, dtype), pool_chunk, pool_backward_chunk)
     assert (forward == "block") == (channels <= 128)
     assert (backward == "block") == (channels <= (128 if size == 4 else 80))
@@ -395,7 +412,24 @@ def test_plan_keeps_to_the_shared_memory_of_the_device(kernels, shared_bytes):
         check_root(kernels, covariances(1, largest, dtype), 1, "square", "mean")
 
 
+def test_plan_shares_samples_between_idle_multiprocessors(kernels):
+    def blocks(*problem):
+        return kernels.plan(*problem)[4:]
+
+    assert blocks(8, 64, 2304, 4) == (8, 8) and blocks(9, 64, 2304, 4) == (4, 4)
+    assert blocks(33, 64, 2304, 4) == (4, 4) and blocks(34, 64, 2304, 4) == (1, 2)
+    assert blocks(66, 64, 2304, 4) == (1, 2) and blocks(67, 64, 2304, 4) == (1, 1)
+    assert blocks(16, 48, 2304, 4) == (1, 1)  # too few tiles
+    assert blocks(16, 96, 2304, 4) == (4, 4) and blocks(16, 128, 2304, 4) == (4, 1)  # too much shared memory
+    assert blocks(16, 64, 2304, 8) == (1, 1)  # float64
+    assert blocks(16, 64, 2304, 4, 12) == (1, 1)  # steps in full
+    kernels.set_device(163 * 1024, 8)  # no clusters
+    assert blocks(16, 64, 2304, 4) == (1, 1)
+
+
 def test_failing_launches_name_the_kernel(kernels):
+    with pytest.raises(RuntimeError, match="root: a cluster has no such steps, or not so many channels"):
+        root(kernels, torch.eye(129)[None], 5, "square", "matrix", blocks=2)
     with pytest.raises(RuntimeError, match="root: 129 channels"):
         root(kernels, torch.eye(129)[None], 5, "square", "matrix")
     kernels.set_device(99 * 1024, 8)

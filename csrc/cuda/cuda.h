@@ -19,9 +19,17 @@ template <class X> void grid_root_backward(const RootBackwardTask<X>& task, void
 int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_size, bool backward, bool in_full);
 
 /// Shared memory in bytes that one block needs for root or root_backward of a C x C matrix, with or without steps in
-/// full, 0 where no kernel is compiled for so many channels; and the most that a block of this device can have.
+/// full, 0 where no kernel is compiled for so many channels; and each block of a cluster, with task.blocks > 1.
 int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full);
-int64_t shared_bytes_limit(int device);
+int64_t cluster_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full);
+
+/// The most shared memory of a block of this device, its multiprocessors, and whether the current device has clusters
+/// and code for them.
+struct Limits {
+  int64_t shared_bytes, multiprocessors;
+  bool clusters;
+};
+Limits limits(int device);
 
 /// The architectures compiled in, as "8.0 9.0 10.0+PTX".
 std::string architectures();

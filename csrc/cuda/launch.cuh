@@ -45,39 +45,56 @@ inline void check(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-/// Whether a kernel may be brought to the multiprocessors while those before it still run: its code is of sm_90 or
-/// later, where wait_for_kernels_before() does wait, and the driver can record such launches in graphs.
-inline bool may_come_early(const void* kernel, const char* name) {
-  constexpr int kSm90 = 90, kCuda12_3 = 12030;
+/// Whether the code that this device has of a kernel is of sm_90 or later: a later device may run code of an older one.
+inline bool is_of_sm90(const void* kernel, const char* name) {
   cudaFuncAttributes attributes = {};
-  int driver = 0;
   check(cudaFuncGetAttributes(&attributes, kernel), name);
-  check(cudaDriverGetVersion(&driver), name);
-  return attributes.ptxVersion >= kSm90 && driver >= kCuda12_3;
+  return attributes.ptxVersion >= 90;
 }
 
-/// Enqueues kernel(arguments...) with that many blocks; nothing for 0. `name` is what an error message calls it. Each
-/// kernel begins with wait_for_kernels_before().
+/// Whether a kernel may be brought to the multiprocessors while those before it still run: wait_for_kernels_before()
+/// does wait, and the driver can record such launches in graphs.
+inline bool may_come_early(const void* kernel, const char* name) {
+  constexpr int kCuda12_3 = 12030;
+  int driver = 0;
+  check(cudaDriverGetVersion(&driver), name);
+  return is_of_sm90(kernel, name) && driver >= kCuda12_3;
+}
+
+/// Enqueues kernel(arguments...) with so many clusters of `blocks` blocks each; nothing for 0. `name` is what an error
+/// message calls it. Each kernel begins with wait_for_kernels_before().
 template <class... Parameters>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
-            void* stream, const std::type_identity_t<Parameters>&... arguments) {
+void launch_clusters(const char* name, void (*kernel)(Parameters...), int64_t clusters, int blocks, int threads,
+                     int64_t shared_bytes, void* stream, const std::type_identity_t<Parameters>&... arguments) {
   constexpr int64_t kMaxBlocks = 0x7fffffff, kSharedBytesByDefault = 48 * 1024;
-  if (blocks == 0) return;
-  if (blocks > kMaxBlocks) throw std::runtime_error(std::string(name) + ": more blocks than a grid can have");
+  if (clusters == 0) return;
+  if (clusters > kMaxBlocks / blocks) throw std::runtime_error(std::string(name) + ": too many blocks for a grid");
   const void* code = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > kSharedBytesByDefault)
     check(cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(blocks));
+  if (may_come_early(code, name)) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (blocks > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {unsigned(blocks), 1, 1};
+  }
+  config.gridDim = dim3(unsigned(clusters * blocks));
   config.blockDim = dim3(unsigned(threads));
   config.dynamicSmemBytes = size_t(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &early;
-  config.numAttrs = may_come_early(code, name) ? 1 : 0;
+  config.attrs = attributes;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+}
+
+/// The same of blocks that are no clusters.
+template <class... Parameters>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+            void* stream, const std::type_identity_t<Parameters>&... arguments) {
+  launch_clusters(name, kernel, blocks, 1, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace isqrt::cuda

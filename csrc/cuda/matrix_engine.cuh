@@ -1,4 +1,5 @@
-// The Engine of newton_schulz.h and normalization.h on one thread block: symmetric C x C matrices in its shared memory.
+// The Engine of newton_schulz.h and normalization.h on one thread block: symmetric C x C matrices in its shared memory;
+// or on a cluster of blocks that compute products together, see Products.
 //
 // Only the 16 x 16 tiles of the upper triangle are stored, column by column: tile (I, J), I <= J, is the one numbered
 // J (J + 1) / 2 + I, and six matrices of 128 channels in float32 fit into the 227 KiB of a Hopper block. Within a tile
@@ -87,13 +88,25 @@ template <class T> struct TileLayout {
   }
 };
 
-/// kInFull: products may be in full. The kernels of the usual few steps do without the registers that it takes.
-template <class T, int kSlots, bool kInFull> class MatrixEngine {
+/// What products a kernel computes: triangles; some of them in full, which takes registers that the usual few steps do
+/// without; or triangles together with the other blocks of its cluster.
+///
+/// In a cluster each block has all matrices. The tiles of products are dealt out to the warps of all blocks, and
+/// results go into the matrices of each. Products need no barrier between them as long as none reads or overwrites what
+/// others have read or written since the last one: what changes is written to a spare matrix, and takes its place.
+/// Everything else each block does for itself. Each tile is the same sum in any case: results do not depend on who
+/// computes them.
+enum class Products { kTriangles, kInFull, kInCluster };
+
+template <class T, int kSlots, Products kProducts = Products::kTriangles, int kSpares = 0> class MatrixEngine {
+  static constexpr bool kInFull = kProducts == Products::kInFull, kInCluster = kProducts == Products::kInCluster;
+
  public:
   /// Where a matrix begins: an address in shared memory. One that is not symmetric takes the tiles under the diagonal
-  /// from the upper triangle of its transpose, which begins at `transpose`.
+  /// from the upper triangle of its transpose, which begins at `transpose`. `bit` stands for it in sets.
   struct Matrix {
     int first = 0, transpose = first;
+    unsigned bit = 0;
   };
 
   /// Where a vector of C elements begins.
@@ -106,13 +119,15 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
     next_ = next_column_ + int(sizeof(T)) * kVectors * kTile * tiles_;
     const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, all = tile_count(channels), rest = all % warps;
     count_ = all / warps + int(warp < rest);
-    first_ = {all / warps * warp + (warp < rest ? warp : rest), tiles_ - 1};
-    for (; first_.I > first_.J; --first_.J) first_.I -= first_.J + 1;
+    first_ = place(all / warps * warp + (warp < rest ? warp : rest));
+    if constexpr (kInCluster)
+      for (Matrix& spare : spare_) spare = matrix();
   }
 
   __device__ Matrix matrix() {
-    const Matrix m{next_, next_};
+    const Matrix m{next_, next_, next_bit_};
     next_ += tile_count(channels_) * kTileBytes;
+    next_bit_ *= 2;
     return m;
   }
 
@@ -122,7 +137,8 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
     return u;
   }
 
-  template <class Source> __device__ void load(Matrix A, const Source& source) const {
+  template <class Source> __device__ void load(Matrix A, const Source& source) {
+    begin_alone();
     for_own_tiles([&](const Place& own) {
       WarpTile<T> tile;
       tile.for_each([&](T& a, int r, int c) { a = symmetric(source, own.i(r), own.j(c)); });
@@ -131,7 +147,8 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
     __syncthreads();
   }
 
-  __device__ T trace(Matrix A) const {
+  __device__ T trace(Matrix A) {
+    begin_alone();
     T sum = 0;
     for_own_tiles([&](const Place& own) {
       if (own.I != own.J) return;
@@ -142,7 +159,8 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
   }
 
   /// <factor sym(source), A>
-  template <class Source> __device__ T inner(const Source& source, Matrix A, T factor = 1) const {
+  template <class Source> __device__ T inner(const Source& source, Matrix A, T factor = 1) {
+    begin_alone();
     T sum = 0;
     for_own_tiles([&](const Place& own) {
       const T times = own.I < own.J ? 2 : 1;  // tile (J, I) is not stored
@@ -152,26 +170,26 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
     return block_sum(sum, shared_memory<T>());
   }
 
-  __device__ void divide(Matrix A, T s) const {
+  __device__ void divide(Matrix A, T s) {
     map(A, A, [&](T a, int, int) { return a / s; });
   }
-  __device__ void scale(Matrix D, T alpha, Matrix A) const {
+  __device__ void scale(Matrix D, T alpha, Matrix A) {
     map(D, A, [&](T a, int, int) { return alpha * a; });
   }
-  __device__ void identity_plus(Matrix D, T alpha, T beta, Matrix A) const {
+  __device__ void identity_plus(Matrix D, T alpha, T beta, Matrix A) {
     map(D, A, [&](T a, int i, int j) { return beta * a + (i == j && i < channels_ ? alpha : T(0)); });
   }
 
-  __device__ void product(Matrix D, T alpha, T beta, Matrix A, Matrix B) const {
+  __device__ void product(Matrix& D, T alpha, T beta, Matrix A, Matrix B) {
     combine<true>(D, alpha, beta, A, B, A, B, 1);
   }
-  __device__ void products(Matrix D, T alpha, T beta, Matrix A1, Matrix B1, Matrix A2, Matrix B2) const {
+  __device__ void products(Matrix& D, T alpha, T beta, Matrix A1, Matrix B1, Matrix A2, Matrix B2) {
     combine<true>(D, alpha, beta, A1, B1, A2, B2, 2);
   }
-  __device__ Matrix product(Matrix& D, Matrix& E, Matrix A, Matrix B, bool in_full) const {
+  __device__ Matrix product(Matrix& D, Matrix& E, Matrix A, Matrix B, bool in_full) {
     return combine_pair(D, E, A, B, A, B, 1, in_full);
   }
-  __device__ Matrix products(Matrix& D, Matrix& E, Matrix A1, Matrix B1, Matrix A2, Matrix B2, bool in_full) const {
+  __device__ Matrix products(Matrix& D, Matrix& E, Matrix A1, Matrix B1, Matrix A2, Matrix B2, bool in_full) {
     return combine_pair(D, E, A1, B1, A2, B2, 2, in_full);
   }
 
@@ -186,13 +204,13 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
     for (int i = threadIdx.x; i < channels_; i += blockDim.x) sum += element(u, i) * element(v, i);
     return block_sum(sum, shared_memory<T>());
   }
-  __device__ void sums(Column u, Matrix A) const {
+  __device__ void sums(Column u, Matrix A) {
     sum_rows(u, A, [](int) { return T(1); });
   }
-  __device__ void multiply(Column u, Matrix A, Column v) const {
+  __device__ void multiply(Column u, Matrix A, Column v) {
     sum_rows(u, A, [&](int j) { return element(v, j); });
   }
-  __device__ void rank_two(Matrix D, T alpha, T beta, Column u, Column v, Column w) const {
+  __device__ void rank_two(Matrix D, T alpha, T beta, Column u, Column v, Column w) {
     map(D, D, [&](T d, int i, int j) {
       if (i >= channels_ || j >= channels_) return T(0);
       return alpha * d +
@@ -201,12 +219,13 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
   }
 
   /// Copies factor u out.
-  template <class Result> __device__ void write(Column u, const Result& result, T factor = 1) const {
+  template <class Result> __device__ void write(Column u, const Result& result, T factor = 1) {
+    if (kInCluster && cluster_rank() > 0) return;
     for (int i = threadIdx.x; i < channels_; i += blockDim.x) store_number(result.data + i, factor * element(u, i));
   }
 
   /// The means of the columns of factor A.
-  template <class Result> __device__ void write_means(Matrix A, const Result& result, T factor) const {
+  template <class Result> __device__ void write_means(Matrix A, const Result& result, T factor) {
     const Column u{columns()};
     sums(u, A);
     add(u, T(1) / T(channels_), T(0), u);
@@ -214,7 +233,9 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
   }
 
   /// The whole of factor A, or its upper triangle; neighbouring threads write neighbouring elements.
-  template <class Result> __device__ void write(Matrix A, const Result& result, T factor = 1) const {
+  template <class Result> __device__ void write(Matrix A, const Result& result, T factor = 1) {
+    begin_alone();
+    if (kInCluster && cluster_rank() > 0) return;
     const bool upper = result.output == Output::kTriu;
     for (int i = threadIdx.x / kWarp; i < channels_; i += blockDim.x / kWarp) {
       const auto row = result.data + (upper ? triu_index(i, i, channels_) - i : int64_t(i) * channels_);
@@ -231,6 +252,12 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
     __device__ int j(int column) const { return kTile * J + column; }
     __device__ Place next() const { return I < J ? Place{I + 1, J} : Place{0, J - 1}; }
   };
+
+  __device__ Place place(int tile) const {
+    Place at{tile, tiles_ - 1};
+    for (; at.I > at.J; --at.J) at.I -= at.J + 1;
+    return at;
+  }
 
   using Layout = TileLayout<T>;
   using Factor = typename Accumulator<T>::Factor;
@@ -257,7 +284,8 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
   }
 
   /// u_i = sum_j A_ij factor(j). Each warp takes 16 rows, which its lanes read as for a product.
-  template <class F> __device__ __forceinline__ void sum_rows(Column u, Matrix A, const F& factor) const {
+  template <class F> __device__ __forceinline__ void sum_rows(Column u, Matrix A, const F& factor) {
+    begin_alone();
     const Lane lane;
     for (int I = threadIdx.x / kWarp; I < tiles_; I += blockDim.x / kWarp) {
       T sum[2] = {};
@@ -326,23 +354,37 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
     return result;
   }
 
+  /// A tile in this block's shared memory, and in that of a block of the cluster.
+  struct OwnTile {
+    int begin;
+    template <class U> __device__ U& at(int offset) const { return at_shared<U>(begin + offset); }
+  };
+  struct MappedTile {
+    char* begin;
+    template <class U> __device__ U& at(int offset) const { return *reinterpret_cast<U*>(begin + offset); }
+  };
+
   /// Of a symmetric matrix' tile on the diagonal the upper triangle counts, so that both sides are the same bits.
-  static __device__ __forceinline__ void write_tile(Matrix D, const Place& own, WarpTile<T>& result) {
-    const int to = tile(D, own.I, own.J);
+  template <class Tile>
+  static __device__ __forceinline__ void write_tile(const Tile& to, Matrix D, const Place& own, WarpTile<T>& result) {
     if (own.I < own.J || D.transpose != D.first) {
       result.for_each_pair([&](const T* a, int r, int c) {
         const Pair pair{a[0], a[1]};
-        at_shared<Pair>(to + Layout::at(r, c)) = pair;
+        to.template at<Pair>(Layout::at(r, c)) = pair;
       });
     } else {
       result.for_each([&](T a, int r, int c) {
-        if (r <= c) in_tile(to, r, c) = in_tile(to, c, r) = a;
+        if (r <= c) to.template at<T>(Layout::at(r, c)) = to.template at<T>(Layout::at(c, r)) = a;
       });
     }
   }
+  static __device__ __forceinline__ void write_tile(Matrix D, const Place& own, WarpTile<T>& result) {
+    write_tile(OwnTile{tile(D, own.I, own.J)}, D, own, result);
+  }
 
   /// D = f(A, i, j) elementwise.
-  template <class F> __device__ __forceinline__ void map(Matrix D, Matrix A, const F& f) const {
+  template <class F> __device__ __forceinline__ void map(Matrix D, Matrix A, const F& f) {
+    begin_alone();
     for_own_tiles([&](const Place& own) {
       WarpTile<T> result = read_tile(A, own);
       result.for_each([&](T& a, int r, int c) { a = f(a, own.i(r), own.j(c)); });
@@ -448,8 +490,17 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
 
   /// D = alpha D + beta (A1 B1 + A2 B2), without alpha D where kAddD is false and without A2 B2 where terms = 1.
   template <bool kAddD>
-  __device__ __forceinline__ void combine(Matrix D, T alpha, T beta, Matrix A1, Matrix B1, Matrix A2, Matrix B2,
-                                          int terms) const {
+  __device__ __forceinline__ void combine(Matrix& D, T alpha, T beta, Matrix A1, Matrix B1, Matrix A2, Matrix B2,
+                                          int terms) {
+    if constexpr (kInCluster)
+      combine_in_cluster<kAddD>(D, alpha, beta, A1, B1, A2, B2, terms);
+    else
+      combine_in_block<kAddD>(D, alpha, beta, A1, B1, A2, B2, terms);
+  }
+
+  template <bool kAddD>
+  __device__ __forceinline__ void combine_in_block(Matrix D, T alpha, T beta, Matrix A1, Matrix B1, Matrix A2,
+                                                   Matrix B2, int terms) const {
     Accumulator<T> sum[kSlots];
 #pragma unroll 1
     for (int term = 0; term < terms; ++term) multiply(sum, term == 0 ? A1 : A2, term == 0 ? B1 : B2);
@@ -470,7 +521,7 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
 
   /// D = A1 B1 + A2 B2; in full also the upper triangle of its transpose E, from the factors exchanged.
   __device__ __forceinline__ Matrix combine_pair(Matrix& D, Matrix& E, Matrix A1, Matrix B1, Matrix A2, Matrix B2,
-                                                 int terms, bool in_full) const {
+                                                 int terms, bool in_full) {
     if constexpr (kInFull) {
       D.transpose = in_full ? E.first : D.first;
       E.transpose = D.first;
@@ -484,9 +535,69 @@ template <class T, int kSlots, bool kInFull> class MatrixEngine {
     }
   }
 
+  /// The same in a cluster. Consecutive tiles, those of consecutive products too, go to different blocks.
+  template <bool kAddD>
+  __device__ __forceinline__ void combine_in_cluster(Matrix& D, T alpha, T beta, Matrix A1, Matrix B1, Matrix A2,
+                                                     Matrix B2, int terms) {
+    const Matrix target = kAddD ? spare_[0] : D;
+    const unsigned operands = A1.bit | B1.bit | A2.bit | B2.bit | (kAddD ? D.bit : 0);
+    if (alone_ || (operands & written_) || (target.bit & (read_ | written_))) meet();
+    read_ |= operands;
+    written_ |= target.bit;
+
+    const int blocks = cluster_size(), workers = blocks * int(blockDim.x / kWarp), tiles = tile_count(channels_);
+    const int worker = int(threadIdx.x / kWarp) * blocks + int(cluster_rank()) - dealt_;
+#pragma unroll 1
+    for (int t = worker < 0 ? worker + workers : worker; t < tiles; t += workers) {
+      const Place own = place(t);
+      Accumulator<T> sum;
+#pragma unroll 1
+      for (int term = 0; term < terms; ++term) multiply_tiles<1>(&sum, term == 0 ? A1 : A2, term == 0 ? B1 : B2, own);
+      WarpTile<T> result = sum.total();
+      if constexpr (kAddD) {
+        const WarpTile<T> previous = read_tile(D, own);
+        result.combine(previous, [&](T& a, T d) { a = alpha * d + beta * a; });
+      } else {
+        result.for_each([&](T& a, int, int) { a *= beta; });
+      }
+      char* to = shared_memory<char>() + (tile(target, own.I, own.J) - shared_begin());
+#pragma unroll 1
+      for (int rank = 0; rank < blocks; ++rank) write_tile(MappedTile{map_shared(to, rank)}, target, own, result);
+    }
+    dealt_ = (dealt_ + tiles) % workers;
+    if constexpr (kAddD) {
+#pragma unroll
+      for (int s = 0; s + 1 < kSpares; ++s) spare_[s] = spare_[s + 1];
+      spare_[kSpares - 1] = D;
+      D = target;
+    }
+  }
+
+  /// All products so far are there, in each block.
+  __device__ void meet() {
+    cluster_sync();
+    alone_ = false;
+    read_ = written_ = 0;
+  }
+  /// Before what each block does for itself, with its own matrices.
+  __device__ void begin_alone() {
+    if constexpr (kInCluster) {
+      if (written_) meet();
+      alone_ = true;
+    }
+  }
+
   int channels_, tiles_, count_;
   Place first_;
   int next_, next_column_;
+  unsigned next_bit_ = 1;
+
+  // In a cluster: whether anything was done alone since the last meeting, or not even the first has been; what products
+  // have read and written since; the worker that has the next tile; and spare matrices.
+  bool alone_ = true;
+  unsigned read_ = 0, written_ = 0;
+  int dealt_ = 0;
+  Matrix spare_[kSpares > 0 ? kSpares : 1];
 };
 
 }  // namespace isqrt::cuda

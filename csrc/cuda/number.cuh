@@ -68,14 +68,15 @@ template <class X, class T = Compute<X>> RootTask<T, Elements<T>> with_elements(
           task.root,
           {Elements<T>(task.result.data), task.result.output, task.result.channels},
           task.scale,
-          task.workspace};
+          task.workspace,
+          task.blocks};
 }
 template <class X, class T = Compute<X>>
 RootBackwardTask<T, Elements<const T>> with_elements(const RootBackwardTask<X>& task) {
-  return {task.batch,    {Elements<const T>(task.grad.data), task.grad.output, task.grad.channels},
-          task.sigma,    task.steps,
-          task.root,     task.grad_sigma,
-          task.workspace};
+  return {task.batch,     {Elements<const T>(task.grad.data), task.grad.output, task.grad.channels},
+          task.sigma,     task.steps,
+          task.root,      task.grad_sigma,
+          task.workspace, task.blocks};
 }
 
 }  // namespace isqrt::cuda

@@ -192,6 +192,12 @@ __device__ __forceinline__ void copy_bulk(void* to_shared, const void* from_glob
 
 // ---- clusters: before sm_90 each block is one of its own ------------------------------------------------------------
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
+
 /// %cluster_ctarank: which block of its cluster this is.
 __device__ __forceinline__ unsigned cluster_rank() {
   unsigned rank;

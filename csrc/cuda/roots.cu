@@ -1,4 +1,5 @@
-// Kernels and launchers of the matrix root and its gradient: one block, and nothing but its shared memory, a sample.
+// Kernels and launchers of the matrix root and its gradient: one block a sample, or a cluster of them, and nothing but
+// shared memory.
 #include "../tasks.h"
 #include "cuda.h"
 #include "matrix_engine.cuh"
@@ -25,15 +26,16 @@ constexpr int most_threads(int channels) {
   return most;
 }
 
-template <class T, int kSlots, Variant kVariant>
-__global__ void __launch_bounds__(most_threads(kMostChannels<T, false, kVariant>), 1)
-    root_kernel(const RootTask<T, Elements<T>> task) {
-  wait_for_kernels_before();
+constexpr Products products(Variant variant) {
+  return variant == Variant::kInFull ? Products::kInFull : Products::kTriangles;
+}
+
+template <Variant kVariant, class Engine, class T>
+__device__ __forceinline__ void run_root(Engine& e, const RootTask<T, Elements<T>>& task, int64_t sample) {
   const int64_t C = task.sigma.channels;
-  MatrixEngine<T, kSlots, kVariant == Variant::kInFull> e{int(C)};
-  const auto sigma = task.sigma.sample(blockIdx.x);
-  const auto result = task.result.sample(blockIdx.x);
-  const auto factor = [&] { return task.scale ? 1 / task.scale[blockIdx.x] : T(1); };
+  const auto sigma = task.sigma.sample(sample);
+  const auto result = task.result.sample(sample);
+  const auto factor = [&] { return task.scale ? 1 / task.scale[sample] : T(1); };
   if constexpr (kVariant == Variant::kMean) {
     const auto mean = matrix_root_mean(e, sigma, task.steps, C);
     e.write(mean, result, factor());
@@ -45,19 +47,58 @@ __global__ void __launch_bounds__(most_threads(kMostChannels<T, false, kVariant>
   }
 }
 
-template <class T, int kSlots, Variant kVariant>
-__global__ void __launch_bounds__(most_threads(kMostChannels<T, true, kVariant>), 1)
-    root_backward_kernel(const RootBackwardTask<T, Elements<const T>> task) {
-  wait_for_kernels_before();
+template <Variant kVariant, class Engine, class T>
+__device__ __forceinline__ void run_root_backward(Engine& e, const RootBackwardTask<T, Elements<const T>>& task,
+                                                  int64_t sample) {
   const int64_t C = task.sigma.channels;
-  MatrixEngine<T, kSlots, kVariant == Variant::kInFull> e{int(C)};
-  const auto sigma = task.sigma.sample(blockIdx.x);
-  const auto grad = task.grad.sample(blockIdx.x);
-  const auto result = task.grad_sigma.sample(blockIdx.x);
+  const auto sigma = task.sigma.sample(sample);
+  const auto grad = task.grad.sample(sample);
+  const auto result = task.grad_sigma.sample(sample);
   if constexpr (kVariant == Variant::kMean)
     e.write(matrix_root_mean_backward(e, sigma, grad, task.steps, C), result);
   else
     e.write(matrix_root_backward(e, sigma, grad, task.steps, task.root), result);
+}
+
+template <class T, int kSlots, Variant kVariant>
+__global__ void __launch_bounds__(most_threads(kMostChannels<T, false, kVariant>), 1)
+    root_kernel(const RootTask<T, Elements<T>> task) {
+  wait_for_kernels_before();
+  MatrixEngine<T, kSlots, products(kVariant)> e(int(task.sigma.channels));
+  run_root<kVariant>(e, task, blockIdx.x);
+}
+
+template <class T, int kSlots, Variant kVariant>
+__global__ void __launch_bounds__(most_threads(kMostChannels<T, true, kVariant>), 1)
+    root_backward_kernel(const RootBackwardTask<T, Elements<const T>> task) {
+  wait_for_kernels_before();
+  MatrixEngine<T, kSlots, products(kVariant)> e(int(task.sigma.channels));
+  run_root_backward<kVariant>(e, task, blockIdx.x);
+}
+
+/// In a cluster each result of a step that is an operand, too, has a spare matrix: Y and Z, and their derivatives.
+constexpr int spares(bool backward) { return backward ? 4 : 2; }
+template <bool kBackward>
+constexpr int kMostClusterChannels = max_matrix_channels(sizeof(float), matrices(kBackward, false) + spares(kBackward));
+
+template <Variant kVariant>
+__global__ void __launch_bounds__(most_threads(kMostClusterChannels<false>), 1)
+    root_cluster_kernel(const RootTask<float, Elements<float>> task) {
+  wait_for_kernels_before();
+  if constexpr (kHasClusters) {  // else limits() says so
+    MatrixEngine<float, 1, Products::kInCluster, spares(false)> e(int(task.sigma.channels));
+    run_root<kVariant>(e, task, blockIdx.x / cluster_size());
+  }
+}
+
+template <Variant kVariant>
+__global__ void __launch_bounds__(most_threads(kMostClusterChannels<true>), 1)
+    root_backward_cluster_kernel(const RootBackwardTask<float, Elements<const float>> task) {
+  wait_for_kernels_before();
+  if constexpr (kHasClusters) {
+    MatrixEngine<float, 1, Products::kInCluster, spares(true)> e(int(task.sigma.channels));
+    run_root_backward<kVariant>(e, task, blockIdx.x / cluster_size());
+  }
 }
 
 /// One block a sample, of the kernel that choose(slots, variant) returns, both as types; kSlots where two are not
@@ -80,8 +121,23 @@ void launch_blocks(const char* name, const Choose& choose, int64_t channels, boo
   launch(name, kernel, task.batch, matrix_threads(C), shared_bytes, stream, task);
 }
 
+template <class Task>
+void launch_cluster(const char* name, void (*kernel)(Task), int64_t channels, bool backward, void* stream,
+                    const Task& task) {
+  const int64_t shared_bytes = cluster_shared_bytes(channels, sizeof(float), backward, task.steps.any_in_full());
+  if (shared_bytes == 0)
+    throw std::runtime_error(std::string(name) + ": a cluster has no such steps, or not so many channels");
+  launch_clusters(name, kernel, task.batch, task.blocks, matrix_threads(int(channels)), shared_bytes, stream, task);
+}
+
 template <class T> void launch_root(const RootTask<T, Elements<T>>& task, void* stream) {
   const int64_t C = task.sigma.channels;
+  if constexpr (std::is_same_v<T, float>)
+    if (task.blocks > 1)
+      return launch_cluster("root",
+                            task.result.output == Output::kMean ? root_cluster_kernel<Variant::kMean>
+                                                                : root_cluster_kernel<Variant::kMatrix>,
+                            C, false, stream, task);
   const auto choose = [](auto slots, auto variant) { return root_kernel<T, slots, variant>; };
   launch_blocks<kMostSlots<T, false>>("root", choose, C, task.result.output == Output::kMean,
                                       root_shared_bytes(C, sizeof(T), false, task.steps.any_in_full()), stream, task);
@@ -89,6 +145,12 @@ template <class T> void launch_root(const RootTask<T, Elements<T>>& task, void* 
 
 template <class T> void launch_root_backward(const RootBackwardTask<T, Elements<const T>>& task, void* stream) {
   const int64_t C = task.sigma.channels;
+  if constexpr (std::is_same_v<T, float>)
+    if (task.blocks > 1)
+      return launch_cluster("root_backward",
+                            task.grad.output == Output::kMean ? root_backward_cluster_kernel<Variant::kMean>
+                                                              : root_backward_cluster_kernel<Variant::kMatrix>,
+                            C, true, stream, task);
   const auto choose = [](auto slots, auto variant) { return root_backward_kernel<T, slots, variant>; };
   launch_blocks<kMostSlots<T, true>>("root_backward", choose, C, task.grad.output == Output::kMean,
                                      root_shared_bytes(C, sizeof(T), true, task.steps.any_in_full()), stream, task);
@@ -116,10 +178,20 @@ int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward,
   return matrix_shared_bytes(int(channels), element_size, count);
 }
 
-int64_t shared_bytes_limit(int device) {
-  int bytes = 0;
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared_bytes_limit");
-  return bytes;
+int64_t cluster_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full) {
+  const int most = backward ? kMostClusterChannels<true> : kMostClusterChannels<false>;
+  if (element_size != sizeof(float) || in_full || channels > most) return 0;
+  return matrix_shared_bytes(int(channels), element_size, matrices(backward, false) + spares(backward));
+}
+
+Limits limits(int device) {
+  const auto get = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, device), "limits");
+    return value;
+  };
+  return {get(cudaDevAttrMaxSharedMemoryPerBlockOptin), get(cudaDevAttrMultiProcessorCount),
+          is_of_sm90(reinterpret_cast<const void*>(root_cluster_kernel<Variant::kMatrix>), "limits")};
 }
 
 std::string architectures() { return ISQRT_CUDA_ARCHITECTURES; }

@@ -76,6 +76,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrComputeCapabilityMinor:
       *value = emulation::options.capability_minor;
       break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = 132;
+      break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = int(emulation::options.shared_limit);
       break;

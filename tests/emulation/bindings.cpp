@@ -33,19 +33,20 @@ PYBIND11_MODULE(isqrt_emulation, m) {
         [](Text dtype, Array grad_sigma, Array x, Array mean, Array scale, int64_t chunk, Array grad_x) {
           launchers::pool_backward(dtype, view(grad_sigma), view(x), view(mean), view(scale), chunk, view(grad_x));
         });
-  m.def("root", [](Text dtype, Array sigma, int iterations, int root, int output, double floor, bool grid, Array scale,
+  m.def("root", [](Text dtype, Array sigma, int iterations, int root, int output, double floor, int blocks, Array scale,
                    Array result) {
-    launchers::root(dtype, view(sigma), iterations, root, output, floor, grid, view(scale), view(result));
+    launchers::root(dtype, view(sigma), iterations, root, output, floor, blocks, view(scale), view(result));
   });
   m.def("root_backward", [](Text dtype, Array grad, Array sigma, int iterations, int root, int output, double floor,
-                            bool grid, Array grad_sigma) {
-    launchers::root_backward(dtype, view(grad), view(sigma), iterations, root, output, floor, grid, view(grad_sigma));
+                            int blocks, Array grad_sigma) {
+    launchers::root_backward(dtype, view(grad), view(sigma), iterations, root, output, floor, blocks, view(grad_sigma));
   });
   m.def(
       "plan",
       [](int64_t batch, int64_t channels, int64_t positions, int64_t element_size, int iterations) {
         const launchers::Choice c = launchers::plan(batch, channels, positions, element_size, iterations);
-        return py::make_tuple(c.forward, c.backward, c.pool_chunk, c.pool_backward_chunk);
+        return py::make_tuple(c.forward, c.backward, c.pool_chunk, c.pool_backward_chunk, c.forward_blocks,
+                              c.backward_blocks);
       },
       py::arg("batch"), py::arg("channels"), py::arg("positions"), py::arg("element_size"), py::arg("iterations") = 5);
   m.def("root_shared_bytes", &launchers::root_shared_bytes, py::arg("channels"), py::arg("element_size"),

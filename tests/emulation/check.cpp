@@ -107,16 +107,20 @@ struct NewtonSchulz {
   const Type &type, &compute;
   int64_t B, C;
 
-  void run(int iterations, int root, int output, bool grid) const {
+  void run(int iterations, int root, int output, int blocks) const {
     const int64_t size = output == 0 ? C * C : output == 1 ? C * (C + 1) / 2 : C;
     Buffer sigma = random_numbers(compute, B * C * C, 1);  // and more on the diagonal
     for (int64_t i = 0; i < B * C; ++i) compute.write(sigma.data.get() + (i * C + i % C) * compute.size, double(C));
     const Buffer result(type, B * size), grad = random_numbers(type, B * size, 2), grad_sigma(compute, B * C * C);
-    if (!grid && launchers::root_shared_bytes(C, compute.size, false, iterations, 0) == 0) return;
-    launchers::root(type.name, sigma.array(B, C, C), iterations, root, output, 0, grid, kNone, result.array(B, size));
+    const auto fits = [&](bool backward) {
+      const auto shared_bytes = blocks > 1 ? launchers::cluster_shared_bytes : launchers::root_shared_bytes;
+      return blocks == 0 || shared_bytes(C, compute.size, backward, iterations, 0) > 0;
+    };
+    if (!fits(false)) return;
+    launchers::root(type.name, sigma.array(B, C, C), iterations, root, output, 0, blocks, kNone, result.array(B, size));
     require_finite(result, "root");
-    if (!grid && launchers::root_shared_bytes(C, compute.size, true, iterations, 0) == 0) return;
-    launchers::root_backward(type.name, grad.array(B, size), sigma.array(B, C, C), iterations, root, output, 0, grid,
+    if (!fits(true)) return;
+    launchers::root_backward(type.name, grad.array(B, size), sigma.array(B, C, C), iterations, root, output, 0, blocks,
                              grad_sigma.array(B, C, C));
     require_finite(grad_sigma, "grad_sigma");
   }
@@ -134,10 +138,12 @@ void check_pooling(int64_t channels) {
 void check_newton_schulz(int64_t channels) {
   for (const Type* type : {&kFloat32, &kFloat64, &kBFloat16}) {
     const NewtonSchulz newton_schulz{*type, type->size == 2 ? kFloat32 : *type, 2, channels};
-    newton_schulz.run(1, 0, 2, false);
-    newton_schulz.run(3, 0, 0, false);
-    newton_schulz.run(2, 1, 1, false);
-    newton_schulz.run(2, 0, 0, true);
+    newton_schulz.run(1, 0, 2, 1);
+    newton_schulz.run(3, 0, 0, 1);
+    newton_schulz.run(2, 1, 1, 1);
+    newton_schulz.run(3, 0, 0, 2);
+    newton_schulz.run(2, 0, 2, 3);
+    newton_schulz.run(2, 0, 0, 0);
   }
 }
 

@@ -82,8 +82,9 @@ void pool_backward(const std::string& dtype, const Array& grad_sigma, const Arra
   });
 }
 
-void root(const std::string& dtype, const Array& sigma, int iterations, int root, int output, double floor, bool grid,
+void root(const std::string& dtype, const Array& sigma, int iterations, int root, int output, double floor, int blocks,
           const Array& scale, const Array& result) {
+  const bool grid = blocks == 0;
   dispatch(dtype, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;
@@ -96,13 +97,15 @@ void root(const std::string& dtype, const Array& sigma, int iterations, int root
                            static_cast<Root>(root),
                            {contiguous<X>(result), static_cast<Output>(output), C},
                            numbers<const T>(scale),
-                           workspace.data()};
+                           workspace.data(),
+                           blocks};
     grid ? cuda::grid_root(task, nullptr) : cuda::root(task, nullptr);
   });
 }
 
 void root_backward(const std::string& dtype, const Array& grad, const Array& sigma, int iterations, int root,
-                   int output, double floor, bool grid, const Array& grad_sigma) {
+                   int output, double floor, int blocks, const Array& grad_sigma) {
+  const bool grid = blocks == 0;
   dispatch(dtype, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;
@@ -115,7 +118,8 @@ void root_backward(const std::string& dtype, const Array& grad, const Array& sig
                                    steps,
                                    static_cast<Root>(root),
                                    {contiguous<T>(grad_sigma), Output::kMatrix, C},
-                                   workspace.data()};
+                                   workspace.data(),
+                                   blocks};
     grid ? cuda::grid_root_backward(task, nullptr) : cuda::root_backward(task, nullptr);
   });
 }
@@ -123,12 +127,16 @@ void root_backward(const std::string& dtype, const Array& grad, const Array& sig
 Choice plan(int64_t batch, int64_t channels, int64_t positions, int64_t element_size, int iterations) {
   const bool in_full = choose_steps(iterations, 0).any_in_full();
   const Plan p = isqrt::plan({true, 0, batch, channels, positions, element_size, in_full}, EngineKind::kAuto);
-  return {engine_name(p.forward), engine_name(p.backward), p.pool.length, p.pool_backward.length};
+  return {engine_name(p.forward), engine_name(p.backward), p.pool.length,
+          p.pool_backward.length, p.forward_blocks,        p.backward_blocks};
 }
 
 int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward, int iterations, double floor) {
   return cuda::root_shared_bytes(channels, element_size, backward, choose_steps(iterations, floor).any_in_full());
 }
-int64_t shared_bytes_limit() { return cuda::shared_bytes_limit(0); }
+int64_t cluster_shared_bytes(int64_t channels, int64_t element_size, bool backward, int iterations, double floor) {
+  return cuda::cluster_shared_bytes(channels, element_size, backward, choose_steps(iterations, floor).any_in_full());
+}
+int64_t shared_bytes_limit() { return cuda::limits(0).shared_bytes; }
 
 }  // namespace launchers

@@ -18,25 +18,27 @@ struct Array {
 // `dtype` names the type of the elements of x, of a result or of its upstream gradient. Feature maps are (B, C, H, W)
 // or (B, C, M) with any strides; everything else is contiguous, matrices (B, C, C). `chunk` is the number of positions
 // in a chunk; `output` and `root` are the enumerations of views.h and newton_schulz.h, and steps are tuned for `floor`
-// where that is not 0. `grid` chooses between the engine of the whole device and that of a block. An empty `scale` is
-// not wanted, or 1.
+// where that is not 0. `blocks` share a sample; 0 stands for the engine of the whole device. An empty `scale` is not
+// wanted, or 1.
 void pool(const std::string& dtype, const Array& x, int64_t chunk, const Array& sigma, const Array& mean,
           const Array& scale);
 void pool_backward(const std::string& dtype, const Array& grad_sigma, const Array& x, const Array& mean,
                    const Array& scale, int64_t chunk, const Array& grad_x);
-void root(const std::string& dtype, const Array& sigma, int iterations, int root, int output, double floor, bool grid,
+void root(const std::string& dtype, const Array& sigma, int iterations, int root, int output, double floor, int blocks,
           const Array& scale, const Array& result);
 void root_backward(const std::string& dtype, const Array& grad, const Array& sigma, int iterations, int root,
-                   int output, double floor, bool grid, const Array& grad_sigma);
+                   int output, double floor, int blocks, const Array& grad_sigma);
 
 /// What plan() chooses on this device: the engines by their names, and the positions in a chunk.
 struct Choice {
   std::string forward, backward;
   int64_t pool_chunk, pool_backward_chunk;
+  int forward_blocks, backward_blocks;
 };
 Choice plan(int64_t batch, int64_t channels, int64_t positions, int64_t element_size, int iterations);
 
 int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward, int iterations, double floor);
+int64_t cluster_shared_bytes(int64_t channels, int64_t element_size, bool backward, int iterations, double floor);
 int64_t shared_bytes_limit();
 
 }  // namespace launchers

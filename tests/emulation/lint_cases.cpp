@@ -46,19 +46,25 @@ Steps three_steps(bool in_full) {
   return steps;
 }
 
-template <class T> void root(const std::string& label, int64_t C, bool in_full) {
+template <class T> void root(const std::string& label, int64_t C, bool in_full, int blocks = 1) {
   const Steps steps = three_steps(in_full);
   lint::record(label, [&] {
     T *sigma = allocate<T>(C * C), *result = allocate<T>(C * C), *grad_sigma = allocate<T>(C * C);
     for (int64_t i = 0; i < C; ++i) sigma[i * C + i] = T(1);
     const RootView<const T> source{sigma, Output::kMatrix, C};
     if (cuda::root_shared_bytes(C, sizeof(T), false, in_full) > 0)
-      cuda::root(RootTask<T>{1, source, steps, Root::kSquare, {result, Output::kMatrix, C}}, nullptr);
+      cuda::root(RootTask<T>{1, source, steps, Root::kSquare, {result, Output::kMatrix, C}, nullptr, nullptr, blocks},
+                 nullptr);
     if (cuda::root_shared_bytes(C, sizeof(T), true, in_full) > 0)
-      cuda::root_backward(
-          RootBackwardTask<T>{
-              1, {result, Output::kMatrix, C}, source, steps, Root::kSquare, {grad_sigma, Output::kMatrix, C}},
-          nullptr);
+      cuda::root_backward(RootBackwardTask<T>{1,
+                                              {result, Output::kMatrix, C},
+                                              source,
+                                              steps,
+                                              Root::kSquare,
+                                              {grad_sigma, Output::kMatrix, C},
+                                              nullptr,
+                                              blocks},
+                          nullptr);
   });
 }
 
@@ -87,6 +93,7 @@ int main() {
   pooling<BFloat16>("64 x 8 x 48", 64, 8, 48, Layout::kNCHW);
   root<float>("64 x 64", 64, false);
   root<float>("64 x 64 in full", 64, true);
+  root<float>("64 x 64 in a cluster", 64, false, 2);
   root<float>("128 x 128", 128, false);
   root<double>("64 x 64", 64, false);
   grid_root<float>("160 x 160", 160);
