@@ -5,9 +5,9 @@
 
 namespace isqrt::cpu::ISQRT_LEVEL {
 
-/// Positions of a tile: few enough to stay near the first-level cache, enough to outweigh a pass over M2.
+/// Positions of a tile, whole panels: few enough to stay near the first-level cache, enough to outweigh a pass over M2.
 template <class T> inline int64_t tile_positions_for(int64_t channels) {
-  const int64_t fitting = 48 * 1024 / (padded<T>(channels) * int64_t(sizeof(T))) / 32 * 32;
+  const int64_t fitting = 48 * 1024 / (round_up(channels, kPanel) * int64_t(sizeof(T))) / 32 * 32;
   return minimum<int64_t>(fitting < 128 ? 128 : fitting, 256);
 }
 
@@ -38,13 +38,17 @@ template <class X> class Ahead {
     if (x.stride_c == 1) stride_ = x.stride_w, length_ = x.channels, rows_ = n;
   }
 
-  /// The next few lines.
-  void ask_for() {
-    for (int line = 0; line < 24 && rows_ > 0; ++line) {
-      __builtin_prefetch(row_ + at_, 0, 2);
-      at_ += kLine;
-      if (at_ >= length_) at_ = 0, row_ += stride_, --rows_;
+  /// As many of the lines as come while so many numbers are multiplied.
+  void ask_for_during(int64_t products) {
+    constexpr int64_t kProductsOfLine = 512;
+    const X* row = row_;
+    int64_t at = at_, rows = rows_;
+    for (int64_t line = products / kProductsOfLine; line > 0 && rows > 0; --line) {
+      __builtin_prefetch(row + at, 0, 2);
+      at += kLine;
+      if (at >= length_) at = 0, row += stride_, --rows;
     }
+    row_ = row, at_ = at, rows_ = rows;
   }
 
  private:
@@ -59,21 +63,21 @@ template <class X> class PoolEngine {
 
  public:
   static int64_t storage_size(int64_t channels) {
-    const int64_t ld = padded<T>(channels);
-    return ld * (ld + tile_positions_for<T>(channels) + 3);
+    return Panels<T>::size(channels, channels) + Panels<T>::size(tile_positions_for<T>(channels), channels) +
+           3 * round_up(channels, kPanel);
   }
 
   PoolEngine(const FeatureMaps<const X>& x, int64_t sample, T* storage)
       : x_(x),
         sample_(x.sample(sample)),
-        ld_(padded<T>(x.channels)),
+        padded_(round_up(x.channels, kPanel)),
         tile_positions_(tile_positions_for<T>(x.channels)),
-        moment_(storage),
-        tile_(moment_ + ld_ * ld_),
-        mean_(tile_ + tile_positions_ * ld_),
-        delta_(mean_ + ld_),
-        minus_delta_(delta_ + ld_) {
-    for (int64_t i = 0; i < ld_ * ld_; ++i) moment_[i] = 0;
+        moment_{storage, Panels<T>::rows_for(x.channels)},
+        tile_{moment_.data + moment_.rows * padded_, Panels<T>::rows_for(tile_positions_)},
+        mean_(tile_.data + tile_.rows * padded_),
+        delta_(mean_ + padded_),
+        minus_delta_(delta_ + padded_) {
+    for (T* moment = moment_.data; moment < tile_.data; ++moment) *moment = 0;
     for (int64_t c = 0; c < x.channels; ++c) mean_[c] = to_number(sample_[c * x.stride_c]);
   }
 
@@ -81,41 +85,36 @@ template <class X> class PoolEngine {
 
   void load_tile(int64_t m, int64_t n) {  // tile: [position, channel]
     ahead_ = Ahead<X>(x_, sample_, m + n, tile_positions_);
-    for (int64_t c = 0; c < ld_; ++c) delta_[c] = 0;
-    for_each_run(x_, m, n,
-                 [&](int64_t offset, int64_t r, int64_t run) { load_run(tile_ + r * ld_, sample_ + offset, run); });
+    for (int64_t c = 0; c < padded_; ++c) delta_[c] = 0;
+    for_each_run(x_, m, n, [&](int64_t offset, int64_t r, int64_t run) { load_run(r, sample_ + offset, run); });
     for (int64_t c = 0; c < x_.channels; ++c) delta_[c] /= T(n);
   }
 
   void center_tile(int64_t n) const {
-    for (int64_t c = 0; c < ld_; c += S::kWidth) {
+    for (int64_t c = 0; c < padded_; c += S::kWidth) {
       const Vector<T> delta = load_vector(delta_ + c);
       store_vector(mean_ + c, load_vector(mean_ + c) + delta);
       store_vector(delta_ + c, Vector<T>{});
-      for (int64_t r = 0; r < n; ++r) store_vector(tile_ + r * ld_ + c, load_vector(tile_ + r * ld_ + c) - delta);
+      T* column = tile_.at(0, c);
+      for (int64_t r = 0; r < n; ++r, column += kPanel) store_vector(column, load_vector(column) - delta);
     }
   }
 
   void accumulate(int64_t n, double weight) {
-    for (int64_t c = 0; c < ld_; ++c) minus_delta_[c] = -T(weight) * delta_[c];
-    for (int64_t j = 0; j < x_.channels; j += S::kColumns)
-      for (int64_t i = 0; i < minimum(x_.channels, j + S::kColumns); i += S::kRows) {
-        Tile<T> product;
-        constexpr int64_t kPositions = 48;  // take about as long as what is asked for
-        for (int64_t r = 0; r < n; r += kPositions) {
-          ahead_.ask_for();
-          const T* rows = tile_ + r * ld_;
-          multiply_add(product, rows + i, ld_, rows + j, ld_, minimum(kPositions, n - r), i == j);
-        }
-        multiply_add(product, minus_delta_ + i, ld_, delta_ + j, ld_, 1);
-#pragma GCC unroll 16
-        for (int r = 0; r < S::kRows; ++r)
-#pragma GCC unroll 4
-          for (int v = 0; v < S::kVectors; ++v) {
-            T* at = moment_ + (i + r) * ld_ + j + v * S::kWidth;
-            store_vector(at, load_vector(at) + product.sum[r][v]);
-          }
+    for (int64_t c = 0; c < padded_; ++c) minus_delta_[c] = -T(weight) * delta_[c];
+    for_tiles<T>(x_.channels, true, [&](auto shape, int64_t i, int64_t j) {
+      Tile<T, decltype(shape)> product;
+      constexpr int64_t kProducts = 12288, kPositions = kProducts / product.kElements;
+      for (int64_t r = 0; r < n; r += kPositions) {
+        ahead_.ask_for_during(kProducts);
+        multiply_add(product, tile_.at(r, i), tile_.at(r, j), minimum(kPositions, n - r));
       }
+      multiply_add(product, minus_delta_ + i, delta_ + j, 1);
+      T* moment = moment_.at(i, j);
+      product.for_each(kPanel, [&](const Vector<T>& sum, int64_t offset) {
+        store_vector(moment + offset, load_vector(moment + offset) + sum);
+      });
+    });
   }
 
   void move_mean(double share) const {
@@ -124,29 +123,31 @@ template <class X> class PoolEngine {
 
   void write(T* mean, T* moment) const {
     const int64_t C = x_.channels;
-    copy_strided(mean, C, int64_t(1), mean_, ld_, int64_t(1), int64_t(1), C);
-    for (int64_t i = 0; i < C; ++i)
-      copy_strided(moment + i * C + i, C, int64_t(1), moment_ + i * ld_ + i, ld_, int64_t(1), int64_t(1), C - i);
+    copy_strided(mean, C, int64_t(1), mean_, C, int64_t(1), int64_t(1), C);
+    for (int64_t j = 0; j < C; j += kPanel) {
+      const int64_t columns = minimum(kPanel, C - j);
+      copy_strided(moment + j, C, int64_t(1), moment_.at(0, j), kPanel, int64_t(1), j + columns, columns);
+    }
   }
 
  private:
-  /// One run of positions, less the mean, into rows of the tile; their sums into delta_. What cannot be transposed in
-  /// whole blocks, or lies neither along positions nor along channels, is read element by element.
-  void load_run(T* tile, const X* x, int64_t run) const {
+  /// One run of positions, less the mean, into the tile's rows from `first` on; their sums into delta_. What cannot be
+  /// transposed in whole blocks, or lies neither along positions nor along channels, is read element by element.
+  void load_run(int64_t first, const X* x, int64_t run) const {
     constexpr int W = S::kWidth;
-    // The compiler does not know that a tile is written, and not these.
-    const int64_t ld = ld_, stride_c = x_.stride_c;
+    const int64_t stride_c = x_.stride_c;  // the compiler does not know that a tile is written, and not this
     const bool along_positions = x_.stride_w == 1, along_channels = stride_c == 1;
     const int64_t vector_channels = along_positions || along_channels ? x_.channels / W * W : 0;
     const int64_t vector_run = along_positions ? run / W * W : along_channels ? run : 0;
     if (along_channels) {
       int64_t c = 0;
-      for (; c + 4 * W <= vector_channels; c += 4 * W) load_columns<4>(tile, x, c, run);
-      for (; c < vector_channels; c += W) load_columns<1>(tile, x, c, run);
+      for (; c + 4 * W <= vector_channels; c += 4 * W) load_columns<4>(first, x, c, run);
+      for (; c < vector_channels; c += W) load_columns<1>(first, x, c, run);
     }
     for (int64_t c = 0; along_positions && c < vector_channels; c += W) {
       const Vector<T> mean = load_vector(mean_ + c);
       Vector<T> sum = {};
+      T* tile = tile_.at(first, c);
       for (int64_t r = 0; r < vector_run; r += W) {
         Vector<T> rows[W];
 #pragma GCC unroll 16
@@ -156,7 +157,7 @@ template <class X> class PoolEngine {
         for (int i = 0; i < W; ++i) {
           const Vector<T> value = rows[i] - mean;
           sum += value;
-          store_vector(tile + (r + i) * ld + c, value);
+          store_vector(tile + (r + i) * kPanel, value);
         }
       }
       store_vector(delta_ + c, load_vector(delta_ + c) + sum);
@@ -165,22 +166,25 @@ template <class X> class PoolEngine {
       for (int64_t r = c < vector_channels ? vector_run : 0; r < run; ++r) {
         const T value = to_number(x[c * x_.stride_c + r * x_.stride_w]) - mean_[c];
         delta_[c] += value;
-        tile[r * ld_ + c] = value;
+        *tile_.at(first + r, c) = value;
       }
   }
 
   /// kVectors vectors of contiguous channels from c on, of each position of a run.
-  template <int kVectors> void load_columns(T* tile, const X* x, int64_t c, int64_t run) const {
-    const int64_t ld = ld_, stride = x_.stride_w;
+  template <int kVectors> void load_columns(int64_t first, const X* x, int64_t c, int64_t run) const {
+    const int64_t stride = x_.stride_w;
     Vector<T> mean[kVectors], sum[kVectors] = {};
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) mean[v] = load_vector(mean_ + c + v * S::kWidth);
+    T* tile[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) tile[v] = tile_.at(first, c + v * S::kWidth);
     for (int64_t r = 0; r < run; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const Vector<T> value = load_vector(x + r * stride + c + v * S::kWidth) - mean[v];
         sum[v] += value;
-        store_vector(tile + r * ld + c + v * S::kWidth, value);
+        store_vector(tile[v] + r * kPanel, value);
       }
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -191,9 +195,10 @@ template <class X> class PoolEngine {
 
   FeatureMaps<const X> x_;
   const X* sample_;
-  int64_t ld_, tile_positions_;
+  int64_t padded_, tile_positions_;
   Ahead<X> ahead_;
-  T *moment_, *tile_, *mean_, *delta_, *minus_delta_;
+  Panels<T> moment_, tile_;
+  T *mean_, *delta_, *minus_delta_;
 };
 
 /// Merges the chunks of one sample in place: chunk 0's mean and moment are the running ones. Then the second pass of a
@@ -293,8 +298,9 @@ template <class X> class PoolBackwardEngine {
 
  public:
   static int64_t storage_size(int64_t channels) {
-    const int64_t ld = padded<T>(channels);
-    return ld * ld + 2 * ld * padded<T>(tile_positions_for<T>(channels));
+    const int64_t positions = tile_positions_for<T>(channels);
+    return Panels<T>::size(channels, channels) + Panels<T>::size(channels, positions) +
+           round_up(channels, kPanel) * positions;
   }
 
   PoolBackwardEngine(const PoolBackwardTask<X>& task, int64_t sample, T* storage)
@@ -304,24 +310,26 @@ template <class X> class PoolBackwardEngine {
         gradient_(dx_.sample(sample)),
         mean_(task.mean + sample * x_.channels),
         scale_(task.scale ? task.scale[sample] : T(1)),
-        ld_(padded<T>(x_.channels)),
         tile_positions_(tile_positions_for<T>(x_.channels)),
-        ld_tile_(padded<T>(tile_positions_)),
-        weight_(storage),
-        tile_(weight_ + ld_ * ld_),
-        result_(tile_ + ld_ * ld_tile_) {
+        weight_{storage, Panels<T>::rows_for(x_.channels)},
+        tile_{storage + Panels<T>::size(x_.channels, x_.channels), weight_.rows},
+        result_(tile_.data + tile_.rows * tile_positions_) {
     const int64_t C = x_.channels;
     const T* g = task.grad_sigma + sample * C * C;
     const T share = T(2) / T(x_.positions());
-    for (int64_t i = 0; i < C; ++i)
-      for (int64_t j = 0; j < C; ++j) weight_[i * ld_ + j] = share * g[i * C + j];
+    for (int64_t j = 0; j < C; j += kPanel) {
+      const int64_t columns = minimum(kPanel, C - j);
+      T* row = weight_.at(0, j);
+      for (int64_t i = 0; i < C; ++i, row += kPanel)
+        for (int64_t k = 0; k < columns; ++k) row[k] = share * g[i * C + j + k];
+    }
   }
 
   int64_t tile_positions() const { return tile_positions_; }
 
   void load_centered(int64_t m, int64_t n) {  // tile: [channel, position]
     ahead_ = Ahead<X>(x_, sample_, m + n, tile_positions_);
-    for_each_run(x_, m, n, [&](int64_t offset, int64_t r, int64_t run) { load_run(tile_ + r, sample_ + offset, run); });
+    for_each_run(x_, m, n, [&](int64_t offset, int64_t r, int64_t run) { load_run(r, sample_ + offset, run); });
   }
 
   void store_gradient(int64_t m, int64_t n) {
@@ -330,22 +338,27 @@ template <class X> class PoolBackwardEngine {
     // Whole tiles go straight to dX: to its rows of positions W tile, to those of channels tile' W, W being symmetric.
     // Others, and other layouts, go by way of a buffer.
     if (dx_.height == 1 && dx_.stride_w == 1 && C % S::kRows == 0 && n % S::kColumns == 0)
-      return multiply_out(weight_, ld_, C, tile_, ld_tile_, n, target, dx_.stride_c);
+      return multiply_out(weight_, C, tile_, n, target, dx_.stride_c);
     if (dx_.height == 1 && dx_.stride_c == 1 && n % S::kRows == 0 && C % S::kColumns == 0)
-      return multiply_out(tile_, ld_tile_, n, weight_, ld_, C, target, dx_.stride_w);
-    multiply<false>(weight_, ld_, C, tile_, ld_tile_, n, result_, ld_tile_);
+      return multiply_out(tile_, n, weight_, C, target, dx_.stride_w);
+    multiply<false>(weight_, C, tile_, n, result_, tile_positions_);
     for_each_run(dx_, m, n, [&](int64_t offset, int64_t r, int64_t run) {
-      copy_strided(gradient_ + offset, dx_.stride_c, dx_.stride_w, static_cast<const T*>(result_ + r), ld_tile_,
+      copy_strided(gradient_ + offset, dx_.stride_c, dx_.stride_w, static_cast<const T*>(result_ + r), tile_positions_,
                    int64_t(1), C, run);
     });
   }
 
  private:
   /// One run of positions, less the mean, times the scale: as one multiplication with addition.
-  void load_run(T* tile, const X* x, int64_t run) const {
+  void load_run(int64_t first, const X* x, int64_t run) const {
     constexpr int W = S::kWidth;
-    const int64_t C = x_.channels, ld = ld_tile_, stride_c = x_.stride_c, stride_w = x_.stride_w;
+    const int64_t C = x_.channels, stride_c = x_.stride_c, stride_w = x_.stride_w;
     const int64_t vector_run = run / W * W, transposed = stride_c == 1 && stride_w != 1 ? C / W * W : 0;
+    const auto store = [&](int64_t c, int64_t r, const Vector<T>& values) {
+      if (first % W == 0) return store_vector(tile_.at(c, first + r), values);
+      for (int i = 0; i < W; ++i) *tile_.at(c, first + r + i) = values[i];  // may lie in two panels
+    };
+    const int64_t whole_panels = stride_w == 1 && first % kPanel == 0 ? run / kPanel * kPanel : 0;
     for (int64_t r = 0; transposed && r < vector_run; r += W)
       for (int64_t c = 0; c < transposed; c += W) {
         Vector<T> rows[W];
@@ -353,50 +366,51 @@ template <class X> class PoolBackwardEngine {
         for (int i = 0; i < W; ++i) rows[i] = load_vector(x + (r + i) * stride_w + c);
         transpose<T>(rows);
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) store_vector(tile + (c + i) * ld + r, scale_ * rows[i] - scale_ * mean_[c + i]);
+        for (int i = 0; i < W; ++i) store(c + i, r, scale_ * rows[i] - scale_ * mean_[c + i]);
       }
     for (int64_t c = 0; c < C; ++c) {
       const T mean = scale_ * mean_[c];
       int64_t r = c < transposed ? vector_run : 0;
+      T* to = tile_.at(c, first);
+      for (; r < whole_panels; r += kPanel, to += tile_.rows * kPanel)
+#pragma GCC unroll 8
+        for (int v = 0; v < kPanel; v += W) store_vector(to + v, scale_ * load_vector(x + c * stride_c + r + v) - mean);
       if (stride_w == 1)
-        for (; r < vector_run; r += W)
-          store_vector(tile + c * ld + r, scale_ * load_vector(x + c * stride_c + r) - mean);
-      for (; r < run; ++r) tile[c * ld + r] = scale_ * to_number(x[c * stride_c + r * stride_w]) - mean;
+        for (; r < vector_run; r += W) store(c, r, scale_ * load_vector(x + c * stride_c + r) - mean);
+      for (; r < run; ++r) *tile_.at(c, first + r) = scale_ * to_number(x[c * stride_c + r * stride_w]) - mean;
     }
   }
 
   /// multiply() into dX, past the caches where it consists of whole lines.
-  void multiply_out(const T* A, int64_t ld_A, int64_t rows, const T* B, int64_t ld_B, int64_t columns, X* target,
-                    int64_t ld) {
+  void multiply_out(const Panels<T>& A, int64_t rows, const Panels<T>& B, int64_t columns, X* target, int64_t ld) {
     constexpr int64_t kLine = kLineBytes / sizeof(X);
     if (reinterpret_cast<uintptr_t>(target) % kLineBytes == 0 && ld % kLine == 0 && columns % kLine == 0)
-      multiply<true>(A, ld_A, rows, B, ld_B, columns, target, ld);
+      multiply<true>(A, rows, B, columns, target, ld);
     else
-      multiply<false>(A, ld_A, rows, B, ld_B, columns, target, ld);
+      multiply<false>(A, rows, B, columns, target, ld);
   }
 
   /// target = A' B in whole register tiles; both factors have a row for each channel.
   template <bool kLines, class To>
-  void multiply(const T* A, int64_t ld_A, int64_t rows, const T* B, int64_t ld_B, int64_t columns, To* target,
-                int64_t ld) {
+  void multiply(const Panels<T>& A, int64_t rows, const Panels<T>& B, int64_t columns, To* target, int64_t ld) {
     constexpr int64_t kGroup = kLines ? kLineBytes / sizeof(To) : S::kColumns;
     for (int64_t j = 0; j < columns; j += kGroup)
       for (int64_t i = 0; i < rows; i += S::kRows) {
         alignas(kLineBytes) To group[S::kRows][kGroup];
+        To* to = target + i * ld + j;
         for (int64_t k = 0; k < kGroup; k += S::kColumns) {
-          Tile<T> product;
-          ahead_.ask_for();
-          multiply_add(product, A + i, ld_A, B + j + k, ld_B, x_.channels);
-#pragma GCC unroll 16
-          for (int r = 0; r < S::kRows; ++r)
-#pragma GCC unroll 4
-            for (int v = 0; v < S::kVectors; ++v) {
-              To* at = kLines ? group[r] + k : target + (i + r) * ld + j;
-              store_vector(at + v * S::kWidth, product.sum[r][v]);
-            }
+          Tile<T, Shape<S::kRows, S::kVectors>> product;
+          ahead_.ask_for_during(x_.channels * product.kElements);
+          multiply_add(product, A.at(0, i), B.at(0, j + k), x_.channels);
+          if constexpr (kLines && kGroup == S::kColumns)
+            product.for_each(ld, [&](const Vector<T>& sum, int64_t offset) { stream_vector(to + offset, sum); });
+          else if constexpr (kLines)
+            product.for_each(kGroup, [&](auto& sum, int64_t offset) { store_vector(group[0] + k + offset, sum); });
+          else
+            product.for_each(ld, [&](auto& sum, int64_t offset) { store_vector(to + offset, sum); });
         }
-#pragma GCC unroll 16
-        for (int r = 0; kLines && r < S::kRows; ++r) stream_line(target + (i + r) * ld + j, group[r]);
+        if constexpr (kLines && kGroup != S::kColumns)
+          for (int r = 0; r < S::kRows; ++r) stream_line(to + r * ld, group[r]);
       }
   }
 
@@ -406,9 +420,10 @@ template <class X> class PoolBackwardEngine {
   X* gradient_;
   const T* mean_;
   T scale_;
-  int64_t ld_, tile_positions_, ld_tile_;
+  int64_t tile_positions_;
   Ahead<X> ahead_;
-  T *weight_, *tile_, *result_;
+  Panels<T> weight_, tile_;
+  T* result_;
 };
 
 }  // namespace isqrt::cpu::ISQRT_LEVEL

@@ -33,18 +33,6 @@ template <class X> void pool_backward(const PoolBackwardTask<X>& task, int64_t b
   finish_streams();
 }
 
-/// Copies a root out of its padded matrix, the whole of it or its upper triangle.
-template <class T, class X>
-void write_root(const MatrixEngine<T>& engine, const typename MatrixEngine<T>::Matrix& A, const RootView<X>& result) {
-  const int64_t C = result.channels;
-  X* out = result.data;
-  for (int64_t i = 0; i < C; ++i) {
-    const int64_t first = result.output == Output::kTriu ? i : 0;
-    copy_strided(out, C, int64_t(1), engine.row(A, i) + first, C, int64_t(1), int64_t(1), C - first);
-    out += C - first;
-  }
-}
-
 template <class X> void root(const RootTask<X>& task, int64_t begin, int64_t end) {
   using T = Compute<X>;
   const int64_t C = task.sigma.channels;
@@ -61,7 +49,7 @@ template <class X> void root(const RootTask<X>& task, int64_t begin, int64_t end
     } else {
       auto root = matrix_root(e, sigma, task.steps, task.root);
       if (scale != 1) e.scale(root, 1 / scale, root);
-      write_root(e, root, result);
+      e.write(root, result);
     }
   }
 }
@@ -88,7 +76,7 @@ template <class X> void root_backward(const RootBackwardTask<X>& task, int64_t b
     const auto grad = in_compute_type(task.grad.sample(sample), storage.get() + size);
     const auto gradient = grad.output == Output::kMean ? matrix_root_mean_backward(e, sigma, grad, task.steps, C)
                                                        : matrix_root_backward(e, sigma, grad, task.steps, task.root);
-    write_root(e, gradient, task.grad_sigma.sample(sample));
+    e.write(gradient, task.grad_sigma.sample(sample));
   }
 }
 

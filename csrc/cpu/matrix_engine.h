@@ -9,82 +9,104 @@ template <class T> class MatrixEngine {
   using S = Simd<T>;
 
  public:
-  /// Storage of one matrix, ld_ columns and as many rows, zero outside C x C.
-  struct Matrix {
-    T* data = nullptr;
-  };
+  /// As many rows as columns, both padded to whole panels. What lies outside C x C does not matter.
+  using Matrix = Panels<T>;
 
-  /// A vector of C elements, and zeros.
+  /// A vector of C elements, padded.
   struct Column {
     T* data;
   };
 
   /// Storage for that many matrices and vectors, and the one matrix more that the engine needs.
   static int64_t storage_size(int64_t channels, int matrices, int vectors) {
-    return padded<T>(channels) * (padded<T>(channels) * (matrices + 1) + vectors);
+    return Matrix::size(channels, channels) * (matrices + 1) + round_up(channels, kPanel) * vectors;
   }
 
-  /// `storage` is all zero.
-  MatrixEngine(int64_t channels, T* storage) : channels_(channels), ld_(padded<T>(channels)), next_(storage) {
-    spare_ = matrix();
-  }
+  MatrixEngine(int64_t channels, T* storage)
+      : channels_(channels), size_(Matrix::size(channels, channels)), next_(storage), spare_(matrix()) {}
 
   Matrix matrix() {
-    Matrix m{next_};
-    next_ += ld_ * ld_;
+    const Matrix m{next_, Matrix::rows_for(channels_)};
+    next_ += size_;
     return m;
   }
 
   Column column() {
-    Column v{next_};
-    next_ += ld_;
-    return v;
+    const Column u{next_};
+    next_ += round_up(channels_, kPanel);
+    return u;
   }
 
-  const T* row(const Matrix& A, int64_t i) const { return A.data + i * ld_; }
-
-  template <class Source> void load(Matrix& A, const Source& source) const {
-    for_upper_triangle(channels_, [&](int64_t i, int64_t j) {
-      const T value = source.symmetric(i, j);
-      A.data[i * ld_ + j] = value;
-      A.data[j * ld_ + i] = value;
-    });
+  void load(Matrix& A, const RootView<const T>& source) const {
+    constexpr int W = S::kWidth;
+    const int64_t C = channels_, in_blocks = source.output == Output::kMatrix ? C / W * W : 0;
+    const auto load_each = [&](int64_t i, int64_t j) { *A.at(i, j) = *A.at(j, i) = source.symmetric(i, j); };
+    for (int64_t i = 0; i < in_blocks; i += W) {
+      for (int r = 0; r < W; ++r)
+        for (int c = r; c < W; ++c) load_each(i + r, i + c);
+      for (int64_t j = i + W; j < in_blocks; j += W) {
+        Vector<T> block[W], below[W];
+#pragma GCC unroll 16
+        for (int r = 0; r < W; ++r) below[r] = load_vector(source.data + (j + r) * C + i);
+        transpose<T>(below);
+#pragma GCC unroll 16
+        for (int r = 0; r < W; ++r) {
+          const Vector<T> above = load_vector(source.data + (i + r) * C + j);
+          block[r] = above == below[r] ? above : T(0.5) * above + T(0.5) * below[r];  // as RootView::symmetric
+          store_vector(A.at(i + r, j), block[r]);
+        }
+        transpose<T>(block);
+#pragma GCC unroll 16
+        for (int r = 0; r < W; ++r) store_vector(A.at(j + r, i), block[r]);
+      }
+    }
+    for (int64_t i = 0; i < C; ++i)
+      for (int64_t j = i < in_blocks ? in_blocks : i; j < C; ++j) load_each(i, j);
   }
 
   T trace(const Matrix& A) const {
     T sum = 0;
-    for (int64_t i = 0; i < channels_; ++i) sum += A.data[i * ld_ + i];
+    for (int64_t i = 0; i < channels_; ++i) sum += *A.at(i, i);
     return sum;
   }
 
   /// <factor sym(source), A>
-  template <class Source> T inner(const Source& source, const Matrix& A, T factor = 1) const {
-    T diagonal = 0, upper = 0;
-    for (int64_t i = 0; i < channels_; ++i) {
-      diagonal += factor * source.symmetric(i, i) * A.data[i * ld_ + i];
+  T inner(const RootView<const T>& source, const Matrix& A, T factor = 1) const {
+    constexpr int W = S::kWidth;
+    const int64_t C = channels_;
+    T total = 0;
+    for (int64_t i = 0; i < C; ++i) {
       T sum = 0;
-      for (int64_t j = i + 1; j < channels_; ++j) sum += factor * source.symmetric(i, j) * A.data[i * ld_ + j];
-      upper += sum;
+      if (source.output == Output::kMatrix) {  // <sym(G), A> = <G, A>
+        const T* row = source.data + i * C;
+        Vector<T> sums = {};
+        int64_t j = 0;
+        for (; j + W <= C; j += W) sums += factor * load_vector(row + j) * load_vector(A.at(i, j));
+        for (; j < C; ++j) sum += factor * row[j] * *A.at(i, j);
+        for (int lane = 0; lane < W; ++lane) sum += sums[lane];
+      } else {
+        for (int64_t j = i + 1; j < C; ++j) sum += factor * source.symmetric(i, j) * *A.at(i, j);
+        sum = 2 * sum + factor * source.symmetric(i, i) * *A.at(i, i);
+      }
+      total += sum;
     }
-    return diagonal + 2 * upper;
+    return total;
   }
 
   void divide(Matrix& A, T s) const {
-    for (int64_t i = 0; i < channels_; ++i)
-      for (int64_t j = 0; j < channels_; ++j) A.data[i * ld_ + j] /= s;
+    for (int64_t i = 0; i < size_; ++i) A.data[i] /= s;
   }
 
   void scale(Matrix& D, T alpha, const Matrix& A) const {
-    for (int64_t i = 0; i < channels_; ++i)
-      for (int64_t j = 0; j < ld_; ++j) D.data[i * ld_ + j] = alpha * A.data[i * ld_ + j];
+    for (int64_t i = 0; i < size_; ++i) D.data[i] = alpha * A.data[i];
   }
 
   void identity_plus(Matrix& D, T alpha, T beta, const Matrix& A) const {
     scale(D, beta, A);
-    for (int64_t i = 0; i < channels_; ++i) D.data[i * ld_ + i] += alpha;
+    for (int64_t i = 0; i < channels_; ++i) *D.at(i, i) += alpha;
   }
 
-  template <class Source> void load(Column& u, const Source& source) const {
+  void load(Column& u, const RootView<const T>& source) const {
     for (int64_t i = 0; i < channels_; ++i) u.data[i] = source.data[i];
   }
   T dot(const Column& u, const Column& v) const {
@@ -93,7 +115,7 @@ template <class T> class MatrixEngine {
     return sum;
   }
   void add(Column& u, T alpha, T beta, const Column& v) const {
-    for (int64_t i = 0; i < ld_; ++i) u.data[i] = alpha * u.data[i] + beta * v.data[i];
+    for (int64_t i = 0; i < channels_; ++i) u.data[i] = alpha * u.data[i] + beta * v.data[i];
   }
   void sums(Column& u, const Matrix& A) const {
     multiply_rows(u, A, [](int64_t) { return T(1); });
@@ -103,71 +125,86 @@ template <class T> class MatrixEngine {
   }
   void rank_two(Matrix& D, T alpha, T beta, const Column& u, const Column& v, const Column& w) const {
     const T *U = u.data, *V = v.data, *W = w.data;
-    for_upper_triangle(channels_, [&](int64_t i, int64_t j) {
-      const T value = alpha * D.data[i * ld_ + j] + beta * (U[i] * V[j] + V[i] * U[j] + W[i] + W[j]);
-      D.data[i * ld_ + j] = value;
-      D.data[j * ld_ + i] = value;
-    });
+    for (int64_t i = 0; i < channels_; ++i)
+      for (int64_t j = i / S::kWidth * S::kWidth; j < channels_; j += S::kWidth) {
+        const Vector<T> u_j = load_vector(U + j), v_j = load_vector(V + j), w_j = load_vector(W + j);
+        T* at = D.at(i, j);
+        store_vector(at, alpha * load_vector(at) + beta * (U[i] * v_j + V[i] * u_j + W[i] + w_j));
+      }
+    mirror(D);
+  }
+
+  /// Copies A out, the whole of it or its upper triangle.
+  template <class X> void write(const Matrix& A, const RootView<X>& result) const {
+    const int64_t C = channels_;
+    const bool upper = result.output == Output::kTriu;
+    for (int64_t j = 0; j < C; j += kPanel) {
+      const int64_t columns = minimum(kPanel, C - j);
+      if (!upper)
+        copy_strided(result.data + j, C, int64_t(1), A.at(0, j), kPanel, int64_t(1), C, columns);
+      else
+        for (int64_t i = 0; i < j + columns; ++i) {
+          const int64_t first = i < j ? j : i;
+          copy_strided(result.data + triu_index(i, first, C), C, int64_t(1), A.at(i, first), kPanel, int64_t(1),
+                       int64_t(1), j + columns - first);
+        }
+    }
   }
 
   void product(Matrix& D, T alpha, T beta, const Matrix& A, const Matrix& B) {
-    combine<true>(D, alpha, beta, false,
-                  [&](Tile<T>& t, int64_t i, int64_t j, bool half) { add(t, A, B, i, j, half); });
+    combine<true>(D, alpha, beta, false, [&](auto& tile, int64_t i, int64_t j) { add(tile, A, B, i, j); });
   }
   void products(Matrix& D, T alpha, T beta, const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2) {
-    combine<true>(D, alpha, beta, false, [&](Tile<T>& t, int64_t i, int64_t j, bool half) {
-      add(t, A1, B1, i, j, half), add(t, A2, B2, i, j, half);
-    });
+    combine<true>(D, alpha, beta, false,
+                  [&](auto& tile, int64_t i, int64_t j) { add(tile, A1, B1, i, j), add(tile, A2, B2, i, j); });
   }
   Matrix product(Matrix& D, Matrix& E, const Matrix& A, const Matrix& B, bool in_full) {
-    combine<false>(D, T(0), T(1), in_full,
-                   [&](Tile<T>& t, int64_t i, int64_t j, bool half) { add(t, A, B, i, j, half); });
-    return in_full ? transpose(E, D) : D;
+    combine<false>(D, T(0), T(1), in_full, [&](auto& tile, int64_t i, int64_t j) { add(tile, A, B, i, j); });
+    return in_full ? transposed(E, D) : D;
   }
   Matrix products(Matrix& D, Matrix& E, const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2,
                   bool in_full) {
-    combine<false>(D, T(0), T(1), in_full, [&](Tile<T>& t, int64_t i, int64_t j, bool half) {
-      add(t, A1, B1, i, j, half), add(t, A2, B2, i, j, half);
-    });
-    return in_full ? transpose(E, D) : D;
+    combine<false>(D, T(0), T(1), in_full,
+                   [&](auto& tile, int64_t i, int64_t j) { add(tile, A1, B1, i, j), add(tile, A2, B2, i, j); });
+    return in_full ? transposed(E, D) : D;
   }
 
  private:
   /// u = sum_i factor(i) A[i, :], A being symmetric.
   template <class Factor> void multiply_rows(Column& u, const Matrix& A, const Factor& factor) const {
-    for (int64_t j = 0; j < ld_; ++j) u.data[j] = 0;
-    for (int64_t i = 0; i < channels_; ++i) {
-      const T f = factor(i);
-      for (int64_t j = 0; j < ld_; ++j) u.data[j] += f * A.data[i * ld_ + j];
+    constexpr int kVectors = kPanel / S::kWidth;
+    for (int64_t j = 0; j < channels_; j += kPanel) {
+      Vector<T> sum[kVectors] = {};
+      const T* row = A.at(0, j);
+      for (int64_t i = 0; i < channels_; ++i, row += kPanel)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sum[v] += factor(i) * load_vector(row + v * S::kWidth);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) store_vector(u.data + j + v * S::kWidth, sum[v]);
     }
   }
 
-  /// A is symmetric: its rows stand for its columns. Half of a tile on the diagonal where the rest is not wanted.
-  inline __attribute__((always_inline)) void add(Tile<T>& tile, const Matrix& A, const Matrix& B, int64_t i, int64_t j,
-                                                 bool half) const {
-    multiply_add(tile, A.data + i, ld_, B.data + j, ld_, channels_, half);
+  /// A is symmetric: its rows stand for its columns.
+  template <class Shape>
+  inline __attribute__((always_inline)) void add(Tile<T, Shape>& tile, const Matrix& A, const Matrix& B, int64_t i,
+                                                 int64_t j) const {
+    multiply_add(tile, A.at(0, i), B.at(0, j), channels_);
   }
 
   /// D = alpha D + beta (sum of products), tile by tile, into the spare matrix: all of it, or the upper triangle.
   template <bool kAddD, class Products>
   inline __attribute__((always_inline)) void combine(Matrix& D, T alpha, T beta, bool in_full,
                                                      const Products& products) {
-    for (int64_t j = 0; j < channels_; j += S::kColumns) {
-      const int64_t rows = in_full ? channels_ : minimum(channels_, j + S::kColumns);
-      for (int64_t i = 0; i < rows; i += S::kRows) {
-        Tile<T> tile;
-        products(tile, i, j, i == j && !in_full);
-#pragma GCC unroll 16
-        for (int r = 0; r < S::kRows; ++r)
-#pragma GCC unroll 4
-          for (int v = 0; v < S::kVectors; ++v) {
-            const int64_t at = (i + r) * ld_ + j + v * S::kWidth;
-            Vector<T> value = beta * tile.sum[r][v];
-            if (kAddD) value += alpha * load_vector(D.data + at);
-            store_vector(spare_.data + at, value);
-          }
-      }
-    }
+    for_tiles<T>(channels_, !in_full, [&](auto shape, int64_t i, int64_t j) {
+      Tile<T, decltype(shape)> tile;
+      products(tile, i, j);
+      const int64_t first = D.index(i, j);
+      tile.for_each(kPanel, [&](const Vector<T>& sum, int64_t offset) {
+        Vector<T> value = beta * sum;
+        if (kAddD) value += alpha * load_vector(D.data + first + offset);
+        store_vector(spare_.data + first + offset, value);
+      });
+    });
     if (!in_full) mirror(spare_);
     const Matrix previous = D;
     D = spare_;
@@ -175,10 +212,9 @@ template <class T> class MatrixEngine {
   }
 
   /// E = D'
-  Matrix transpose(const Matrix& E, const Matrix& D) const {
+  Matrix transposed(const Matrix& E, const Matrix& D) const {
     for (int64_t i = 0; i < channels_; i += S::kWidth)
-      for (int64_t j = 0; j < channels_; j += S::kWidth)
-        transpose_block(E.data + j * ld_ + i, ld_, D.data + i * ld_ + j, ld_);
+      for (int64_t j = 0; j < channels_; j += S::kWidth) transpose_block(E.at(j, i), kPanel, D.at(i, j), kPanel);
     return E;
   }
 
@@ -186,15 +222,14 @@ template <class T> class MatrixEngine {
   void mirror(Matrix& A) const {
     constexpr int W = S::kWidth;
     for (int64_t i = 0; i < channels_; i += W) {
-      T* diagonal = A.data + i * ld_ + i;
+      T* diagonal = A.at(i, i);
       for (int r = 1; r < W; ++r)
-        for (int c = 0; c < r; ++c) diagonal[r * ld_ + c] = diagonal[c * ld_ + r];
-      for (int64_t j = i + W; j < channels_; j += W)
-        transpose_block(A.data + j * ld_ + i, ld_, A.data + i * ld_ + j, ld_);
+        for (int c = 0; c < r; ++c) diagonal[r * kPanel + c] = diagonal[c * kPanel + r];
+      for (int64_t j = i + W; j < channels_; j += W) transpose_block(A.at(j, i), kPanel, A.at(i, j), kPanel);
     }
   }
 
-  int64_t channels_, ld_;
+  int64_t channels_, size_;
   T* next_;
   Matrix spare_;
 };

@@ -44,6 +44,15 @@ template <class X> inline void stream_line(X* to, const X* from) {
   __builtin_memcpy(to, from, kLineBytes);
 #endif
 }
+template <class T> inline void stream_vector(T* to, Vector<T> v) {
+#if ISQRT_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<const __m512i&>(v));
+#elif ISQRT_VECTOR_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<const __m256i&>(v));
+#else
+  store_vector(to, v);
+#endif
+}
 inline void finish_streams() {
 #if ISQRT_VECTOR_BYTES >= 32
   _mm_sfence();
@@ -116,14 +125,22 @@ template <class F> inline void for_upper_triangle(int64_t n, const F& f) {
         for (int64_t j = j0 > i ? j0 : i; j < minimum(j0 + kBlock, n); ++j) f(i, j);
 }
 
-/// Columns of a row of n elements padded to whole register tiles and an odd number of cache lines: a power of two
-/// would send every row to the same few sets of the cache.
-template <class T> inline int64_t padded(int64_t n) {
-  constexpr int64_t line = 64 / sizeof(T),
-                    tile = Simd<T>::kColumns > Simd<T>::kRows ? Simd<T>::kColumns : Simd<T>::kRows;
-  const int64_t columns = round_up(round_up(n, tile), line);
-  return columns / line % 2 ? columns : columns + line;
-}
+/// A matrix that products read, in panels of 16 columns, each with all of its rows: what a register tile reads of it
+/// lies one after the other in memory, whatever the number of columns.
+constexpr int64_t kPanel = 16;
+template <class T> struct Panels {
+  static_assert(kPanel % Simd<T>::kRows == 0 && kPanel % Simd<T>::kColumns == 0);
+  T* data = nullptr;
+  int64_t rows = 0;
+
+  /// Rows for n and what register tiles have beyond them. They are odd: neighbours in a row of two panels that lie a
+  /// power of two apart would take each other's place in the cache.
+  static int64_t rows_for(int64_t n) { return round_up(n, kPanel) + 1; }
+  static int64_t size(int64_t rows, int64_t columns) { return rows_for(rows) * round_up(columns, kPanel); }
+
+  int64_t index(int64_t row, int64_t column) const { return (column / kPanel * rows + row) * kPanel + column % kPanel; }
+  T* at(int64_t row, int64_t column) const { return data + index(row, column); }
+};
 
 /// Lanes of the two vectors of one butterfly of a transposition: blocks of `Stride` lanes change places.
 template <int Stride, bool High, class T, class Lanes = typename Simd<T>::Vector>
@@ -205,48 +222,74 @@ void copy_strided(To* dst, int64_t dst_row, int64_t dst_col, const From* src, in
     for (int64_t c = 0; c < cols; ++c) copy(dst + r * dst_row + c * dst_col, src + r * src_row + c * src_col);
 }
 
-/// The accumulators of one register tile.
-template <class T> struct Tile {
-  Vector<T> sum[Simd<T>::kRows][Simd<T>::kVectors] = {};
+/// The extent of a register tile. With kUpper what lies under its diagonal does not count.
+template <int kRows_, int kVectors_, bool kUpper_ = false> struct Shape {
+  static constexpr int kRows = kRows_, kVectors = kVectors_;
+  static constexpr bool kUpper = kUpper_;
 };
 
-/// tile[i, j] += sum_k a[k, i] b[k, j]. Both operands are read along their rows: the left one is symmetric, or given
-/// transposed, so that nothing has to be packed. With `half` what lies under the tile's diagonal does not count: of the
-/// lower half of the rows only the right half of the columns is computed, where vectors can be halved for that.
-template <class T>
-inline __attribute__((always_inline)) void multiply_add(Tile<T>& tile, const T* a, int64_t lda, const T* b, int64_t ldb,
-                                                        int64_t n, bool half = false) {
-  using S = Simd<T>;
-  if constexpr (S::kVectors == 1 && S::kRows == 16 && S::kWidth == 16) {
-    if (half) {
-      typename S::Half lower[8];
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i)
-        lower[i] = __builtin_shufflevector(tile.sum[8 + i][0], tile.sum[8 + i][0], 8, 9, 10, 11, 12, 13, 14, 15);
-      for (int64_t k = 0; k < n; ++k, a += lda, b += ldb) {
-        const Vector<T> right = load_vector(b);
-        const auto right_half = *reinterpret_cast<const typename S::UnalignedHalf*>(b + 8);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-          tile.sum[i][0] += a[i] * right;
-          lower[i] += a[8 + i] * right_half;
-        }
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i)
-        tile.sum[8 + i][0] =
-            __builtin_shufflevector(lower[i], lower[i], 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
-      return;
-    }
-  }
-  for (int64_t k = 0; k < n; ++k, a += lda, b += ldb) {
-    Vector<T> right[S::kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < S::kVectors; ++v) right[v] = load_vector(b + v * S::kWidth);
+/// The accumulators of one register tile.
+template <class T, class Shape> struct Tile {
+  static constexpr int64_t kElements = Shape::kRows * Shape::kVectors * Simd<T>::kWidth;
+  Vector<T> sum[Shape::kRows][Shape::kVectors] = {};
+
+  /// f(vector, offset) for each of them, `offset` counted from the first one where rows are `ld` apart.
+  template <class F> inline __attribute__((always_inline)) void for_each(int64_t ld, const F& f) {
 #pragma GCC unroll 16
-    for (int i = 0; i < S::kRows; ++i)
+    for (int r = 0; r < Shape::kRows; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < S::kVectors; ++v) tile.sum[i][v] += a[i] * right[v];
+      for (int v = 0; v < Shape::kVectors; ++v) f(sum[r][v], r * ld + v * Simd<T>::kWidth);
+  }
+};
+
+/// f(shape, i, j) for the register tiles of an n x n result, or of its upper triangle. Of those on the diagonal about
+/// half is computed: their lower rows want the second of two vectors alone, or half of the only one.
+template <class T, class F> inline __attribute__((always_inline)) void for_tiles(int64_t n, bool upper, const F& f) {
+  using S = Simd<T>;
+  constexpr bool kHalf = S::kVectors == 1 && S::kRows == 16 && S::kWidth == 16,
+                 kSecond = S::kVectors == 2 && S::kWidth % S::kRows == 0;
+  constexpr int64_t kWhole = kHalf ? 0 : kSecond ? S::kWidth : S::kColumns;  // rows on the diagonal of whole tiles
+  for (int64_t j = 0; j < n; j += S::kColumns) {
+    const int64_t rows = upper ? minimum(n, j + kWhole) : n;
+    for (int64_t i = 0; i < rows; i += S::kRows) f(Shape<S::kRows, S::kVectors>(), i, j);
+    if (!upper || j + kWhole >= n) continue;
+    if constexpr (kHalf) f(Shape<S::kRows, 1, true>(), j, j);
+    if constexpr (kSecond) f(Shape<S::kWidth, 1>(), j + S::kWidth, j + S::kWidth);
+  }
+}
+
+/// tile[i, j] += sum_k a[k, i] b[k, j], both in panels. The left factor is symmetric, or given transposed, so that
+/// nothing has to be packed. With kUpper, of the lower half of the rows only the right half of the columns is computed.
+template <class T, class Shape>
+inline __attribute__((always_inline)) void multiply_add(Tile<T, Shape>& tile, const T* a, const T* b, int64_t n) {
+  using S = Simd<T>;
+  if constexpr (Shape::kUpper) {
+    typename S::Half lower[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+      lower[i] = __builtin_shufflevector(tile.sum[8 + i][0], tile.sum[8 + i][0], 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t k = 0; k < n; ++k, a += kPanel, b += kPanel) {
+      const Vector<T> right = load_vector(b);
+      const auto right_half = *reinterpret_cast<const typename S::UnalignedHalf*>(b + 8);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        tile.sum[i][0] += a[i] * right;
+        lower[i] += a[8 + i] * right_half;
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+      tile.sum[8 + i][0] = __builtin_shufflevector(lower[i], lower[i], 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+  } else {
+    for (int64_t k = 0; k < n; ++k, a += kPanel, b += kPanel) {
+      Vector<T> right[Shape::kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < Shape::kVectors; ++v) right[v] = load_vector(b + v * S::kWidth);
+#pragma GCC unroll 16
+      for (int i = 0; i < Shape::kRows; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < Shape::kVectors; ++v) tile.sum[i][v] += a[i] * right[v];
+    }
   }
 }
 
