@@ -7,6 +7,7 @@ namespace isqrt::cpu::ISQRT_LEVEL {
 
 /// Positions of a tile, whole panels: few enough to stay near the first-level cache, enough to outweigh a pass over M2.
 template <class T> inline int64_t tile_positions_for(int64_t channels) {
+  if (ISQRT_VECTOR_BYTES < 64) return 96;
   const int64_t fitting = 48 * 1024 / (round_up(channels, kPanel) * int64_t(sizeof(T))) / 32 * 32;
   return minimum<int64_t>(fitting < 128 ? 128 : fitting, 256);
 }
