@@ -74,6 +74,7 @@ def extension(cpp_extension):
         options["extra_compile_args"]["cxx"] += define
         options["extra_compile_args"]["nvcc"] = [
             *common, *define, f'-DISQRT_CUDA_ARCHITECTURES="{architectures}"', "-Xcompiler", "-fvisibility=hidden",
+            f"--threads={os.environ.get('MAX_JOBS', '0')}",  # architectures at a time; 0: as many as there are cores
         ]  # fmt: skip
         options["include_dirs"] = [str(Path(cuda_home) / "include")]
         options["library_dirs"] = [str(Path(cuda_home) / "lib64")]

@@ -35,7 +35,9 @@ def where(result: dict[str, Any]) -> str:
     """One line: the machine, torch and commit that the numbers belong to."""
     machine, software = result["machine"], result["software"]
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
-    processor = machine["gpu"]["name"] if machine["gpu"] else f"{threads} of {machine['cpu']}"
+    processor = (
+        machine["gpu"]["name"] if machine["gpu"] else f"{threads} of {machine['cpu']} ({machine['cpu_capability']})"
+    )
     commit = software["git"]["commit"][:12] if software["git"] else "no commit"
     return f"{processor}, torch {software['torch']}, commit {commit}, {result['date'][:10]}."
 
@@ -202,6 +204,7 @@ def published() -> list[str]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "soca": lambda: speed("soca_cpu", ("eig", "eager", "baddbmm", "compile", "mxm", "pade")),
+    "soca_avx2": lambda: speed("soca_cpu_avx2", ("eig", "eager", "baddbmm", "compile")),
     "soca_wide": lambda: speed("soca_cpu_wide", ("eig", "eager", "baddbmm", "compile")),
     "minimax": minimax,
     "options": options,
