@@ -4,7 +4,8 @@
     python benchmarks/options.py                                      the usual shapes
     python benchmarks/options.py --shape 16x64x48x48 --json result.json
 
-The base is float32, NCHW, output "matrix", 5 steps and all threads. Everything is timed once in every round, each
+The base is float32, NCHW, output "matrix", 5 steps, all threads and the engines that plan() chooses; others are left
+out where they do not run. Everything is timed once in every round, each
 time in another order; ratios are the medians of the ratios of each round. The last lines are the cost of a call that
 has next to nothing to do, beside an empty operator of torch.library.
 """
@@ -47,6 +48,7 @@ class Option:
     output: str = "matrix"
     memory_format: torch.memory_format = torch.contiguous_format
     threads: int | None = None  # all
+    engine: str = "auto"
     arguments: dict[str, Any] = field(default_factory=dict)  # of cov_sqrt
 
 
@@ -60,6 +62,9 @@ OPTIONS = {
     "float64": Option(dtype=torch.float64),
     "3 minimax steps": Option(arguments={"iterations": 3, "coefficients": "minimax", "spectrum_floor": 1e-2}),
     "1 thread": Option(threads=1),
+    'engine "library"': Option(engine="library"),
+    'engine "grid"': Option(engine="grid"),
+    'engine "block"': Option(engine="block"),  # never a cluster
 }
 
 
@@ -75,17 +80,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def variations(shape: tuple[int, ...], device: torch.device) -> dict[str, methods.Prepared]:
+def function_of(option: Option, shape: tuple[int, ...], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """cov_sqrt with this option; RuntimeError where its engine does not run."""
     library = methods.load_library()
+    given: dict[str, Any] = {"iterations": 5, "output": option.output} | option.arguments
+    if option.engine == "auto":
+        return lambda x: library.cov_sqrt(x, **given)
+    library.plan(shape, option.dtype, device, option.engine)
+    engine, output = library.ops.ENGINES.index(option.engine), library.ops.OUTPUTS.index(option.output)
+    return lambda x: torch.ops.isqrt_cov.cov_sqrt(x, 5, output, engine=engine)[0]
+
+
+def variations(shape: tuple[int, ...], device: torch.device) -> dict[str, methods.Prepared]:
     maps = features.feature_maps("photo", shape, torch.float32, device)
     prepared = {}
     for name, option in OPTIONS.items():
         if option.threads and device.type != "cpu":
             continue
+        try:
+            function = function_of(option, shape, device)
+        except RuntimeError:
+            continue
         x = maps.to(dtype=option.dtype, memory_format=option.memory_format, copy=True)
         case = methods.make_case(x, 5, option.output)
-        arguments = {"iterations": 5, "output": option.output} | option.arguments
-        prepared[name] = methods.of_function(case, lambda x, given=arguments: library.cov_sqrt(x, **given))
+        prepared[name] = methods.of_function(case, function)
     return prepared
 
 

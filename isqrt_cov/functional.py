@@ -155,7 +155,8 @@ def plan(
         shape: (B, C, H, W) or (B, C, M).
         dtype: float32, float64, float16 or bfloat16.
         device: where the feature maps lie.
-        engine: ask for one of "library", "portable", "avx2", "avx512", "block" and "grid" instead of "auto".
+        engine: ask for one of "library", "portable", "avx2", "avx512", "block" (one for each sample) and "grid" instead
+            of "auto".
         iterations, coefficients, spectrum_floor: those of :func:`cov_sqrt`. Many steps need more memory on a GPU.
 
     Returns:
