@@ -204,6 +204,23 @@ def test_a_cluster_computes_the_bits_of_a_block(kernels, channels, blocks, outpu
         assert torch.equal(run(blocks=blocks), run())
 
 
+@pytest.mark.parametrize("blocks", (1, 2))
+def test_numbers_of_any_size_in_float32(kernels, blocks):
+    """They are kept as pairs of float16, whose range is that of a tile's scale."""
+    channels = 40
+    sizes = torch.logspace(0, -9, channels, dtype=torch.float64)  # of variances, within and between tiles
+    sigma = (sizes.outer(sizes).sqrt() * covariances(1, channels, torch.float64)).float()
+    result = root(kernels, sigma, 5, "square", "matrix", blocks=blocks).double()
+    expected = reference.matrix_sqrt(sigma.double(), 5)
+    assert_close(result, expected, tolerance(torch.float32, channels, 1, 5))
+    assert_close(result.diagonal(0, 1, 2) / expected.diagonal(0, 1, 2), torch.ones(1, channels), 1e-5)
+    upstream = torch.randn_like(sigma)
+    gradient = root_backward(kernels, upstream, sigma, 5, "square", "matrix", blocks=blocks)
+    for size in (2.0**-90, 2.0**90):
+        scaled = root_backward(kernels, size * upstream, sigma, 5, "square", "matrix", blocks=blocks)
+        assert torch.equal(scaled, size * gradient)
+
+
 # One tile, a tail, two tiles of which one ends in the middle of a panel; and more.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", (1, 33, 70, 96, 130))

@@ -1,11 +1,6 @@
 // The Engine of newton_schulz.h and normalization.h on one thread block: symmetric C x C matrices in its shared memory;
 // or on a cluster of blocks that compute products together, see Products.
 //
-// Only the 16 x 16 tiles of the upper triangle are stored, column by column: tile (I, J), I <= J, is the one numbered
-// J (J + 1) / 2 + I, and six matrices of 128 channels in float32 fit into the 227 KiB of a Hopper block. Within a tile
-// the elements are permuted (TileLayout), so that a warp meets no bank conflict when it reads an operand of tensor.cuh,
-// along rows in packets of 16 bytes or along columns, nor when it reads or writes a result, except on the diagonal.
-//
 // Each warp has up to kSlots tiles of every result, one after the other in a column where it can: they share an
 // operand, which is read and split once. An operation of the engine begins with all threads at one place and ends with
 // a barrier, so that the next one may read what any thread has written.
@@ -13,80 +8,9 @@
 #include "../normalization.h"
 #include "block.cuh"
 #include "number.cuh"
-#include "tensor.cuh"
+#include "tiles.cuh"
 
 namespace isqrt::cuda {
-
-constexpr int kTileSize = kTile * kTile;
-
-/// Tiles in each direction, and of the whole upper triangle.
-ISQRT_FN constexpr int tile_rows(int channels) { return (channels + kTile - 1) / kTile; }
-ISQRT_FN constexpr int tile_count(int channels) { return tile_rows(channels) * (tile_rows(channels) + 1) / 2; }
-
-/// The most tiles of a warp, and the warps. A product takes as long as that of a multiprocessor's four schedulers which
-/// has the most to do: up to four tiles get a warp each, more of them as many warps for each scheduler as hold them
-/// all, two or three in each.
-constexpr int kMaxSlots = 3, kSchedulers = 4;
-ISQRT_FN constexpr int matrix_slots(int channels) {
-  const int tiles = tile_count(channels);
-  return tiles <= kSchedulers ? 1 : tiles <= 4 * kSchedulers ? 2 : kMaxSlots;
-}
-ISQRT_FN constexpr int matrix_threads(int channels) {
-  const int tiles = tile_count(channels), slots = matrix_slots(channels), each = kSchedulers * slots;
-  return kWarp * (slots == 1 ? tiles : kSchedulers * ((tiles + each - 1) / each));
-}
-
-/// Elements of shared memory before the matrices: for block_sum, and for vectors.
-constexpr int kSums = 32, kVectors = 4;
-
-ISQRT_FN constexpr int64_t matrix_shared_bytes(int channels, int64_t element_size, int matrices) {
-  return element_size *
-         (kSums + kVectors * kTile * tile_rows(channels) + int64_t(matrices) * tile_count(channels) * kTileSize);
-}
-
-/// The most channels for which that many matrices fit into the shared memory of any device, and their tiles into the
-/// warps of a block.
-constexpr int max_matrix_channels(int64_t element_size, int matrices) {
-  constexpr int64_t kLargestSharedBytes = 227 * 1024;
-  int channels = 128;
-  while (matrix_shared_bytes(channels, element_size, matrices) > kLargestSharedBytes) channels -= kTile;
-  return channels;
-}
-
-/// Each warp has as many tiles as there are slots, or one less, but for one.
-static_assert([] {
-  for (int channels = 1; channels <= max_matrix_channels(4, 1); ++channels) {
-    const int tiles = tile_count(channels), warps = matrix_threads(channels) / kWarp, slots = matrix_slots(channels);
-    if (tiles > warps * slots || tiles < warps * (slots > 1 ? slots - 1 : 1)) return false;
-  }
-  return true;
-}());
-
-/// Where in a tile, in bytes from its beginning, the elements lie. A lane of group g and quad q, see tensor.cuh, reads
-/// terms 4 q to 4 q + 3 of vectors g and g + 8, and writes columns 2 q and 2 q + 1, 2 q + 8 and 2 q + 9, of rows g and
-/// g + 8. What depends on the lane is one of a few numbers; the rest are constants, which instructions contain.
-///
-/// In float32 a row of 16 takes half of the banks: rows r and r + 4 lie in different halves, as do 2 r and 2 r + 1, and
-/// columns are exchanged by 8 in such rows that those of one half do not meet. In float64, which moves half as many
-/// lanes at a time, a row takes all banks, and columns are exchanged by 4 along columns, by 2 and 8 along rows.
-template <class T> struct TileLayout {
-  static constexpr int kSize = sizeof(T);
-  static constexpr bool kHalfBanks = kSize == 4;
-
-  static __device__ int at(int row, int column) {
-    const int place = kHalfBanks ? (row & ~1) | ((row ^ row >> 2) & 1) : row;
-    const int flip = kHalfBanks ? (row ^ row >> 2) << 2 & 8 : (row & 12) ^ (row & 1 ? 10 : 0);
-    return kSize * (kTile * place + (column ^ flip));  // multiplied inside, the sizes would cost registers
-  }
-  /// at(group + 8 h, 4 quad)
-  static __device__ int in_row(const Lane& lane, int h) {
-    return (at(lane.group, 4 * lane.quad) ^ kSize * 8 * h) + kSize * kTile * 8 * h;
-  }
-  /// at(4 quad + i, group + 8 h)
-  static __device__ int in_column(const Lane& lane, int h, int i) {
-    return (at(4 * lane.quad + i % 2, lane.group) ^ kSize * 8 * (kHalfBanks ? h ^ i / 2 : h)) + kSize * kTile * (i & 2);
-  }
-};
 
 /// What products a kernel computes: triangles; some of them in full, which takes registers that the usual few steps do
 /// without; or triangles together with the other blocks of its cluster.
@@ -126,7 +50,7 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
 
   __device__ Matrix matrix() {
     const Matrix m{next_, next_, next_bit_};
-    next_ += tile_count(channels_) * kTileBytes;
+    next_ += tile_count(channels_) * Tiles::kBytes;
     next_bit_ *= 2;
     return m;
   }
@@ -259,20 +183,18 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
     return at;
   }
 
-  using Layout = TileLayout<T>;
-  using Factor = typename Accumulator<T>::Factor;
-
-  static constexpr int kTileBytes = kTileSize * sizeof(T);
+  using Tiles = cuda::Tiles<T>;
+  using Terms = typename Tiles::Terms;
+  using Sum = typename Tiles::Sum;
 
   /// Where the vectors begin, and where tile (I, J) does.
   static __device__ int columns() { return shared_begin() + kSums * int(sizeof(T)); }
-  static __device__ int tile(Matrix A, int I, int J) { return A.first + (J * (J + 1) / 2 + I) * kTileBytes; }
+  static __device__ int tile(Matrix A, int I, int J) { return A.first + (J * (J + 1) / 2 + I) * Tiles::kBytes; }
 
-  static __device__ T& in_tile(int tile, int row, int column) { return at_shared<T>(tile + Layout::at(row, column)); }
-  static __device__ T& element(Matrix A, int i, int j) {
+  static __device__ T element(Matrix A, int i, int j) {
     const bool above = i / kTile <= j / kTile;
-    return above ? in_tile(tile(A, i / kTile, j / kTile), i % kTile, j % kTile)
-                 : in_tile(tile(A, j / kTile, i / kTile), j % kTile, i % kTile);
+    return above ? Tiles::at(tile(A, i / kTile, j / kTile), i % kTile, j % kTile)
+                 : Tiles::at(tile(A, j / kTile, i / kTile), j % kTile, i % kTile);
   }
 
   static __device__ T& element(Column u, int i) { return at_shared<T>(u.first + int(sizeof(T)) * i); }
@@ -290,15 +212,11 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
     for (int I = threadIdx.x / kWarp; I < tiles_; I += blockDim.x / kWarp) {
       T sum[2] = {};
       for (int J = 0; J < tiles_; ++J) {
-        Terms terms;
-        read_A(terms, A, I, J);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int j = kTile * J + 4 * lane.quad + i;
-          const T f = j < channels_ ? factor(j) : T(0);
-#pragma unroll
-          for (int h = 0; h < 2; ++h) sum[h] += terms(h, i) * f;
-        }
+        Terms terms = read_A(A, I, J);
+        terms.for_each([&](int h, int term, T a) {
+          const int j = kTile * J + term;
+          if (j < channels_) sum[h] += a * factor(j);
+        });
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -339,19 +257,8 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
     }
   }
 
-  /// Two neighbours in a row, which a lane has of a tile: read and written in one piece.
-  struct alignas(2 * sizeof(T)) Pair {
-    T value[2];
-  };
-
   static __device__ __forceinline__ WarpTile<T> read_tile(Matrix A, const Place& own) {
-    WarpTile<T> result;
-    const int from = tile(A, own.I, own.J);
-    result.for_each_pair([&](T* a, int r, int c) {
-      const Pair pair = at_shared<Pair>(from + Layout::at(r, c));
-      a[0] = pair.value[0], a[1] = pair.value[1];
-    });
-    return result;
+    return Tiles::read(tile(A, own.I, own.J));
   }
 
   /// A tile in this block's shared memory, and in that of a block of the cluster.
@@ -365,21 +272,10 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
   };
 
   /// Of a symmetric matrix' tile on the diagonal the upper triangle counts, so that both sides are the same bits.
-  template <class Tile>
-  static __device__ __forceinline__ void write_tile(const Tile& to, Matrix D, const Place& own, WarpTile<T>& result) {
-    if (own.I < own.J || D.transpose != D.first) {
-      result.for_each_pair([&](const T* a, int r, int c) {
-        const Pair pair{a[0], a[1]};
-        to.template at<Pair>(Layout::at(r, c)) = pair;
-      });
-    } else {
-      result.for_each([&](T a, int r, int c) {
-        if (r <= c) to.template at<T>(Layout::at(r, c)) = to.template at<T>(Layout::at(c, r)) = a;
-      });
-    }
-  }
+  static __device__ bool is_symmetric(Matrix D, const Place& own) { return own.I == own.J && D.transpose == D.first; }
+
   static __device__ __forceinline__ void write_tile(Matrix D, const Place& own, WarpTile<T>& result) {
-    write_tile(OwnTile{tile(D, own.I, own.J)}, D, own, result);
+    Tiles::write(OwnTile{tile(D, own.I, own.J)}, Tiles::pack(result), is_symmetric(D, own));
   }
 
   /// D = f(A, i, j) elementwise.
@@ -394,92 +290,38 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
     __syncthreads();
   }
 
-  /// Both halves of a tile's 16 terms. Lane (g, q) takes the terms 4 q to 4 q + 3 of its vectors as q and q + 4 of one
-  /// half and of the other: any order of the terms does, the same for both factors.
-  struct Terms {
-    Operand<T> half[2];
-    __device__ __forceinline__ T& operator()(int h, int i) { return half[i / 2].value[h][i % 2]; }
-  };
-
-  /// The terms of a tile whose rows are the vectors, or whose columns are.
-  static __device__ __forceinline__ void read_rows(Terms& terms, int tile) {
-    constexpr int kPacket = 16 / sizeof(T);
-    struct alignas(16) Packet {
-      T value[kPacket];
-    };
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int i = 0; i < 4; i += kPacket) {
-        // The lowest bits of a column's place in its row follow from the row, see TileLayout::at.
-        const Packet packet = at_shared<Packet>(tile + (Layout::in_row(Lane(), h) ^ i * int(sizeof(T))));
-#pragma unroll
-        for (int p = 0; p < kPacket; ++p) terms(h, i + p) = packet.value[p];
-      }
-  }
-  static __device__ __forceinline__ void read_columns(Terms& terms, int tile) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) terms(h, i) = at_shared<T>(tile + Layout::in_column(Lane(), h, i));
-  }
-
   /// Terms [16 K, 16 K + 16) of A's rows in tile row I, A being symmetric, and of B's columns in tile column J.
-  static __device__ __forceinline__ void read_A(Terms& terms, Matrix A, int I, int K) {
-    if (K < I)
-      read_columns(terms, tile(A, K, I));
-    else
-      read_rows(terms, tile(A, I, K));
+  static __device__ __forceinline__ Terms read_A(Matrix A, int I, int K) {
+    return K < I ? Tiles::left(tile(A, K, I), true) : Tiles::left(tile(A, I, K), false);
   }
-  static __device__ __forceinline__ void read_B(Terms& terms, Matrix B, int K, int J) {
-    if (K <= J)
-      read_columns(terms, tile(B, K, J));
-    else
-      read_rows(terms, tile({B.transpose}, J, K));
+  static __device__ __forceinline__ Terms read_B(Matrix B, int K, int J) {
+    return K <= J ? Tiles::right(tile(B, K, J), false) : Tiles::right(tile({B.transpose}, J, K), true);
   }
 
-  /// sum[s] += A B in kCount tiles from `start` on. In float32 the terms of the next tile are on their way while
-  /// those of one are multiplied; in float64 there are no registers for that.
+  /// sum[s] += A B in kCount tiles from `start` on.
   template <int kCount>
-  __device__ __forceinline__ void multiply_tiles(Accumulator<T>* sum, Matrix A, Matrix B, const Place& start) const {
-    constexpr bool kAhead = sizeof(T) == 4;
+  __device__ __forceinline__ void multiply_tiles(Sum* sum, Matrix A, Matrix B, const Place& start) const {
     Place own[kCount];
 #pragma unroll
     for (int s = 0; s < kCount; ++s) {
       own[s] = s == 0 ? start : own[s - 1].next();
       own[s] = {opaque(own[s].I), opaque(own[s].J)};
     }
-    Terms a, b;
-    if (kAhead) {
-      read_A(a, A, own[0].I, 0);
-      read_B(b, B, 0, own[0].J);
-    }
 #pragma unroll 1
     for (int K = 0; K < tiles_; ++K) {
-      Factor b_factor[2];
+      Terms a[kCount], b;
+#pragma unroll
+      for (int s = 0; s < kCount; ++s) a[s] = read_A(A, own[s].I, K);
 #pragma unroll
       for (int s = 0; s < kCount; ++s) {
-        const bool shares = s > 0 && own[s].I > 0;
-        if (!kAhead) read_A(a, A, own[s].I, K);
-        if (!kAhead && !shares) read_B(b, B, K, own[s].J);
-        const Factor a_factor[2] = {Factor(a.half[0]), Factor(a.half[1])};
-        if (!shares)
-          for (int k = 0; k < 2; ++k) b_factor[k] = Factor(b.half[k]);
-        if (kAhead) {
-          const bool last = s + 1 == kCount;
-          const Place next = own[(s + 1) % kCount];
-          const int next_K = last && K + 1 < tiles_ ? K + 1 : K;  // beyond the last terms those before, once more
-          read_A(a, A, next.I, next_K);
-          if (last || next.I == 0) read_B(b, B, next_K, next.J);
-        }
-#pragma unroll
-        for (int k = 0; k < 2; ++k) sum[s].multiply_add(a_factor[k], b_factor[k]);
+        if (s == 0 || own[s].I == 0) b = read_B(B, K, own[s].J);  // tiles of a column share it
+        sum[s].multiply_add(a[s], b);
       }
     }
   }
 
   /// The same in all of this warp's tiles: kSlots, or one less. In the kernels that need the most registers one by one.
-  __device__ __forceinline__ void multiply(Accumulator<T> (&sum)[kSlots], Matrix A, Matrix B) const {
+  __device__ __forceinline__ void multiply(Sum (&sum)[kSlots], Matrix A, Matrix B) const {
     if constexpr (kInFull)
       for_slots([&](const Place& own, int s) { multiply_tiles<1>(sum + s, A, B, own); });
     else if (count_ == kSlots)
@@ -501,7 +343,7 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
   template <bool kAddD>
   __device__ __forceinline__ void combine_in_block(Matrix D, T alpha, T beta, Matrix A1, Matrix B1, Matrix A2,
                                                    Matrix B2, int terms) const {
-    Accumulator<T> sum[kSlots];
+    Sum sum[kSlots];
 #pragma unroll 1
     for (int term = 0; term < terms; ++term) multiply(sum, term == 0 ? A1 : A2, term == 0 ? B1 : B2);
     WarpTile<T> result[kSlots];
@@ -550,7 +392,7 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
 #pragma unroll 1
     for (int t = worker < 0 ? worker + workers : worker; t < tiles; t += workers) {
       const Place own = place(t);
-      Accumulator<T> sum;
+      Sum sum;
 #pragma unroll 1
       for (int term = 0; term < terms; ++term) multiply_tiles<1>(&sum, term == 0 ? A1 : A2, term == 0 ? B1 : B2, own);
       WarpTile<T> result = sum.total();
@@ -561,8 +403,10 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
         result.for_each([&](T& a, int, int) { a *= beta; });
       }
       char* to = shared_memory<char>() + (tile(target, own.I, own.J) - shared_begin());
+      const auto packed = Tiles::pack(result);
 #pragma unroll 1
-      for (int rank = 0; rank < blocks; ++rank) write_tile(MappedTile{map_shared(to, rank)}, target, own, result);
+      for (int rank = 0; rank < blocks; ++rank)
+        Tiles::write(MappedTile{map_shared(to, rank)}, packed, is_symmetric(target, own));
     }
     dealt_ = (dealt_ + tiles) % workers;
     if constexpr (kAddD) {

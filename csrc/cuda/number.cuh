@@ -20,6 +20,12 @@ __device__ inline void store_number(double* to, double x) { *to = x; }
 __device__ inline void store_number(Half* to, float x) { to->bits = __half_as_ushort(__float2half_rn(x)); }
 __device__ inline void store_number(BFloat16* to, float x) { to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 
+/// Two neighbours in float16, the first one in the low half.
+__device__ inline uint32_t pack_halves(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return __half_as_ushort(pair.x) | uint32_t(__half_as_ushort(pair.y)) << 16;
+}
+
 /// A pointer to elements that are computed as T, const or not, and may lie in memory as 16 bits. The kernels of roots
 /// read and write few of them: they are told which, where those of pooling are compiled for each.
 template <class T> class Elements {

@@ -22,3 +22,8 @@ inline __half __float2half_rn(float x) {
   memcpy(&result, &number, sizeof number);
   return result;
 }
+
+struct __half2 {
+  __half x, y;
+};
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }

@@ -70,6 +70,7 @@ template <class T> T __ldg(const T* p) { return *p; }
   ::emulation::shuffle<::emulation::Shuffle::kDown>(EMULATION_SITE("__shfl_down_sync"), mask, value, __VA_ARGS__)
 #define __shfl_xor_sync(mask, value, ...) \
   ::emulation::shuffle<::emulation::Shuffle::kXor>(EMULATION_SITE("__shfl_xor_sync"), mask, value, __VA_ARGS__)
+#define __reduce_max_sync(mask, value) ::emulation::reduce_max(EMULATION_SITE("__reduce_max_sync"), mask, value)
 #define __ballot_sync(mask, predicate) ::emulation::ballot(EMULATION_SITE("__ballot_sync"), mask, predicate)
 #define __any_sync(mask, predicate) (__ballot_sync(mask, predicate) != 0)
 #define __all_sync(mask, predicate) (__ballot_sync(mask, predicate) == (mask))
@@ -113,6 +114,13 @@ inline uint32_t ballot(const Site& site, uint32_t mask, int predicate) {
   for (unsigned lane = 0; lane < 32; ++lane)
     if (mask >> lane & 1) result |= uint32_t(values[lane] != 0) << lane;
   return result;
+}
+
+inline uint32_t reduce_max(const Site& site, uint32_t mask, uint32_t value) {
+  const Gathered<uint32_t> values = gather(mask, value, site);
+  for (unsigned lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1 && values[lane] > value) value = values[lane];
+  return value;
 }
 
 template <class T, class Change> T atomic_change(T* address, const Change& change) {

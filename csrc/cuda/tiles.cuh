@@ -1,0 +1,311 @@
+// Symmetric matrices in shared memory, as tiles that tensor cores multiply.
+//
+// Only the 16 x 16 tiles of the upper triangle are stored, column by column: tile (I, J), I <= J, is the one numbered
+// J (J + 1) / 2 + I, and six matrices of 128 channels in float32 fit into the 227 KiB of a Hopper block. Within a tile
+// the elements are permuted, see Tiles, so that a warp meets no bank conflict when it reads an operand of a product,
+// along rows in packets of 16 bytes or along columns, nor when it reads or writes a result, except on the diagonal.
+#pragma once
+#include "launch.cuh"
+#include "number.cuh"
+#include "tensor.cuh"
+
+namespace isqrt::cuda {
+
+constexpr int kTileSize = kTile * kTile;
+
+/// Tiles in each direction, and of the whole upper triangle.
+ISQRT_FN constexpr int tile_rows(int channels) { return (channels + kTile - 1) / kTile; }
+ISQRT_FN constexpr int tile_count(int channels) { return tile_rows(channels) * (tile_rows(channels) + 1) / 2; }
+
+/// The most tiles of a warp, and the warps. A product takes as long as that of a multiprocessor's four schedulers which
+/// has the most to do: up to four tiles get a warp each, more of them as many warps for each scheduler as hold them
+/// all, two or three in each.
+constexpr int kMaxSlots = 3, kSchedulers = 4;
+ISQRT_FN constexpr int matrix_slots(int channels) {
+  const int tiles = tile_count(channels);
+  return tiles <= kSchedulers ? 1 : tiles <= 4 * kSchedulers ? 2 : kMaxSlots;
+}
+ISQRT_FN constexpr int matrix_threads(int channels) {
+  const int tiles = tile_count(channels), slots = matrix_slots(channels), each = kSchedulers * slots;
+  return kWarp * (slots == 1 ? tiles : kSchedulers * ((tiles + each - 1) / each));
+}
+
+/// Elements of shared memory before the matrices: for block_sum, and for vectors.
+constexpr int kSums = 32, kVectors = 4;
+
+/// Bytes of a tile: with its scale where numbers are pairs, see Tiles.
+ISQRT_FN constexpr int tile_bytes(int64_t element_size) {
+  return int(element_size) * kTileSize + (element_size == 4 ? 16 : 0);
+}
+
+ISQRT_FN constexpr int64_t matrix_shared_bytes(int channels, int64_t element_size, int matrices) {
+  return element_size * (kSums + kVectors * kTile * tile_rows(channels)) +
+         int64_t(matrices) * tile_count(channels) * tile_bytes(element_size);
+}
+
+/// The most channels for which that many matrices fit into the shared memory of any device, and their tiles into the
+/// warps of a block.
+constexpr int max_matrix_channels(int64_t element_size, int matrices) {
+  constexpr int64_t kLargestSharedBytes = 227 * 1024;
+  int channels = 128;
+  while (matrix_shared_bytes(channels, element_size, matrices) > kLargestSharedBytes) channels -= kTile;
+  return channels;
+}
+
+/// Each warp has as many tiles as there are slots, or one less, but for one.
+static_assert([] {
+  for (int channels = 1; channels <= max_matrix_channels(4, 1); ++channels) {
+    const int tiles = tile_count(channels), warps = matrix_threads(channels) / kWarp, slots = matrix_slots(channels);
+    if (tiles > warps * slots || tiles < warps * (slots > 1 ? slots - 1 : 1)) return false;
+  }
+  return true;
+}());
+
+/// How a tile of numbers of T lies in shared memory, from its address on: one element at(); all of them as a warp has
+/// the results of products, read(), and pack() for write(), of a symmetric one the upper triangle, so that both sides
+/// are the same bits; its 16 terms as tensor cores want those of a product's left() or right() factor, or of its
+/// transpose; and a Sum of such products.
+template <class T> struct Tiles;
+
+/// Two neighbours in a row, which a lane has of a tile: read and written in one piece.
+template <class T> struct alignas(2 * sizeof(T)) Pair {
+  T value[2];
+};
+
+/// In float64 a row takes all banks. A lane of group g and quad q, see tensor.cuh, reads terms 4 q to 4 q + 3 of
+/// vectors g and g + 8, and writes columns 2 q and 2 q + 1, 2 q + 8 and 2 q + 9, of rows g and g + 8: columns are
+/// exchanged by 4 along columns, by 2 and 8 along rows.
+template <> struct Tiles<double> {
+  using T = double;
+  static constexpr int kBytes = kTileSize * sizeof(T);
+
+  static __device__ int place(int row, int column) {
+    return int(sizeof(T)) * (kTile * row + (column ^ (row & 12) ^ (row & 1 ? 10 : 0)));
+  }
+  static __device__ T at(int tile, int row, int column) { return at_shared<T>(tile + place(row, column)); }
+
+  static __device__ __forceinline__ WarpTile<T> read(int tile) {
+    WarpTile<T> result;
+    result.for_each_pair([&](T* a, int r, int c) {
+      const auto pair = at_shared<Pair<T>>(tile + place(r, c));
+      a[0] = pair.value[0], a[1] = pair.value[1];
+    });
+    return result;
+  }
+  using Packed = WarpTile<T>;
+  static __device__ __forceinline__ const Packed& pack(const WarpTile<T>& result) { return result; }
+  template <class Target>
+  static __device__ __forceinline__ void write(const Target& to, Packed packed, bool symmetric) {
+    if (!symmetric)
+      packed.for_each_pair(
+          [&](const T* a, int r, int c) { to.template at<Pair<T>>(place(r, c)) = Pair<T>{a[0], a[1]}; });
+    else
+      packed.for_each([&](T a, int r, int c) {
+        if (r <= c) to.template at<T>(place(r, c)) = to.template at<T>(place(c, r)) = a;
+      });
+  }
+
+  /// Lane (g, q) takes the terms 4 q to 4 q + 3 of its vectors as q and q + 4 of one half and of the other: any order
+  /// of the terms does, the same for both factors.
+  struct Terms {
+    Operand<T> half[2];
+    __device__ __forceinline__ T& operator()(int h, int i) { return half[i / 2].value[h][i % 2]; }
+
+    /// f(h, term, value) for those of vectors g and g + 8.
+    template <class F> __device__ __forceinline__ void for_each(const F& f) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) f(h, 4 * Lane().quad + i, (*this)(h, i));
+    }
+  };
+  static __device__ __forceinline__ Terms rows(int tile) {
+    Terms terms;
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const Lane lane;  // the lowest bits of a column's place in its row follow from the row
+        const int first = (place(lane.group, 4 * lane.quad) ^ int(sizeof(T)) * 8 * h) + int(sizeof(T)) * kTile * 8 * h;
+        const auto packet = at_shared<Pair<T>>(tile + (first ^ i * int(sizeof(T))));
+        terms(h, i) = packet.value[0], terms(h, i + 1) = packet.value[1];
+      }
+    return terms;
+  }
+  static __device__ __forceinline__ Terms columns(int tile) {
+    Terms terms;
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Lane lane;
+        const int first = place(4 * lane.quad + i % 2, lane.group) ^ int(sizeof(T)) * 8 * h;
+        terms(h, i) = at_shared<T>(tile + first + int(sizeof(T)) * kTile * (i & 2));
+      }
+    return terms;
+  }
+  static __device__ __forceinline__ Terms left(int tile, bool transposed) {
+    return transposed ? columns(tile) : rows(tile);
+  }
+  static __device__ __forceinline__ Terms right(int tile, bool transposed) {
+    return transposed ? rows(tile) : columns(tile);
+  }
+
+  struct Sum {
+    Accumulator<T> sum;
+    __device__ __forceinline__ void multiply_add(const Terms& a, const Terms& b) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) sum.multiply_add(a.half[k], b.half[k]);
+    }
+    __device__ __forceinline__ WarpTile<T> total() const { return sum.total(); }
+  };
+};
+
+/// A float is a pair of numbers of float16, (high + low / 2048) scale: each has 11 bits, as many as tf32 has, and
+/// tensor cores multiply them at twice the rate of that. The scale is a power of two for each tile, by which its
+/// largest element is near 2^15: elements down to 2^-29 of that keep all 22 bits, and smaller ones lose no more than
+/// 2^-51 of it. A tile of NaN, or with an infinite element, has the scale 1.
+///
+/// Rows of eight numbers, 16 bytes, are what ldmatrix reads: rows r and r + 4 exchange theirs, so that any eight of a
+/// column lie in different banks, and so do the pairs that a warp reads and writes.
+template <> struct Tiles<float> {
+  static constexpr int kLow = 2 * kTileSize, kScale = 4 * kTileSize, kBytes = tile_bytes(sizeof(float));
+  static constexpr float kLowUnit = 1.0f / 2048;
+
+  static __device__ int place(int row, int column) {
+    return 2 * kTile * row + 16 * ((column / 8) ^ (row / 4 & 1)) + 2 * (column % 8);
+  }
+
+  /// Of the pairs (high, low) of two neighbours the one that `which` names.
+  static __device__ __forceinline__ float join(uint32_t high, uint32_t low, int which, float scale) {
+    const auto number = [&](uint32_t pair) { return to_number(Half{uint16_t(pair >> 16 * which)}); };
+    return (number(high) + kLowUnit * number(low)) * scale;
+  }
+
+  static __device__ float at(int tile, int row, int column) {
+    const int at = tile + place(row, column);
+    return join(at_shared<uint16_t>(at), at_shared<uint16_t>(at + kLow), 0, at_shared<float>(tile + kScale));
+  }
+
+  static __device__ __forceinline__ WarpTile<float> read(int tile) {
+    WarpTile<float> result;
+    const float scale = at_shared<float>(tile + kScale);
+    result.for_each_pair([&](float* a, int r, int c) {
+      const uint32_t high = at_shared<uint32_t>(tile + place(r, c)),
+                     low = at_shared<uint32_t>(tile + place(r, c) + kLow);
+      a[0] = join(high, low, 0, scale), a[1] = join(high, low, 1, scale);
+    });
+    return result;
+  }
+
+  /// The pairs of a lane's four pairs of neighbours.
+  struct Packed {
+    uint32_t high[4], low[4];
+    float scale;
+  };
+  static __device__ __forceinline__ Packed pack(WarpTile<float>& result) {
+    uint32_t largest = 0;
+    result.for_each([&](float a, int, int) {
+      const uint32_t size = __float_as_uint(a) & 0x7fffffffu;  // numbers are ordered as their bits, NaN being largest
+      largest = size > largest ? size : largest;
+    });
+    largest = __reduce_max_sync(0xffffffffu, largest);
+    // 2^14 / 2^exponent and its reciprocal, both normal numbers.
+    constexpr uint32_t kBias = 127, kTop = 14, kInfinite = 255, kLeast = 15;
+    const uint32_t exponent = largest >> 23, bounded = exponent < kLeast ? kLeast : exponent;
+    const bool plain = exponent == kInfinite || largest == 0;
+    const float scale = plain ? 1.0f : __uint_as_float((2 * kBias + kTop - bounded) << 23);
+    Packed packed;
+    packed.scale = plain ? 1.0f : __uint_as_float((bounded - kTop) << 23);
+    int pair = 0;
+    result.for_each_pair([&](const float* a, int, int) {
+      const float first = a[0] * scale, second = a[1] * scale;
+      const uint32_t high = pack_halves(first, second);
+      packed.high[pair] = high;
+      packed.low[pair++] =
+          pack_halves((first - join(high, 0, 0, 1)) / kLowUnit, (second - join(high, 0, 1, 1)) / kLowUnit);
+    });
+    return packed;
+  }
+  template <class Target>
+  static __device__ __forceinline__ void write(const Target& to, const Packed& packed, bool symmetric) {
+    const Lane lane;
+    if (lane.group == 0 && lane.quad == 0) to.template at<float>(kScale) = packed.scale;
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const int r = lane.group + pair % 2 * 8, c = 2 * lane.quad + pair / 2 * 8;
+      const auto put = [&](int offset, uint32_t two) {
+        if (!symmetric) {
+          to.template at<uint32_t>(offset + place(r, c)) = two;
+          return;
+        }
+        if (r <= c)
+          to.template at<uint16_t>(offset + place(r, c)) = to.template at<uint16_t>(offset + place(c, r)) =
+              uint16_t(two);
+        if (r <= c + 1)
+          to.template at<uint16_t>(offset + place(r, c + 1)) = to.template at<uint16_t>(offset + place(c + 1, r)) =
+              uint16_t(two >> 16);
+      };
+      put(0, packed.high[pair]);
+      put(kLow, packed.low[pair]);
+    }
+  }
+
+  /// Of each of a tile's four parts of 8 x 8 a pair of neighbours in the direction of the terms: (g, 2 q) and
+  /// (g, 2 q + 1). Parts are in the order of mma's operands.
+  struct Terms {
+    uint32_t high[4], low[4];
+    float scale;
+
+    /// f(h, term, value) for those of vectors g and g + 8, of the left factor.
+    template <class F> __device__ __forceinline__ void for_each(const F& f) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v)
+#pragma unroll
+        for (int which = 0; which < 2; ++which)
+          f(v % 2, 8 * (v / 2) + 2 * Lane().quad + which, join(high[v], low[v], which, scale));
+    }
+  };
+  template <bool kTransposed> static __device__ __forceinline__ Terms load(int tile, int row, int column) {
+    Terms terms;
+    const int from = tile + place(row, column);
+    if constexpr (kTransposed) {
+      load_matrix_x4_trans(terms.high, &at_shared<uint16_t>(from));
+      load_matrix_x4_trans(terms.low, &at_shared<uint16_t>(from + kLow));
+    } else {
+      load_matrix_x4(terms.high, &at_shared<uint16_t>(from));
+      load_matrix_x4(terms.low, &at_shared<uint16_t>(from + kLow));
+    }
+    terms.scale = at_shared<float>(tile + kScale);
+    return terms;
+  }
+  /// Lane l has the address of row l % 8 of part l / 8.
+  static __device__ __forceinline__ Terms left(int tile, bool transposed) {
+    const int lane = int(threadIdx.x) % kWarp, row = lane % 8, first = 8 * (lane / 8 % 2), second = 8 * (lane / 16);
+    return transposed ? load<true>(tile, row + second, first) : load<false>(tile, row + first, second);
+  }
+  static __device__ __forceinline__ Terms right(int tile, bool transposed) {
+    const int lane = int(threadIdx.x) % kWarp, row = lane % 8, first = 8 * (lane / 8 % 2), second = 8 * (lane / 16);
+    return transposed ? load<false>(tile, row + second, first) : load<true>(tile, row + first, second);
+  }
+
+  struct Sum {
+    WarpTile<float> sum;
+    __device__ __forceinline__ void multiply_add(const Terms& a, const Terms& b) {
+      const float scale = a.scale * b.scale;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const uint32_t b_high[2] = {b.high[2 * n], b.high[2 * n + 1]}, b_low[2] = {b.low[2 * n], b.low[2 * n + 1]};
+        float large[4] = {}, small[4] = {};
+        mma_f16(small, a.low, b_high);
+        mma_f16(large, a.high, b_high);
+        mma_f16(small, a.high, b_low);
+#pragma unroll
+        for (int v = 0; v < 4; ++v) sum.sum[n][v] += scale * (large[v] + kLowUnit * small[v]);
+      }
+    }
+    __device__ __forceinline__ WarpTile<float> total() const { return sum; }
+  };
+};
+
+}  // namespace isqrt::cuda
