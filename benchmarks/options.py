@@ -5,9 +5,9 @@
     python benchmarks/options.py --shape 16x64x48x48 --json result.json
 
 The base is float32, NCHW, output "matrix", 5 steps, all threads and the engines that plan() chooses; others are left
-out where they do not run. Everything is timed once in every round, each
-time in another order; ratios are the medians of the ratios of each round. The last lines are the cost of a call that
-has next to nothing to do, beside an empty operator of torch.library.
+out where they do not run. Everything is timed once in every round, each time in another order; ratios are the medians
+of the ratios of each round. The last lines are the cost of a call that has next to nothing to do, beside an empty
+operator of torch.library.
 """
 
 import argparse
@@ -87,8 +87,12 @@ def function_of(option: Option, shape: tuple[int, ...], device: torch.device) ->
     if option.engine == "auto":
         return lambda x: library.cov_sqrt(x, **given)
     library.plan(shape, option.dtype, device, option.engine)
-    engine, output = library.ops.ENGINES.index(option.engine), library.ops.OUTPUTS.index(option.output)
-    return lambda x: torch.ops.isqrt_cov.cov_sqrt(x, 5, output, engine=engine)[0]
+    code = library.ops.code
+    output, engine = (
+        code("output", option.output, library.ops.OUTPUTS),
+        code("engine", option.engine, library.ops.ENGINES),
+    )
+    return lambda x: torch.ops.isqrt_cov.cov_sqrt(x, given["iterations"], output, engine=engine)[0]
 
 
 def variations(shape: tuple[int, ...], device: torch.device) -> dict[str, methods.Prepared]:

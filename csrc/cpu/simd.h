@@ -30,20 +30,8 @@ template <class T> inline void store_vector(T* p, Vector<T> v) {
   *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
 }
 
-/// Copies a cache line, to memory past the caches: written so, it is not read first. Other threads see it after
-/// finish_streams().
-constexpr int64_t kLineBytes = 64;
-template <class X> inline void stream_line(X* to, const X* from) {
-#if ISQRT_VECTOR_BYTES == 64
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_load_si512(from));
-#elif ISQRT_VECTOR_BYTES == 32
-  for (int half = 0; half < 2; ++half)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + half,
-                        _mm256_load_si256(reinterpret_cast<const __m256i*>(from) + half));
-#else
-  __builtin_memcpy(to, from, kLineBytes);
-#endif
-}
+/// Writes a vector, aligned as its size, to memory past the caches: a cache line written so is not read first. Other
+/// threads see it after finish_streams().
 template <class T> inline void stream_vector(T* to, Vector<T> v) {
 #if ISQRT_VECTOR_BYTES == 64
   _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<const __m512i&>(v));
@@ -52,6 +40,13 @@ template <class T> inline void stream_vector(T* to, Vector<T> v) {
 #else
   store_vector(to, v);
 #endif
+}
+/// The same of a cache line of any type.
+constexpr int64_t kLineBytes = 64;
+template <class X> inline void stream_line(X* to, const X* from) {
+  float* const target = reinterpret_cast<float*>(to);
+  for (int64_t i = 0; i < kLineBytes / int64_t(sizeof(float)); i += Simd<float>::kWidth)
+    stream_vector(target + i, load_vector(reinterpret_cast<const float*>(from) + i));
 }
 inline void finish_streams() {
 #if ISQRT_VECTOR_BYTES >= 32

@@ -2,7 +2,7 @@
 // or on a cluster of blocks that compute products together, see Products.
 //
 // Each warp has up to kSlots tiles of every result, one after the other in a column where it can: they share an
-// operand, which is read and split once. An operation of the engine begins with all threads at one place and ends with
+// operand, which is read once. An operation of the engine begins with all threads at one place and ends with
 // a barrier, so that the next one may read what any thread has written.
 #pragma once
 #include "../normalization.h"
