@@ -51,9 +51,10 @@ WAITING_SINCE = 90
 PRODUCTS = r"(root|root_backward|pool|pool_backward|product)<.*"
 EXPECTATIONS = (
     Expectation(PRODUCTS, "tensor", 80, "products run on tensor cores, in float32 as three of tf32 or float16"),
-    Expectation(r"(root|root_backward)_cluster<.*", "tensor", WAITING_SINCE, "the same; there are no clusters before"),
+    Expectation(r"\w+_cluster<.*", "tensor", WAITING_SINCE, "the same; there are no clusters before"),
     Expectation(r".*", "wait", WAITING_SINCE, "kernels may still run whose results it reads"),
     Expectation(r"(pool|pool_backward|product)<.*", "LDGSTS", 80, "operands are copied while others are multiplied"),
+    Expectation(r"product_cluster<.*", "bulk", WAITING_SINCE, "the same, to all blocks that need them"),
 )
 # Each of these is a fault, except for the kernels listed here: (kernel, heading) with the reason.
 FORBIDDEN = ("stack", "local", "LDL + STL", "generic", "before wait")

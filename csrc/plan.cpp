@@ -76,9 +76,13 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
   constexpr int64_t kBlocks = 1024, kTile = 64;
   Plan plan = {choose(false), choose(true), EngineKind::kBlock,
                split(p, kBlocks, std::max<int64_t>(256, 4 * p.channels), kTile), split(p, kBlocks, kTile, kTile)};
-  if (requested != EngineKind::kAuto) return plan;  // one block where that is asked for: to compare with
-  if (plan.forward == EngineKind::kBlock) plan.forward_blocks = blocks_of_sample(p, device, false);
-  if (plan.backward == EngineKind::kBlock) plan.backward_blocks = blocks_of_sample(p, device, true);
+  if (requested != EngineKind::kAuto) return plan;  // no clusters where that is asked for: to compare with
+  const auto blocks = [&](EngineKind engine, bool backward) {
+    if (engine == EngineKind::kBlock) return blocks_of_sample(p, device, backward);
+    return device.clusters && p.element_size == sizeof(float) ? cuda::kGridCluster : 1;
+  };
+  plan.forward_blocks = blocks(plan.forward, false);
+  plan.backward_blocks = blocks(plan.backward, true);
   return plan;
 }
 #endif

@@ -10,13 +10,18 @@
 namespace isqrt::cuda {
 namespace {
 
+static_assert(GridProductBlock<float, true, true>::kBlocksOfCluster == kGridCluster);
+
 /// Those of the algorithm, and the results of a launch whose operands are still needed.
 int matrices(bool backward, bool in_full) { return ((in_full ? 4 : 3) + 2) * (backward ? 2 : 1); }
 
-/// Samples at a time, so that their matrices stay in the second-level cache of some 50 MB.
+/// Samples at a time, equally many in each slice, so that their matrices stay in the second-level cache of some 50 MB.
 int64_t slice(int64_t batch, int64_t channels, int64_t element_size, int matrices) {
-  constexpr int64_t kCache = int64_t(40) << 20;
-  return std::max<int64_t>(1, std::min(batch, kCache / (element_size * GridShape(1, channels).size() * matrices)));
+  constexpr int64_t kCache = int64_t(44) << 20;
+  const int64_t most =
+      std::max<int64_t>(1, kCache / (int64_t(tile_count(int(channels))) * tile_bytes(element_size) * matrices));
+  const int64_t slices = std::max<int64_t>(1, (batch + most - 1) / most);
+  return (batch + slices - 1) / slices;
 }
 
 /// f(shape, first sample) for each slice of the batch.
@@ -24,22 +29,24 @@ template <class T, class Task, class F>
 void for_each_slice(const Task& task, int64_t channels, int matrices, const F& f) {
   const int64_t samples = slice(task.batch, channels, sizeof(T), matrices);
   for (int64_t first = 0; first < task.batch; first += samples)
-    f(GridShape(std::min(samples, task.batch - first), channels), first);
+    f(GridShape{std::min(samples, task.batch - first), int(channels)}, first);
 }
 
 template <class T> void launch_root(const RootTask<T, Elements<T>>& task, void* stream) {
   const int count = matrices(false, task.steps.any_in_full());
   for_each_slice<T>(task, task.sigma.channels, count, [&](const GridShape& shape, int64_t first) {
-    GridEngine<T> e(shape, count, task.workspace, stream);
+    GridEngine<T> e(shape, task.blocks > 1, count, task.workspace, stream);
     const auto scale = e.number(task.scale ? task.scale + first : nullptr);
-    e.write(matrix_root(e, task.sigma.sample(first), task.steps, task.root), task.result.sample(first), scale);
+    const auto root = matrix_root(e, task.sigma.sample(first), task.steps, task.root);
+    const auto result = task.result.sample(first);
+    result.output == Output::kMean ? e.write_means(root, result, scale) : e.write(root, result, scale);
   });
 }
 
 template <class T> void launch_root_backward(const RootBackwardTask<T, Elements<const T>>& task, void* stream) {
   const int count = matrices(true, task.steps.any_in_full());
   for_each_slice<T>(task, task.sigma.channels, count, [&](const GridShape& shape, int64_t first) {
-    GridEngine<T> e(shape, count, task.workspace, stream);
+    GridEngine<T> e(shape, task.blocks > 1, count, task.workspace, stream);
     e.write(matrix_root_backward(e, task.sigma.sample(first), task.grad.sample(first), task.steps, task.root),
             task.grad_sigma.sample(first), e.number(nullptr));
   });
@@ -54,8 +61,9 @@ template <class X> void grid_root_backward(const RootBackwardTask<X>& task, void
 
 int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_size, bool backward, bool in_full) {
   const int count = matrices(backward, in_full);
-  const GridShape shape(slice(batch, channels, element_size, count), channels);
-  return GridEngine<float>::workspace_size(shape, count);
+  const GridShape shape{slice(batch, channels, element_size, count), int(channels)};
+  return element_size == sizeof(double) ? GridEngine<double>::workspace_size(shape, count)
+                                        : GridEngine<float>::workspace_size(shape, count);
 }
 
 template void grid_root(const RootTask<float>&, void*);

@@ -43,7 +43,7 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
     next_ = next_column_ + int(sizeof(T)) * kVectors * kTile * tiles_;
     const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, all = tile_count(channels), rest = all % warps;
     count_ = all / warps + int(warp < rest);
-    first_ = place(all / warps * warp + (warp < rest ? warp : rest));
+    first_ = Place::after(all / warps * warp + (warp < rest ? warp : rest), tiles_);
     if constexpr (kInCluster)
       for (Matrix& spare : spare_) spare = matrix();
   }
@@ -65,7 +65,7 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
     begin_alone();
     for_own_tiles([&](const Place& own) {
       WarpTile<T> tile;
-      tile.for_each([&](T& a, int r, int c) { a = symmetric(source, own.i(r), own.j(c)); });
+      tile.for_each([&](T& a, int r, int c) { a = symmetric<T>(source, own.i(r), own.j(c)); });
       write_tile(A, own, tile);
     });
     __syncthreads();
@@ -89,7 +89,7 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
     for_own_tiles([&](const Place& own) {
       const T times = own.I < own.J ? 2 : 1;  // tile (J, I) is not stored
       WarpTile<T> tile = read_tile(A, own);
-      tile.for_each([&](T a, int r, int c) { sum += times * (factor * symmetric(source, own.i(r), own.j(c)) * a); });
+      tile.for_each([&](T a, int r, int c) { sum += times * (factor * symmetric<T>(source, own.i(r), own.j(c)) * a); });
     });
     return block_sum(sum, shared_memory<T>());
   }
@@ -169,32 +169,19 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
   }
 
  private:
-  /// A tile (I, J) and the indices in the matrix of its rows and columns. Column by column, from the last one on.
-  struct Place {
-    int I, J;
-    __device__ int i(int row) const { return kTile * I + row; }
-    __device__ int j(int column) const { return kTile * J + column; }
-    __device__ Place next() const { return I < J ? Place{I + 1, J} : Place{0, J - 1}; }
-  };
-
-  __device__ Place place(int tile) const {
-    Place at{tile, tiles_ - 1};
-    for (; at.I > at.J; --at.J) at.I -= at.J + 1;
-    return at;
-  }
-
+  using Place = TilePlace;
   using Tiles = cuda::Tiles<T>;
   using Terms = typename Tiles::Terms;
   using Sum = typename Tiles::Sum;
 
   /// Where the vectors begin, and where tile (I, J) does.
   static __device__ int columns() { return shared_begin() + kSums * int(sizeof(T)); }
-  static __device__ int tile(Matrix A, int I, int J) { return A.first + (J * (J + 1) / 2 + I) * Tiles::kBytes; }
+  static __device__ int tile(Matrix A, int I, int J) { return A.first + Place{I, J}.number() * Tiles::kBytes; }
 
   static __device__ T element(Matrix A, int i, int j) {
     const bool above = i / kTile <= j / kTile;
-    return above ? Tiles::at(tile(A, i / kTile, j / kTile), i % kTile, j % kTile)
-                 : Tiles::at(tile(A, j / kTile, i / kTile), j % kTile, i % kTile);
+    return above ? Tiles::element(OwnTile{tile(A, i / kTile, j / kTile)}, i % kTile, j % kTile)
+                 : Tiles::element(OwnTile{tile(A, j / kTile, i / kTile)}, j % kTile, i % kTile);
   }
 
   static __device__ T& element(Column u, int i) { return at_shared<T>(u.first + int(sizeof(T)) * i); }
@@ -229,12 +216,6 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
     __syncthreads();
   }
 
-  /// Element (i, j) of sym(source), 0 outside C x C.
-  template <class Source> __device__ T symmetric(const Source& source, int i, int j) const {
-    if (i >= channels_ || j >= channels_) return T(0);
-    return i <= j ? source.symmetric(i, j) : source.symmetric(j, i);
-  }
-
   /// f(own, s) for this warp's tiles, the s-th one in slot s: for results in registers. The compiler shall not remember
   /// where they are: kept in registers, all the addresses that follow would stay there throughout the kernel, at the
   /// expense of the products.
@@ -258,18 +239,8 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
   }
 
   static __device__ __forceinline__ WarpTile<T> read_tile(Matrix A, const Place& own) {
-    return Tiles::read(tile(A, own.I, own.J));
+    return Tiles::read(OwnTile{tile(A, own.I, own.J)});
   }
-
-  /// A tile in this block's shared memory, and in that of a block of the cluster.
-  struct OwnTile {
-    int begin;
-    template <class U> __device__ U& at(int offset) const { return at_shared<U>(begin + offset); }
-  };
-  struct MappedTile {
-    char* begin;
-    template <class U> __device__ U& at(int offset) const { return *reinterpret_cast<U*>(begin + offset); }
-  };
 
   /// Of a symmetric matrix' tile on the diagonal the upper triangle counts, so that both sides are the same bits.
   static __device__ bool is_symmetric(Matrix D, const Place& own) { return own.I == own.J && D.transpose == D.first; }
@@ -391,7 +362,7 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
     const int worker = int(threadIdx.x / kWarp) * blocks + int(cluster_rank()) - dealt_;
 #pragma unroll 1
     for (int t = worker < 0 ? worker + workers : worker; t < tiles; t += workers) {
-      const Place own = place(t);
+      const Place own = Place::after(t, tiles_);
       Sum sum;
 #pragma unroll 1
       for (int term = 0; term < terms; ++term) multiply_tiles<1>(&sum, term == 0 ? A1 : A2, term == 0 ? B1 : B2, own);
@@ -406,7 +377,7 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
       const auto packed = Tiles::pack(result);
 #pragma unroll 1
       for (int rank = 0; rank < blocks; ++rank)
-        Tiles::write(MappedTile{map_shared(to, rank)}, packed, is_symmetric(target, own));
+        Tiles::write(OtherTile{map_shared(to, rank)}, packed, is_symmetric(target, own));
     }
     dealt_ = (dealt_ + tiles) % workers;
     if constexpr (kAddD) {

@@ -9,9 +9,6 @@ namespace isqrt::cuda {
 /// 64 x 64 results of a block, 16 x 32 in each of its warps.
 constexpr int kPanelVectors = 64, kPanelThreads = 256;
 
-/// What is read from memory in one piece.
-constexpr int kPacketBytes = 16;
-
 /// Terms of a panel: a row of each vector is 256 bytes long, or shorter.
 template <class X> constexpr int kPanelTerms = sizeof(X) == 8 ? 32 : 64;
 

@@ -117,6 +117,9 @@ __device__ __forceinline__ void load_matrix_x4_trans(uint32_t (&r)[4], const voi
 
 // ---- asynchronous copies of a thread --------------------------------------------------------------------------------
 
+/// The most that is copied in one piece.
+constexpr int kPacketBytes = 16;
+
 /// cp.async, .cg (past the L1 cache) for 16 bytes and .ca for 4 and 8: the first source_bytes come from global memory,
 /// the rest becomes 0. Both addresses are aligned to kBytes, also where source_bytes = 0.
 template <int kBytes>
@@ -188,6 +191,17 @@ __device__ __forceinline__ void copy_bulk(void* to_shared, const void* from_glob
                        shared_address(to_shared)),
                    "l"(from_global), "r"(bytes), "r"(shared_address(barrier)) : "memory"),
       __trap(), emulation::copy_bulk(to_shared, from_global, bytes, barrier, caller));
+}
+
+/// The same with .multicast::cluster: to the same place in each block of the cluster of which `blocks` has the bit, and
+/// complete at its barrier in the same place.
+__device__ __forceinline__ void copy_bulk_to(unsigned blocks, void* to_shared, const void* from_global, unsigned bytes,
+                                             uint64_t* barrier, [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90(
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], "
+                   "%2, [%3], %4;" ::"r"(shared_address(to_shared)),
+                   "l"(from_global), "r"(bytes), "r"(shared_address(barrier)), "h"(uint16_t(blocks)) : "memory"),
+      __trap(), emulation::copy_bulk_to(blocks, to_shared, from_global, bytes, barrier, caller));
 }
 
 // ---- clusters: before sm_90 each block is one of its own ------------------------------------------------------------

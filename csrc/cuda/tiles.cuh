@@ -1,4 +1,4 @@
-// Symmetric matrices in shared memory, as tiles that tensor cores multiply.
+// Symmetric matrices as tiles that tensor cores multiply, in shared memory or on their way to it.
 //
 // Only the 16 x 16 tiles of the upper triangle are stored, column by column: tile (I, J), I <= J, is the one numbered
 // J (J + 1) / 2 + I, and six matrices of 128 channels in float32 fit into the 227 KiB of a Hopper block. Within a tile
@@ -16,6 +16,28 @@ constexpr int kTileSize = kTile * kTile;
 /// Tiles in each direction, and of the whole upper triangle.
 ISQRT_FN constexpr int tile_rows(int channels) { return (channels + kTile - 1) / kTile; }
 ISQRT_FN constexpr int tile_count(int channels) { return tile_rows(channels) * (tile_rows(channels) + 1) / 2; }
+
+/// The place (I, J), I <= J, of a tile and the indices in the matrix of its rows and columns.
+struct TilePlace {
+  int I, J;
+  __device__ int number() const { return J * (J + 1) / 2 + I; }
+  __device__ int i(int row) const { return kTile * I + row; }
+  __device__ int j(int column) const { return kTile * J + column; }
+  /// Column by column, from the last one on.
+  __device__ TilePlace next() const { return I < J ? TilePlace{I + 1, J} : TilePlace{0, J - 1}; }
+  /// The one so many times next() after the first, of so many rows.
+  static __device__ TilePlace after(int times, int rows) {
+    TilePlace at{times, rows - 1};
+    for (; at.I > at.J; --at.J) at.I -= at.J + 1;
+    return at;
+  }
+};
+
+/// Element (i, j) of sym(source), 0 outside C x C.
+template <class T, class Source> __device__ T symmetric(const Source& source, int i, int j) {
+  if (i >= source.channels || j >= source.channels) return T(0);
+  return i <= j ? source.symmetric(i, j) : source.symmetric(j, i);
+}
 
 /// The most tiles of a warp, and the warps. A product takes as long as that of a multiprocessor's four schedulers which
 /// has the most to do: up to four tiles get a warp each, more of them as many warps for each scheduler as hold them
@@ -61,10 +83,20 @@ static_assert([] {
   return true;
 }());
 
-/// How a tile of numbers of T lies in shared memory, from its address on: one element at(); all of them as a warp has
-/// the results of products, read(), and pack() for write(), of a symmetric one the upper triangle, so that both sides
-/// are the same bits; its 16 terms as tensor cores want those of a product's left() or right() factor, or of its
-/// transpose; and a Sum of such products.
+/// Where a tile lies: in this block's shared memory, or anywhere else.
+struct OwnTile {
+  int begin;
+  template <class U> __device__ U& at(int offset) const { return at_shared<U>(begin + offset); }
+};
+struct OtherTile {
+  char* begin;
+  template <class U> __device__ U& at(int offset) const { return *reinterpret_cast<U*>(begin + offset); }
+};
+
+/// How a tile of numbers of T lies in memory: one element(); all of them as a warp has the results of products, read(),
+/// and pack() for write(), of a symmetric one the upper triangle, so that both sides are the same bits; from shared
+/// memory its 16 terms as tensor cores want those of a product's left() or right() factor, or of its transpose; and a
+/// Sum of such products.
 template <class T> struct Tiles;
 
 /// Two neighbours in a row, which a lane has of a tile: read and written in one piece.
@@ -82,20 +114,21 @@ template <> struct Tiles<double> {
   static __device__ int place(int row, int column) {
     return int(sizeof(T)) * (kTile * row + (column ^ (row & 12) ^ (row & 1 ? 10 : 0)));
   }
-  static __device__ T at(int tile, int row, int column) { return at_shared<T>(tile + place(row, column)); }
+  template <class Tile> static __device__ T element(const Tile& tile, int row, int column) {
+    return tile.template at<T>(place(row, column));
+  }
 
-  static __device__ __forceinline__ WarpTile<T> read(int tile) {
+  template <class Tile> static __device__ __forceinline__ WarpTile<T> read(const Tile& tile) {
     WarpTile<T> result;
     result.for_each_pair([&](T* a, int r, int c) {
-      const auto pair = at_shared<Pair<T>>(tile + place(r, c));
+      const auto pair = tile.template at<Pair<T>>(place(r, c));
       a[0] = pair.value[0], a[1] = pair.value[1];
     });
     return result;
   }
   using Packed = WarpTile<T>;
   static __device__ __forceinline__ const Packed& pack(const WarpTile<T>& result) { return result; }
-  template <class Target>
-  static __device__ __forceinline__ void write(const Target& to, Packed packed, bool symmetric) {
+  template <class Tile> static __device__ __forceinline__ void write(const Tile& to, Packed packed, bool symmetric) {
     if (!symmetric)
       packed.for_each_pair(
           [&](const T* a, int r, int c) { to.template at<Pair<T>>(place(r, c)) = Pair<T>{a[0], a[1]}; });
@@ -164,7 +197,8 @@ template <> struct Tiles<double> {
 /// A float is a pair of numbers of float16, (high + low / 2048) scale: each has 11 bits, as many as tf32 has, and
 /// tensor cores multiply them at twice the rate of that. The scale is a power of two for each tile, by which its
 /// largest element is near 2^15: elements down to 2^-29 of that keep all 22 bits, and smaller ones lose no more than
-/// 2^-51 of it. A tile of NaN, or with an infinite element, has the scale 1.
+/// 2^-51 of it. A tile of NaN, or with an infinite element, has the scale 1. The scale stands there four times: tiles
+/// begin at multiples of 16 bytes, and are copied whole.
 ///
 /// Rows of eight numbers, 16 bytes, are what ldmatrix reads: rows r and r + 4 exchange theirs, so that any eight of a
 /// column lie in different banks, and so do the pairs that a warp reads and writes.
@@ -182,17 +216,18 @@ template <> struct Tiles<float> {
     return (number(high) + kLowUnit * number(low)) * scale;
   }
 
-  static __device__ float at(int tile, int row, int column) {
-    const int at = tile + place(row, column);
-    return join(at_shared<uint16_t>(at), at_shared<uint16_t>(at + kLow), 0, at_shared<float>(tile + kScale));
+  template <class Tile> static __device__ float element(const Tile& tile, int row, int column) {
+    const int at = place(row, column);
+    return join(tile.template at<uint16_t>(at), tile.template at<uint16_t>(at + kLow), 0,
+                tile.template at<float>(kScale));
   }
 
-  static __device__ __forceinline__ WarpTile<float> read(int tile) {
+  template <class Tile> static __device__ __forceinline__ WarpTile<float> read(const Tile& tile) {
     WarpTile<float> result;
-    const float scale = at_shared<float>(tile + kScale);
+    const float scale = tile.template at<float>(kScale);
     result.for_each_pair([&](float* a, int r, int c) {
-      const uint32_t high = at_shared<uint32_t>(tile + place(r, c)),
-                     low = at_shared<uint32_t>(tile + place(r, c) + kLow);
+      const uint32_t high = tile.template at<uint32_t>(place(r, c)),
+                     low = tile.template at<uint32_t>(place(r, c) + kLow);
       a[0] = join(high, low, 0, scale), a[1] = join(high, low, 1, scale);
     });
     return result;
@@ -227,10 +262,10 @@ template <> struct Tiles<float> {
     });
     return packed;
   }
-  template <class Target>
-  static __device__ __forceinline__ void write(const Target& to, const Packed& packed, bool symmetric) {
+  template <class Tile>
+  static __device__ __forceinline__ void write(const Tile& to, const Packed& packed, bool symmetric) {
     const Lane lane;
-    if (lane.group == 0 && lane.quad == 0) to.template at<float>(kScale) = packed.scale;
+    if (lane.group == 0) to.template at<float>(kScale + int(sizeof(float)) * lane.quad) = packed.scale;
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
       const int r = lane.group + pair % 2 * 8, c = 2 * lane.quad + pair / 2 * 8;

@@ -130,17 +130,28 @@ void mbarrier_arrive(uint64_t* barrier, int expected_bytes, const Caller& caller
 }
 
 void copy_bulk(void* to, const void* from, unsigned bytes, uint64_t* barrier, const Caller& caller) {
+  copy_bulk_to(1u << block_rank(), to, from, bytes, barrier, caller);
+}
+
+void copy_bulk_to(unsigned blocks, void* to, const void* from, unsigned bytes, uint64_t* barrier,
+                  const Caller& caller) {
   const CalledFrom here(__builtin_return_address(0));
   const Site site = checked("copy_bulk", barrier, caller);
   require_aligned(to, 16, site);
   require_aligned(from, 16, site);
   require_shared(to, bytes, site);
   if (bytes % 16 != 0 || bytes > kMostBytes) fail("copies " + std::to_string(bytes) + " bytes", site);
-  const AsyncCopy copy{static_cast<char*>(to), from, bytes, bytes, site};
-  begin_copy(copy);
-  release_memory(barrier);
-  const Quiet quiet;
-  launch.running->block->bulk_copies.push_back({copy, barrier});
+  if (blocks == 0 || blocks >> blocks_in_cluster() != 0) fail("copies to blocks that are not in the cluster", site);
+  for (unsigned rank = 0; rank < blocks_in_cluster(); ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    auto* const there = static_cast<uint64_t*>(shared_of_block(barrier, rank, caller));
+    note_read(there, sizeof *there, site);  // what mbarrier_init wrote
+    const AsyncCopy copy{static_cast<char*>(shared_of_block(to, rank, caller)), from, bytes, bytes, site};
+    begin_copy(copy);
+    release_memory(there);
+    const Quiet quiet;
+    launch.cluster->blocks[rank].bulk_copies.push_back({copy, there});
+  }
 }
 
 void mbarrier_wait(uint64_t* barrier, unsigned parity, const Caller& caller) {

@@ -123,5 +123,6 @@ void mbarrier_init(uint64_t* barrier, unsigned count, const Caller& caller);
 void mbarrier_arrive(uint64_t* barrier, int expected_bytes, const Caller& caller);
 void mbarrier_wait(uint64_t* barrier, unsigned parity, const Caller& caller);
 void copy_bulk(void* to, const void* from, unsigned bytes, uint64_t* barrier, const Caller& caller);
+void copy_bulk_to(unsigned blocks, void* to, const void* from, unsigned bytes, uint64_t* barrier, const Caller& caller);
 
 }  // namespace emulation

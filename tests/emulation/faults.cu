@@ -261,6 +261,22 @@ template <bool kFault> __global__ void other_block_too_late(float* y) {
   y[blockIdx.x * kThreads + threadIdx.x] = sum;
 }
 
+/// Block 0 copies to block 1, too, which may still read what is overwritten.
+template <bool kFault> __global__ void bulk_to_other_too_early(float* y, const float* x) {
+  float* s = shared_memory<float>();
+  if (threadIdx.x == 0) mbarrier_init(own_barrier(), 1);
+  s[threadIdx.x] = 0;
+  cluster_sync();
+  if (cluster_rank() == 1) y[threadIdx.x] = s[kThreads - 1 - threadIdx.x];  // fault: bulk_to_other_too_early
+  if (!kFault) cluster_sync();
+  if (threadIdx.x == 0) {
+    mbarrier_expect(own_barrier(), kThreads * sizeof(float));
+    if (cluster_rank() == 0) copy_bulk_to(0b11, s, x, kThreads * sizeof(float), own_barrier());
+  }
+  mbarrier_wait(own_barrier(), 0);
+  cluster_sync();
+}
+
 template <bool kFault> __global__ void outside_cluster(float* y) {
   float* s = shared_memory<float>();
   s[threadIdx.x] = 1;
@@ -340,6 +356,7 @@ template <bool kFault> std::map<std::string, std::function<std::vector<float>()>
       {"block_for_cluster", [] { return run(2, 2, block_for_cluster<kFault>); }},
       {"other_block_too_early", [] { return run(2, 2, other_block_too_early<kFault>); }},
       {"other_block_too_late", [] { return run(2, 2, other_block_too_late<kFault>); }},
+      {"bulk_to_other_too_early", [=] { return run(2, 2, bulk_to_other_too_early<kFault>, data); }},
       {"outside_cluster", [] { return run(2, 2, outside_cluster<kFault>); }},
       {"cluster_without_arrival", [] { return run(2, 2, cluster_without_arrival<kFault>); }},
       {"static_in_cluster", [] { return run(2, 2, static_in_cluster, kFault); }},

@@ -68,19 +68,25 @@ template <class T> void root(const std::string& label, int64_t C, bool in_full, 
   });
 }
 
-template <class T> void grid_root(const std::string& label, int64_t C) {
+template <class T> void grid_root(const std::string& label, int64_t C, int blocks = 1) {
   const Steps steps = three_steps(true);
   lint::record(label, [&] {
     T *sigma = allocate<T>(C * C), *result = allocate<T>(C * C), *grad_sigma = allocate<T>(C * C);
     T* workspace = allocate<T>(cuda::grid_workspace_size(1, C, sizeof(T), true, true));
     for (int64_t i = 0; i < C; ++i) sigma[i * C + i] = T(1);
     const RootView<const T> source{sigma, Output::kMatrix, C};
-    cuda::grid_root(RootTask<T>{1, source, steps, Root::kSquare, {result, Output::kMatrix, C}, nullptr, workspace},
-                    nullptr);
-    cuda::grid_root_backward(
-        RootBackwardTask<T>{
-            1, {result, Output::kMatrix, C}, source, steps, Root::kSquare, {grad_sigma, Output::kMatrix, C}, workspace},
+    cuda::grid_root(
+        RootTask<T>{1, source, steps, Root::kSquare, {result, Output::kMatrix, C}, nullptr, workspace, blocks},
         nullptr);
+    cuda::grid_root_backward(RootBackwardTask<T>{1,
+                                                 {result, Output::kMatrix, C},
+                                                 source,
+                                                 steps,
+                                                 Root::kSquare,
+                                                 {grad_sigma, Output::kMatrix, C},
+                                                 workspace,
+                                                 blocks},
+                             nullptr);
   });
 }
 
@@ -97,4 +103,5 @@ int main() {
   root<float>("128 x 128", 128, false);
   root<double>("64 x 64", 64, false);
   grid_root<float>("160 x 160", 160);
+  grid_root<float>("160 x 160 in clusters", 160, 4);
 }
