@@ -311,6 +311,19 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
       combine_in_block<kAddD>(D, alpha, beta, A1, B1, A2, B2, terms);
   }
 
+  /// alpha D + beta sum in one tile, or beta sum.
+  template <bool kAddD>
+  static __device__ __forceinline__ WarpTile<T> finish(const Sum& sum, Matrix D, T alpha, T beta, const Place& own) {
+    WarpTile<T> result = sum.total();
+    if constexpr (kAddD) {
+      const WarpTile<T> previous = read_tile(D, own);
+      result.combine(previous, [&](T& a, T d) { a = alpha * d + beta * a; });
+    } else {
+      result.for_each([&](T& a, int, int) { a *= beta; });
+    }
+    return result;
+  }
+
   template <bool kAddD>
   __device__ __forceinline__ void combine_in_block(Matrix D, T alpha, T beta, Matrix A1, Matrix B1, Matrix A2,
                                                    Matrix B2, int terms) const {
@@ -318,15 +331,7 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
 #pragma unroll 1
     for (int term = 0; term < terms; ++term) multiply(sum, term == 0 ? A1 : A2, term == 0 ? B1 : B2);
     WarpTile<T> result[kSlots];
-    for_slots([&](const Place& own, int s) {
-      result[s] = sum[s].total();
-      if constexpr (kAddD) {
-        const WarpTile<T> previous = read_tile(D, own);
-        result[s].combine(previous, [&](T& a, T d) { a = alpha * d + beta * a; });
-      } else {
-        result[s].for_each([&](T& a, int, int) { a *= beta; });
-      }
-    });
+    for_slots([&](const Place& own, int s) { result[s] = finish<kAddD>(sum[s], D, alpha, beta, own); });
     __syncthreads();  // D may be an operand
     for_slots([&](const Place& own, int s) { write_tile(D, own, result[s]); });
     __syncthreads();
@@ -366,13 +371,7 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
       Sum sum;
 #pragma unroll 1
       for (int term = 0; term < terms; ++term) multiply_tiles<1>(&sum, term == 0 ? A1 : A2, term == 0 ? B1 : B2, own);
-      WarpTile<T> result = sum.total();
-      if constexpr (kAddD) {
-        const WarpTile<T> previous = read_tile(D, own);
-        result.combine(previous, [&](T& a, T d) { a = alpha * d + beta * a; });
-      } else {
-        result.for_each([&](T& a, int, int) { a *= beta; });
-      }
+      WarpTile<T> result = finish<kAddD>(sum, D, alpha, beta, own);
       char* to = shared_memory<char>() + (tile(target, own.I, own.J) - shared_begin());
       const auto packed = Tiles::pack(result);
 #pragma unroll 1

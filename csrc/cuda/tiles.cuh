@@ -301,9 +301,12 @@ template <> struct Tiles<float> {
           f(v % 2, 8 * (v / 2) + 2 * Lane().quad + which, join(high[v], low[v], which, scale));
     }
   };
-  template <bool kTransposed> static __device__ __forceinline__ Terms load(int tile, int row, int column) {
+  /// Lane l has the address of row l % 8 of part l / 8, whose rows of memory are the tile's own: parts that follow each
+  /// other lie below each other, or beside each other.
+  template <bool kTransposed> static __device__ __forceinline__ Terms load(int tile, bool below) {
+    const int lane = int(threadIdx.x) % kWarp, odd = 8 * (lane / 8 % 2), second = 8 * (lane / 16);
+    const int from = tile + place(lane % 8 + (below ? odd : second), below ? second : odd);
     Terms terms;
-    const int from = tile + place(row, column);
     if constexpr (kTransposed) {
       load_matrix_x4_trans(terms.high, &at_shared<uint16_t>(from));
       load_matrix_x4_trans(terms.low, &at_shared<uint16_t>(from + kLow));
@@ -314,14 +317,11 @@ template <> struct Tiles<float> {
     terms.scale = at_shared<float>(tile + kScale);
     return terms;
   }
-  /// Lane l has the address of row l % 8 of part l / 8.
   static __device__ __forceinline__ Terms left(int tile, bool transposed) {
-    const int lane = int(threadIdx.x) % kWarp, row = lane % 8, first = 8 * (lane / 8 % 2), second = 8 * (lane / 16);
-    return transposed ? load<true>(tile, row + second, first) : load<false>(tile, row + first, second);
+    return transposed ? load<true>(tile, false) : load<false>(tile, true);
   }
   static __device__ __forceinline__ Terms right(int tile, bool transposed) {
-    const int lane = int(threadIdx.x) % kWarp, row = lane % 8, first = 8 * (lane / 8 % 2), second = 8 * (lane / 16);
-    return transposed ? load<false>(tile, row + second, first) : load<true>(tile, row + first, second);
+    return transposed ? load<false>(tile, false) : load<true>(tile, true);
   }
 
   struct Sum {
