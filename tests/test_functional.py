@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import isqrt_cov
-from common import assert_close, covariances, feature_maps, missing_cuda, tolerance
+from common import assert_close, covariances, engine_code, feature_maps, missing_cuda, tolerance
 from isqrt_cov import CovSqrtNorm, cov_sqrt, covariance_pool, matrix_inv_sqrt, matrix_sqrt, plan, reference, triu_vector
 from isqrt_cov.ops import OUTPUTS
 
@@ -168,6 +168,24 @@ def test_plan_on_cuda():
     assert plan((16, 64, 48, 48), device="cuda")["forward"] == "block"
     assert plan((16, 64, 48, 48), device="cuda")["backward"] == "block"
     assert plan((16, 1024, 14, 14), device="cuda")["forward"] == "grid"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize(("batch", "channels"), ((3, 64), (12, 64), (40, 64), (5, 80), (3, 160), (2, 256)))
+def test_clusters_compute_the_bits_of_blocks(batch, channels, output):
+    """Without a name for the engine blocks of a GPU form clusters; where it is named, they do not."""
+    if reason := missing_cuda():
+        pytest.skip(reason)
+    chosen = plan((batch, channels, 400), device="cuda")
+    assert chosen["forward"] == chosen["backward"]
+    x = feature_maps(batch, channels, 400, torch.float32, "cuda").requires_grad_()
+    results = []
+    for engine in ("auto", chosen["forward"]):
+        y = torch.ops.isqrt_cov.cov_sqrt(x, 5, OUTPUTS.index(output), engine=engine_code(engine))[0]
+        upstream = torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y)
+        results.append((y, *torch.autograd.grad(y, x, upstream)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_negative_trace_gives_nan_in_its_sample():
