@@ -108,9 +108,7 @@ template <class T, class Pointer> struct GridLoad {
   RootView<const T, Pointer> source;
   __device__ void operator()(const GridShape& shape, int64_t sample, int tile) const {
     const TilePlace at = TilePlace::after(tile, shape.rows());
-    const auto from = source.sample(sample);
-    WarpTile<T> result;
-    result.for_each([&](T& a, int r, int c) { a = symmetric<T>(from, at.i(r), at.j(c)); });
+    WarpTile<T> result = symmetric_tile<T>(source.sample(sample), at);
     write_tile(shape, A, sample, at, result, at.I == at.J);
   }
 };
@@ -160,13 +158,10 @@ template <class T, class Pointer> struct GridWriteMeans {
   char* A;
   GridScalar<T> divisor;
   __device__ void operator()(const GridShape& shape, int64_t sample, int J) const {
-    const int column = threadIdx.x % kTile, j = kTile * J + column;
+    const int j = kTile * J + threadIdx.x % kTile;
     T sum = 0;
-    for (int i = threadIdx.x % kWarp / kTile; i < shape.channels; i += kWarp / kTile) {
-      const int I = i / kTile;
-      sum += I <= J ? Tiles<T>::element(shape.tile<T>(A, sample, {I, J}), i % kTile, column)
-                    : Tiles<T>::element(shape.tile<T>(A, sample, {J, I}), column, i % kTile);
-    }
+    for (int i = threadIdx.x % kWarp / kTile; i < shape.channels; i += kWarp / kTile)
+      sum += shape.element<T>(A, sample, i, j);
     sum += __shfl_xor_sync(0xffffffffu, sum, kTile);
     if (threadIdx.x % kWarp < kTile && j < shape.channels)
       store_number(result.sample(sample).data + j, sum / T(shape.channels) / divisor(sample));
@@ -178,8 +173,7 @@ template <class T> struct GridTrace {
   char* A;
   __device__ T operator()(const GridShape& shape, int64_t sample) const {
     T sum = 0;
-    for (int i = threadIdx.x; i < shape.channels; i += blockDim.x)
-      sum += Tiles<T>::element(shape.tile<T>(A, sample, {i / kTile, i / kTile}), i % kTile, i % kTile);
+    for (int i = threadIdx.x; i < shape.channels; i += blockDim.x) sum += shape.element<T>(A, sample, i, i);
     return sum;
   }
 };
@@ -193,10 +187,7 @@ template <class T, class Pointer> struct GridInner {
     T sum = 0;
     for (int tile = threadIdx.x / kWarp; tile < shape.tiles(); tile += blockDim.x / kWarp) {
       const TilePlace at = TilePlace::after(tile, shape.rows());
-      const T times = at.I < at.J ? 2 : 1;  // tile (J, I) is not stored
-      Tiles<T>::read(shape.tile<T>(A, sample, at)).for_each([&](T a, int r, int c) {
-        sum += times * (f * symmetric<T>(from, at.i(r), at.j(c)) * a);
-      });
+      add_inner(sum, from, Tiles<T>::read(shape.tile<T>(A, sample, at)), at, f);
     }
     return sum;
   }

@@ -22,6 +22,9 @@ struct GridShape {
   template <class T> __device__ OtherTile tile(char* A, int64_t sample, const TilePlace& at) const {
     return {A + (sample * tiles() + at.number()) * tile_bytes(sizeof(T))};
   }
+  template <class T> __device__ T element(char* A, int64_t sample, int i, int j) const {
+    return element_of<T>([&](const TilePlace& at) { return tile<T>(A, sample, at); }, i, j);
+  }
 };
 
 template <class T>

@@ -64,8 +64,7 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
   template <class Source> __device__ void load(Matrix A, const Source& source) {
     begin_alone();
     for_own_tiles([&](const Place& own) {
-      WarpTile<T> tile;
-      tile.for_each([&](T& a, int r, int c) { a = symmetric<T>(source, own.i(r), own.j(c)); });
+      WarpTile<T> tile = symmetric_tile<T>(source, own);
       write_tile(A, own, tile);
     });
     __syncthreads();
@@ -86,11 +85,7 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
   template <class Source> __device__ T inner(const Source& source, Matrix A, T factor = 1) {
     begin_alone();
     T sum = 0;
-    for_own_tiles([&](const Place& own) {
-      const T times = own.I < own.J ? 2 : 1;  // tile (J, I) is not stored
-      WarpTile<T> tile = read_tile(A, own);
-      tile.for_each([&](T a, int r, int c) { sum += times * (factor * symmetric<T>(source, own.i(r), own.j(c)) * a); });
-    });
+    for_own_tiles([&](const Place& own) { add_inner(sum, source, read_tile(A, own), own, factor); });
     return block_sum(sum, shared_memory<T>());
   }
 
@@ -179,9 +174,7 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
   static __device__ int tile(Matrix A, int I, int J) { return A.first + Place{I, J}.number() * Tiles::kBytes; }
 
   static __device__ T element(Matrix A, int i, int j) {
-    const bool above = i / kTile <= j / kTile;
-    return above ? Tiles::element(OwnTile{tile(A, i / kTile, j / kTile)}, i % kTile, j % kTile)
-                 : Tiles::element(OwnTile{tile(A, j / kTile, i / kTile)}, j % kTile, i % kTile);
+    return element_of<T>([&](const Place& at) { return OwnTile{tile(A, at.I, at.J)}; }, i, j);
   }
 
   static __device__ T& element(Column u, int i) { return at_shared<T>(u.first + int(sizeof(T)) * i); }

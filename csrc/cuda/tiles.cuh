@@ -33,10 +33,23 @@ struct TilePlace {
   }
 };
 
-/// Element (i, j) of sym(source), 0 outside C x C.
+/// Element (i, j) of sym(source), 0 outside C x C; a tile of it; and what a tile of A, with its mirror image that is
+/// not stored, adds to <factor sym(source), A>.
 template <class T, class Source> __device__ T symmetric(const Source& source, int i, int j) {
   if (i >= source.channels || j >= source.channels) return T(0);
   return i <= j ? source.symmetric(i, j) : source.symmetric(j, i);
+}
+template <class T, class Source>
+__device__ __forceinline__ WarpTile<T> symmetric_tile(const Source& source, const TilePlace& at) {
+  WarpTile<T> tile;
+  tile.for_each([&](T& a, int r, int c) { a = symmetric<T>(source, at.i(r), at.j(c)); });
+  return tile;
+}
+template <class T, class Source>
+__device__ __forceinline__ void add_inner(T& sum, const Source& source, WarpTile<T> tile, const TilePlace& at,
+                                          T factor) {
+  const T times = at.I < at.J ? 2 : 1;
+  tile.for_each([&](T a, int r, int c) { sum += times * (factor * symmetric<T>(source, at.i(r), at.j(c)) * a); });
 }
 
 /// The most tiles of a warp, and the warps. A product takes as long as that of a multiprocessor's four schedulers which
@@ -342,5 +355,12 @@ template <> struct Tiles<float> {
     __device__ __forceinline__ WarpTile<float> total() const { return sum; }
   };
 };
+
+/// Element (i, j) of a symmetric matrix whose tiles are where(place).
+template <class T, class Where> __device__ T element_of(const Where& where, int i, int j) {
+  const TilePlace at{i / kTile, j / kTile};
+  return at.I <= at.J ? Tiles<T>::element(where(at), i % kTile, j % kTile)
+                      : Tiles<T>::element(where(TilePlace{at.J, at.I}), j % kTile, i % kTile);
+}
 
 }  // namespace isqrt::cuda

@@ -46,47 +46,24 @@ Steps three_steps(bool in_full) {
   return steps;
 }
 
-template <class T> void root(const std::string& label, int64_t C, bool in_full, int blocks = 1) {
+/// In a block, in a cluster of so many, or in either way on the whole device.
+template <class T> void root(const std::string& label, int64_t C, bool in_full, int blocks = 1, bool grid = false) {
   const Steps steps = three_steps(in_full);
   lint::record(label, [&] {
     T *sigma = allocate<T>(C * C), *result = allocate<T>(C * C), *grad_sigma = allocate<T>(C * C);
+    T* workspace = grid ? allocate<T>(cuda::grid_workspace_size(1, C, sizeof(T), true, in_full)) : nullptr;
     for (int64_t i = 0; i < C; ++i) sigma[i * C + i] = T(1);
     const RootView<const T> source{sigma, Output::kMatrix, C};
-    if (cuda::root_shared_bytes(C, sizeof(T), false, in_full) > 0)
-      cuda::root(RootTask<T>{1, source, steps, Root::kSquare, {result, Output::kMatrix, C}, nullptr, nullptr, blocks},
-                 nullptr);
-    if (cuda::root_shared_bytes(C, sizeof(T), true, in_full) > 0)
-      cuda::root_backward(RootBackwardTask<T>{1,
-                                              {result, Output::kMatrix, C},
-                                              source,
-                                              steps,
-                                              Root::kSquare,
-                                              {grad_sigma, Output::kMatrix, C},
-                                              nullptr,
-                                              blocks},
-                          nullptr);
-  });
-}
-
-template <class T> void grid_root(const std::string& label, int64_t C, int blocks = 1) {
-  const Steps steps = three_steps(true);
-  lint::record(label, [&] {
-    T *sigma = allocate<T>(C * C), *result = allocate<T>(C * C), *grad_sigma = allocate<T>(C * C);
-    T* workspace = allocate<T>(cuda::grid_workspace_size(1, C, sizeof(T), true, true));
-    for (int64_t i = 0; i < C; ++i) sigma[i * C + i] = T(1);
-    const RootView<const T> source{sigma, Output::kMatrix, C};
-    cuda::grid_root(
-        RootTask<T>{1, source, steps, Root::kSquare, {result, Output::kMatrix, C}, nullptr, workspace, blocks},
-        nullptr);
-    cuda::grid_root_backward(RootBackwardTask<T>{1,
-                                                 {result, Output::kMatrix, C},
-                                                 source,
-                                                 steps,
-                                                 Root::kSquare,
-                                                 {grad_sigma, Output::kMatrix, C},
-                                                 workspace,
-                                                 blocks},
-                             nullptr);
+    const auto fits = [&](bool backward) {
+      return grid || cuda::root_shared_bytes(C, sizeof(T), backward, in_full) > 0;
+    };
+    const RootTask<T> forward{1,       source,    steps, Root::kSquare, {result, Output::kMatrix, C},
+                              nullptr, workspace, blocks};
+    const RootBackwardTask<T> backward{
+        1,     {result, Output::kMatrix, C}, source, steps, Root::kSquare, {grad_sigma, Output::kMatrix, C}, workspace,
+        blocks};
+    if (fits(false)) (grid ? cuda::grid_root<T> : cuda::root<T>)(forward, nullptr);
+    if (fits(true)) (grid ? cuda::grid_root_backward<T> : cuda::root_backward<T>)(backward, nullptr);
   });
 }
 
@@ -102,6 +79,6 @@ int main() {
   root<float>("64 x 64 in a cluster", 64, false, 2);
   root<float>("128 x 128", 128, false);
   root<double>("64 x 64", 64, false);
-  grid_root<float>("160 x 160", 160);
-  grid_root<float>("160 x 160 in clusters", 160, 4);
+  root<float>("160 x 160", 160, true, 1, true);
+  root<float>("160 x 160 in clusters", 160, true, 4, true);
 }
