@@ -11,5 +11,6 @@
 #define ISQRT_VECTOR_BYTES 32
 #define ISQRT_TILE_ROWS 4
 #define ISQRT_TILE_VECTORS 2
+#define ISQRT_TILE_STEPS 4
 #include "level.h"
 #endif

@@ -11,5 +11,6 @@
 #define ISQRT_VECTOR_BYTES 64
 #define ISQRT_TILE_ROWS 16
 #define ISQRT_TILE_VECTORS 1
+#define ISQRT_TILE_STEPS 1
 #include "level.h"
 #endif

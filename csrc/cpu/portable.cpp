@@ -3,4 +3,5 @@
 #define ISQRT_VECTOR_BYTES 16
 #define ISQRT_TILE_ROWS 4
 #define ISQRT_TILE_VECTORS 2
+#define ISQRT_TILE_STEPS 1
 #include "level.h"

@@ -18,6 +18,9 @@ template <class T> struct Simd {
 
   // Registers hold kRows x kVectors accumulators, enough independent chains to hide the latency of an FMA.
   static constexpr int kRows = ISQRT_TILE_ROWS, kVectors = ISQRT_TILE_VECTORS, kColumns = kVectors * kWidth;
+  // A loop of so many steps, where it has to be short of instructions: of a core whose other thread is busy, too, ours
+  // gets half of them, and half as many multiplications as two at a time are then out of reach.
+  static constexpr int kSteps = ISQRT_TILE_STEPS;
 };
 
 template <class T> using Vector = typename Simd<T>::Vector;
@@ -223,6 +226,22 @@ template <int kRows_, int kVectors_, bool kUpper_ = false> struct Shape {
   static constexpr bool kUpper = kUpper_;
 };
 
+/// sum + a b.
+#if ISQRT_VECTOR_BYTES == 32
+// Into the register of the sum: left to choose, gcc takes the forms that overwrite a factor, too, and copies and
+// spills.
+inline Vector<float> fused_multiply_add(Vector<float> sum, float a, Vector<float> b) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(_mm256_set1_ps(a)), "x"(b));
+  return sum;
+}
+inline Vector<double> fused_multiply_add(Vector<double> sum, double a, Vector<double> b) {
+  asm("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(_mm256_set1_pd(a)), "x"(b));
+  return sum;
+}
+#else
+template <class T> inline Vector<T> fused_multiply_add(Vector<T> sum, T a, Vector<T> b) { return sum + a * b; }
+#endif
+
 /// The accumulators of one register tile.
 template <class T, class Shape> struct Tile {
   static constexpr int64_t kElements = Shape::kRows * Shape::kVectors * Simd<T>::kWidth;
@@ -276,15 +295,21 @@ inline __attribute__((always_inline)) void multiply_add(Tile<T, Shape>& tile, co
     for (int i = 0; i < 8; ++i)
       tile.sum[8 + i][0] = __builtin_shufflevector(lower[i], lower[i], 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
   } else {
-    for (int64_t k = 0; k < n; ++k, a += kPanel, b += kPanel) {
+    const auto step = [&](const T* a, const T* b) __attribute__((always_inline)) {
       Vector<T> right[Shape::kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < Shape::kVectors; ++v) right[v] = load_vector(b + v * S::kWidth);
 #pragma GCC unroll 16
       for (int i = 0; i < Shape::kRows; ++i)
 #pragma GCC unroll 4
-        for (int v = 0; v < Shape::kVectors; ++v) tile.sum[i][v] += a[i] * right[v];
-    }
+        for (int v = 0; v < Shape::kVectors; ++v) tile.sum[i][v] = fused_multiply_add(tile.sum[i][v], a[i], right[v]);
+    };
+    int64_t k = 0;
+    for (; k + S::kSteps <= n; k += S::kSteps, a += S::kSteps * kPanel, b += S::kSteps * kPanel)
+#pragma GCC unroll 4
+      for (int s = 0; s < S::kSteps; ++s) step(a + s * kPanel, b + s * kPanel);
+#pragma GCC unroll 1
+    for (; k < n; ++k, a += kPanel, b += kPanel) step(a, b);
   }
 }
 
