@@ -105,9 +105,9 @@ template <class X> class PoolEngine {
     for (int64_t c = 0; c < padded_; ++c) minus_delta_[c] = -T(weight) * delta_[c];
     for_tiles<T>(x_.channels, true, [&](auto shape, int64_t i, int64_t j) {
       Tile<T, decltype(shape)> product;
-      constexpr int64_t kProducts = 12288, kPositions = kProducts / product.kElements;
+      constexpr int64_t kPositions = 48;
       for (int64_t r = 0; r < n; r += kPositions) {
-        ahead_.ask_for_during(kProducts);
+        ahead_.ask_for_during(kPositions * product.kElements);
         multiply_add(product, tile_.at(r, i), tile_.at(r, j), minimum(kPositions, n - r));
       }
       multiply_add(product, minus_delta_ + i, delta_ + j, 1);

@@ -15,8 +15,10 @@ namespace {
 #define ISQRT_KERNELS(level, table) (static_cast<void>(level), portable::table)
 #endif
 
-template <class Task> void run(const Task& task, void (*work)(const Task&, int64_t, int64_t), int64_t items) {
-  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { work(task, begin, end); });
+template <class Task> void run(const Task& task, void (*work)(const Task&, Items&), int64_t count) {
+  Items items(count);
+  const int64_t threads = torch::stable::get_num_threads();
+  torch::stable::parallel_for(0, count < threads ? count : threads, 1, [&](int64_t, int64_t) { work(task, items); });
 }
 
 }  // namespace

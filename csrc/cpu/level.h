@@ -5,39 +5,39 @@
 
 namespace isqrt::cpu::ISQRT_LEVEL {
 
-template <class X> void pool(const PoolTask<X>& task, int64_t begin, int64_t end) {
+template <class X> void pool(const PoolTask<X>& task, Items& items) {
   const int64_t C = task.x.channels, count = task.chunks.count;
   const Scratch<Compute<X>> storage(PoolEngine<X>::storage_size(C));
-  for (int64_t item = begin; item < end; ++item) {
+  items.take([&](int64_t item) {
     PoolEngine<X> engine(task.x, item / count, storage.get());
     accumulate_covariance(engine, task.chunks.first(item % count), task.chunks.last(item % count));
     engine.write(task.partial_mean + item * C, task.partial_moment + item * C * C);
-  }
+  });
 }
 
-template <class X> void merge(const PoolTask<X>& task, int64_t begin, int64_t end) {
-  for (int64_t sample = begin; sample < end; ++sample) {
+template <class X> void merge(const PoolTask<X>& task, Items& items) {
+  items.take([&](int64_t sample) {
     MergeEngine<X> engine(task, sample);
     merge_covariances(engine, task.chunks);
     rescue_covariance<X>(engine);
-  }
+  });
 }
 
-template <class X> void pool_backward(const PoolBackwardTask<X>& task, int64_t begin, int64_t end) {
+template <class X> void pool_backward(const PoolBackwardTask<X>& task, Items& items) {
   const int64_t count = task.chunks.count;
   const Scratch<Compute<X>> storage(PoolBackwardEngine<X>::storage_size(task.x.channels));
-  for (int64_t item = begin; item < end; ++item) {
+  items.take([&](int64_t item) {
     PoolBackwardEngine<X> engine(task, item / count, storage.get());
     covariance_backward(engine, task.chunks.first(item % count), task.chunks.last(item % count));
-  }
+  });
   finish_streams();
 }
 
-template <class X> void root(const RootTask<X>& task, int64_t begin, int64_t end) {
+template <class X> void root(const RootTask<X>& task, Items& items) {
   using T = Compute<X>;
   const int64_t C = task.sigma.channels;
   const Scratch<T> storage(MatrixEngine<T>::storage_size(C, task.steps.any_in_full() ? 4 : 3, 3));
-  for (int64_t sample = begin; sample < end; ++sample) {
+  items.take([&](int64_t sample) {
     MatrixEngine<T> e(C, storage.get());
     const auto sigma = task.sigma.sample(sample);
     const auto result = task.result.sample(sample);
@@ -51,7 +51,7 @@ template <class X> void root(const RootTask<X>& task, int64_t begin, int64_t end
       if (scale != 1) e.scale(root, 1 / scale, root);
       e.write(root, result);
     }
-  }
+  });
 }
 
 /// A gradient as the engine reads it; of 16-bit numbers it is the copy in `buffer`.
@@ -65,19 +65,19 @@ template <class X> RootView<const Compute<X>> in_compute_type(const RootView<con
   }
 }
 
-template <class X> void root_backward(const RootBackwardTask<X>& task, int64_t begin, int64_t end) {
+template <class X> void root_backward(const RootBackwardTask<X>& task, Items& items) {
   using T = Compute<X>;
   const int64_t C = task.sigma.channels, copy = sizeof(X) == sizeof(T) ? 0 : task.grad.size();
   const int64_t size = MatrixEngine<T>::storage_size(C, task.steps.any_in_full() ? 8 : 6, 4);
   const Scratch<T> storage(size + copy);
-  for (int64_t sample = begin; sample < end; ++sample) {
+  items.take([&](int64_t sample) {
     MatrixEngine<T> e(C, storage.get());
     const auto sigma = task.sigma.sample(sample);
     const auto grad = in_compute_type(task.grad.sample(sample), storage.get() + size);
     const auto gradient = grad.output == Output::kMean ? matrix_root_mean_backward(e, sigma, grad, task.steps, C)
                                                        : matrix_root_backward(e, sigma, grad, task.steps, task.root);
     e.write(gradient, task.grad_sigma.sample(sample));
-  }
+  });
 }
 
 template <class X> PoolKernels<X> pool_kernels() { return {pool<X>, merge<X>, pool_backward<X>}; }
