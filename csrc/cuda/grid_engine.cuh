@@ -3,7 +3,8 @@
 //
 // A product never writes into an operand; products that do not need each other's results wait for a common launch: two
 // launches a step of the iteration, and a grid large enough to fill the device. A product whose derivative waits joins
-// it, and shares its operands, see GridProduct.
+// it, and shares its operands, see GridProduct. What is done elementwise waits, too, for the launch of all of it that
+// the next products want, or is done on the way out; and so do sums.
 #pragma once
 #include <stdexcept>
 #include <utility>
@@ -24,6 +25,9 @@ constexpr int kGridThreads = 256;
 template <class T> class GridScalar {
  public:
   GridScalar(T number, const T* each = nullptr) : steps_{kOperand}, operands_{{number, each}} {}
+
+  /// Whether it is this number for all samples, as is known without them.
+  bool is(T number) const { return steps_count_ == 1 && !operands_[0].each && operands_[0].number == number; }
 
   friend GridScalar operator*(const GridScalar& a, const GridScalar& b) { return a.then(b, kMultiply); }
   friend GridScalar operator/(const GridScalar& a, const GridScalar& b) { return a.then(b, kDivide); }
@@ -93,98 +97,111 @@ template <class T> class GridScalar {
   Operand operands_[kMostOperands];
 };
 
-/// f(shape, sample, item) in a warp for each item of each sample.
-template <class F>
-__global__ void __launch_bounds__(kGridThreads) elements_kernel(const F f, const GridShape shape, int items) {
+/// alpha I + beta M / divisor of a matrix M in the workspace or, where that is null, of sym(source).
+template <class T> struct GridMap {
+  using Source = RootView<const T, Elements<const T>>;
+  char* M = nullptr;
+  Source source = {};
+  GridScalar<T> alpha = T(0), beta = T(1), divisor = T(1);
+
+  /// A tile of it, for a warp.
+  __device__ WarpTile<T> tile(const GridShape& shape, int64_t sample, const TilePlace& at) const {
+    const T a = alpha(sample), b = beta(sample), d = divisor(sample);
+    WarpTile<T> result =
+        M ? Tiles<T>::read(shape.tile<T>(M, sample, at)) : symmetric_tile<T>(source.sample(sample), at);
+    result.for_each([&](T& m, int r, int c) {
+      const T scaled = d == T(1) ? b * m : b * m / d;
+      m = at.i(r) == at.j(c) && at.i(r) < shape.channels ? scaled + a : scaled;
+    });
+    return result;
+  }
+};
+
+/// The sample and the tile of the running warp, one after the other; beyond the last tile of a batch, more samples.
+struct GridWork {
+  int64_t sample;
+  TilePlace at;
+  __device__ explicit GridWork(const GridShape& shape) {
+    // 32 bits: of a tile for each of 2^32 warps no device has the memory
+    const unsigned warp = blockIdx.x * (kGridThreads / kWarp) + threadIdx.x / kWarp, tiles = unsigned(shape.tiles());
+    sample = warp / tiles;
+    at = TilePlace::after(int(warp % tiles), shape.rows());
+  }
+};
+
+/// Matrices that wait for a launch, none of which another one is made of.
+template <class T> struct GridMaps {
+  static constexpr int kMost = 4;
+  int count = 0;
+  GridMap<T> map[kMost];
+  char* result[kMost] = {};
+};
+
+template <class T>
+__global__ void __launch_bounds__(kGridThreads, 1) map_kernel(const GridMaps<T> maps, const GridShape shape) {
   wait_for_kernels_before();
-  // 32 bits: of a tile for each of 2^32 warps no device has the memory
-  const unsigned warp = blockIdx.x * (kGridThreads / kWarp) + threadIdx.x / kWarp, each = unsigned(items);
-  if (warp < shape.batch * items) f(shape, int64_t(warp / each), int(warp % each));
+  const GridWork own(shape);
+  const int64_t map = own.sample / shape.batch, sample = own.sample % shape.batch;
+  if (map >= maps.count) return;
+  WarpTile<T> result = maps.map[map].tile(shape, sample, own.at);
+  write_tile(shape, maps.result[map], sample, own.at, result, own.at.I == own.at.J);
 }
 
-/// A = sym(source), an item for each tile.
-template <class T, class Pointer> struct GridLoad {
-  char* A;
-  RootView<const T, Pointer> source;
-  __device__ void operator()(const GridShape& shape, int64_t sample, int tile) const {
-    const TilePlace at = TilePlace::after(tile, shape.rows());
-    WarpTile<T> result = symmetric_tile<T>(source.sample(sample), at);
-    write_tile(shape, A, sample, at, result, at.I == at.J);
-  }
-};
+/// A matrix / divisor copied out, or its upper triangle.
+template <class T>
+__global__ void __launch_bounds__(kGridThreads, 1)
+    write_kernel(const GridMap<T> map, const RootView<T, Elements<T>> result, const GridScalar<T> divisor,
+                 const GridShape shape) {
+  wait_for_kernels_before();
+  const GridWork own(shape);
+  if (own.sample >= shape.batch) return;
+  const int64_t C = shape.channels;
+  const auto to = result.sample(own.sample).data;
+  const T d = divisor(own.sample);
+  map.tile(shape, own.sample, own.at).for_each([&](T a, int r, int c) {
+    const int64_t i = own.at.i(r), j = own.at.j(c);
+    if (j >= C || i > j) return;
+    const T value = a / d;
+    if (result.output == Output::kTriu) return store_number(to + triu_index(i, j, C), value);
+    store_number(to + (i * C + j), value);
+    if (i < j) store_number(to + (j * C + i), value);
+  });
+}
 
-/// D = alpha I + beta A, or A / beta.
-template <class T> struct GridAffine {
-  char *D, *A;
-  GridScalar<T> alpha, beta;
-  bool divide;
-  __device__ void operator()(const GridShape& shape, int64_t sample, int tile) const {
-    const TilePlace at = TilePlace::after(tile, shape.rows());
-    const T a = alpha(sample), b = beta(sample);
-    WarpTile<T> result = Tiles<T>::read(shape.tile<T>(A, sample, at));
-    result.for_each([&](T& d, int r, int c) {
-      const T scaled = divide ? d / b : b * d;
-      d = at.i(r) == at.j(c) && at.i(r) < shape.channels ? scaled + a : scaled;
-    });
-    __syncwarp();  // D may be A, and on the diagonal other lanes' elements are written
-    write_tile(shape, D, sample, at, result, at.I == at.J);
-  }
-};
+/// The means of the columns of a matrix / divisor, 16 of them a warp: two lanes share a column. Its alpha is 0.
+template <class T>
+__global__ void __launch_bounds__(kGridThreads, 1)
+    write_means_kernel(const GridMap<T> map, const RootView<T, Elements<T>> result, const GridScalar<T> divisor,
+                       const GridShape shape) {
+  wait_for_kernels_before();
+  const unsigned warp = blockIdx.x * (kGridThreads / kWarp) + threadIdx.x / kWarp, rows = unsigned(shape.rows());
+  const int64_t sample = warp / rows;
+  if (sample >= shape.batch) return;
+  const auto source = map.source.sample(sample);
+  const int j = kTile * int(warp % rows) + threadIdx.x % kTile;
+  T sum = 0;
+  for (int i = threadIdx.x % kWarp / kTile; i < shape.channels; i += kWarp / kTile)
+    sum += map.M ? shape.element<T>(map.M, sample, i, j) : symmetric<T>(source, i, j);
+  sum += __shfl_xor_sync(0xffffffffu, sum, kTile);
+  const T mean = map.beta(sample) * (sum / T(shape.channels)) / map.divisor(sample);
+  if (threadIdx.x % kWarp < kTile && j < shape.channels)
+    store_number(result.sample(sample).data + j, mean / divisor(sample));
+}
 
-/// A / divisor copied out, or its upper triangle.
-template <class T, class Pointer> struct GridWrite {
-  RootView<T, Pointer> result;
-  char* A;
-  GridScalar<T> divisor;
-  __device__ void operator()(const GridShape& shape, int64_t sample, int tile) const {
-    const TilePlace at = TilePlace::after(tile, shape.rows());
-    const int64_t C = shape.channels;
-    const auto to = result.sample(sample).data;
-    const T d = divisor(sample);
-    Tiles<T>::read(shape.tile<T>(A, sample, at)).for_each([&](T a, int r, int c) {
-      const int64_t i = at.i(r), j = at.j(c);
-      if (j >= C || i > j) return;
-      const T value = a / d;
-      if (result.output == Output::kTriu) return store_number(to + triu_index(i, j, C), value);
-      store_number(to + (i * C + j), value);
-      if (i < j) store_number(to + (j * C + i), value);
-    });
-  }
-};
-
-/// The means of the columns of A / divisor, an item for each 16 of them: two lanes share a column.
-template <class T, class Pointer> struct GridWriteMeans {
-  RootView<T, Pointer> result;
-  char* A;
-  GridScalar<T> divisor;
-  __device__ void operator()(const GridShape& shape, int64_t sample, int J) const {
-    const int j = kTile * J + threadIdx.x % kTile;
-    T sum = 0;
-    for (int i = threadIdx.x % kWarp / kTile; i < shape.channels; i += kWarp / kTile)
-      sum += shape.element<T>(A, sample, i, j);
-    sum += __shfl_xor_sync(0xffffffffu, sum, kTile);
-    if (threadIdx.x % kWarp < kTile && j < shape.channels)
-      store_number(result.sample(sample).data + j, sum / T(shape.channels) / divisor(sample));
-  }
-};
-
-/// What one sample adds up: the diagonal of A, or <factor sym(source), A>.
-template <class T> struct GridTrace {
-  char* A;
-  __device__ T operator()(const GridShape& shape, int64_t sample) const {
-    T sum = 0;
-    for (int i = threadIdx.x; i < shape.channels; i += blockDim.x) sum += shape.element<T>(A, sample, i, i);
-    return sum;
-  }
-};
-template <class T, class Pointer> struct GridInner {
-  RootView<const T, Pointer> source;
-  char* A;
-  GridScalar<T> factor;
+/// What one sample adds up: <factor sym(source), A>, or the trace of the source where A is null.
+template <class T> struct GridSum {
+  typename GridMap<T>::Source source = {};
+  char* A = nullptr;
+  GridScalar<T> factor = T(1);
+  T* result = nullptr;
   __device__ T operator()(const GridShape& shape, int64_t sample) const {
     const auto from = source.sample(sample);
-    const T f = factor(sample);
     T sum = 0;
+    if (!A) {
+      for (int i = threadIdx.x; i < shape.channels; i += blockDim.x) sum += from.symmetric(i, i);
+      return sum;
+    }
+    const T f = factor(sample);
     for (int tile = threadIdx.x / kWarp; tile < shape.tiles(); tile += blockDim.x / kWarp) {
       const TilePlace at = TilePlace::after(tile, shape.rows());
       add_inner(sum, from, Tiles<T>::read(shape.tile<T>(A, sample, at)), at, f);
@@ -193,11 +210,20 @@ template <class T, class Pointer> struct GridInner {
   }
 };
 
-template <class F, class T>
-__global__ void __launch_bounds__(kGridThreads) sum_kernel(const F f, const GridShape shape, T* sums) {
+/// Sums that wait for a launch, none of which another one needs.
+template <class T> struct GridSums {
+  static constexpr int kMost = 2;
+  int count = 0;
+  GridSum<T> sum[kMost];
+};
+
+template <class T>
+__global__ void __launch_bounds__(kGridThreads, 1) sum_kernel(const GridSums<T> sums, const GridShape shape) {
   wait_for_kernels_before();
-  const T sum = block_sum(f(shape, blockIdx.x), shared_memory<T>());
-  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+  const GridSum<T>& own = sums.sum[blockIdx.x % sums.count];
+  const int64_t sample = blockIdx.x / sums.count;
+  const T sum = block_sum(own(shape, sample), shared_memory<T>());
+  if (threadIdx.x == 0) own.result[sample] = sum;
 }
 
 // ---- the engine -----------------------------------------------------------------------------------------------------
@@ -229,30 +255,33 @@ template <class T> class GridEngine {
   Matrix matrix() const { return {}; }
 
   template <class Pointer> void load(Matrix& A, const RootView<const T, Pointer>& source) {
-    if (!A.data) A.data = A.transpose = take();
-    elements("load", GridLoad<T, Pointer>{A.data, source}, shape_.tiles());
+    wait(A, {.source = of(source)});
   }
-  Scalar trace(const Matrix& A) { return sum("trace", GridTrace<T>{A.data}); }
+  /// Of what was just loaded, as divide().
+  Scalar trace(const Matrix& A) { return sum(loaded(A).source, nullptr, Scalar(1)); }
   template <class Pointer> Scalar inner(const RootView<const T, Pointer>& source, const Matrix& A) {
     return inner(source, A, Scalar(1));
   }
   template <class Pointer>
   Scalar inner(const RootView<const T, Pointer>& source, const Matrix& A, const Scalar& factor) {
-    flush();
-    return sum("inner", GridInner<T, Pointer>{source, A.data, factor});
+    if (find(A) || needs(A.data)) flush();
+    return sum(of(source), A.data, factor);
   }
 
   /// The numbers of a batch, 1 where null.
   Scalar number(const T* each) { return {T(1), each}; }
 
-  void divide(Matrix& A, const Scalar& s) { affine(A, Scalar(0), s, A, true); }
-  void scale(Matrix& D, double alpha, const Matrix& A) { affine(D, Scalar(0), Scalar(T(alpha)), A, false); }
-  void scale(Matrix& D, const Scalar& alpha, const Matrix& A) { affine(D, Scalar(0), alpha, A, false); }
+  void divide(Matrix& A, const Scalar& s) { loaded(A).divisor = s; }
+  void scale(Matrix& D, double alpha, const Matrix& A) { identity_plus(D, 0, alpha, A); }
+  void scale(Matrix& D, const Scalar& alpha, const Matrix& A) { identity_plus(D, Scalar(0), alpha, A); }
   void identity_plus(Matrix& D, double alpha, double beta, const Matrix& A) {
-    affine(D, Scalar(T(alpha)), Scalar(T(beta)), A, false);
+    identity_plus(D, Scalar(T(alpha)), Scalar(T(beta)), A);
   }
   void identity_plus(Matrix& D, const Scalar& alpha, const Scalar& beta, const Matrix& A) {
-    affine(D, alpha, beta, A, false);
+    GridMap<T> map = operand(A);
+    map.alpha = alpha;
+    map.beta = map.beta.is(1) ? beta : beta * map.beta;
+    wait(D, map);
   }
 
   void product(Matrix& D, double alpha, double beta, const Matrix& A, const Matrix& B) {
@@ -271,25 +300,69 @@ template <class T> class GridEngine {
   }
 
   template <class Pointer> void write(const Matrix& A, const RootView<T, Pointer>& result, const Scalar& divisor) {
-    flush();
-    elements("write", GridWrite<T, Pointer>{result, A.data, divisor}, shape_.tiles());
+    const GridMap<T>* waits = find(A);
+    const GridMap<T> map = waits ? *waits : operand(A);
+    launch_sums();
+    launch("write", write_kernel<T>, warps(shape_.tiles()), kGridThreads, 0, stream_, map, elements(result), divisor,
+           shape_);
   }
   template <class Pointer>
   void write_means(const Matrix& A, const RootView<T, Pointer>& result, const Scalar& divisor) {
-    flush();
-    elements("write_means", GridWriteMeans<T, Pointer>{result, A.data, divisor}, shape_.rows());
+    const GridMap<T> map = operand(A);
+    launch_sums();
+    launch("write_means", write_means_kernel<T>, warps(shape_.rows()), kGridThreads, 0, stream_, map, elements(result),
+           divisor, shape_);
   }
 
  private:
-  static GridProduct::Operand operand(const Matrix& A) { return {A.data, A.transpose}; }
+  template <class Pointer> static RootView<T, Elements<T>> elements(const RootView<T, Pointer>& result) {
+    return {Elements<T>(result.data), result.output, result.channels};
+  }
+  template <class Pointer> static typename GridMap<T>::Source of(const RootView<const T, Pointer>& source) {
+    return {Elements<const T>(source.data), source.output, source.channels};
+  }
+
+  /// D = map, in the next launch of matrices that wait.
+  void wait(Matrix& D, const GridMap<T>& map) {
+    if (maps_.count == GridMaps<T>::kMost) flush();
+    renew(D);
+    maps_.result[maps_.count] = D.data;
+    maps_.map[maps_.count++] = map;
+  }
+  GridMap<T>* find(const Matrix& A) {
+    for (int m = 0; m < maps_.count; ++m)
+      if (maps_.result[m] == A.data) return &maps_.map[m];
+    return nullptr;
+  }
+  GridMap<T>& loaded(const Matrix& A) {
+    GridMap<T>* waits = find(A);
+    if (!waits || waits->M) throw std::logic_error("GridEngine: trace or division of what was not just loaded");
+    return *waits;
+  }
+  /// beta M / divisor that is A: what A waits for, or A itself once it is there.
+  GridMap<T> operand(const Matrix& A) {
+    const GridMap<T>* waits = find(A);
+    if (waits && waits->alpha.is(0)) return *waits;
+    if (waits || needs(A.data)) flush();
+    return {.M = A.data};
+  }
+
+  Scalar sum(const typename GridMap<T>::Source& source, char* A, const Scalar& factor) {
+    if (sums_.count == GridSums<T>::kMost) launch_sums();
+    T* result = std::exchange(scalars_, scalars_ + shape_.batch);
+    sums_.sum[sums_.count++] = {source, A, factor, result};
+    return {T(1), result};
+  }
+
+  static GridProduct::Operand operand_of(const Matrix& A) { return {A.data, A.transpose}; }
 
   /// D = alpha D + beta (A1 B1 + A2 B2), A1 B1 alone where A2 is null.
   void enqueue(Matrix& D, double alpha, double beta, const Matrix& A1, const Matrix& B1, const Matrix* A2,
                const Matrix* B2, bool symmetric = true) {
     GridProduct product = {};
-    product.left[0] = operand(A1), product.right[0] = operand(B1);
+    product.left[0] = operand_of(A1), product.right[0] = operand_of(B1);
     product.dual = A2 != nullptr;
-    if (product.dual) product.left[1] = operand(*A2), product.right[1] = operand(*B2);
+    if (product.dual) product.left[1] = operand_of(*A2), product.right[1] = operand_of(*B2);
     product.added[0] = alpha == 0 ? nullptr : D.data;
     product.alpha = alpha, product.beta = beta;
     product.symmetric = symmetric;
@@ -298,8 +371,7 @@ template <class T> class GridEngine {
     GridProduct* derivative = waits ? nullptr : find_derivative(product);
     if (!derivative && (waits || waiting_.count == GridProducts::kMost || of_other_kind(product))) flush();
 
-    if (D.data) retired_.push_back(D.data);  // it stays as it is for products that wait, until they are launched
-    D.data = D.transpose = take();
+    renew(D);
     product.result[0] = D.data;
     if (derivative) {
       derivative->result[1] = product.result[0];
@@ -347,12 +419,20 @@ template <class T> class GridEngine {
     return nullptr;
   }
 
+  /// Launches all that waits: sums of matrices that are there, matrices of which products are, products.
   void flush() {
-    if (waiting_.count == 0) return;
-    waiting_.product[0].dual ? launch_products<true>() : launch_products<false>();
+    launch_sums();
+    launch("map", map_kernel<T>, warps(maps_.count * shape_.tiles()), kGridThreads, 0, stream_, maps_, shape_);
+    maps_.count = 0;
+    if (waiting_.count > 0) waiting_.product[0].dual ? launch_products<true>() : launch_products<false>();
     waiting_.count = 0;
     free_.insert(free_.end(), retired_.begin(), retired_.end());
     retired_.clear();
+  }
+  void launch_sums() {
+    launch("sum", sum_kernel<T>, sums_.count * shape_.batch, kGridThreads, kGridThreads / kWarp * sizeof(T), stream_,
+           sums_, shape_);
+    sums_.count = 0;
   }
   template <bool kDual> void launch_products() {
     if constexpr (std::is_same_v<T, float>)
@@ -365,35 +445,26 @@ template <class T> class GridEngine {
                     Block::kSharedBytes, stream_, waiting_, shape_);
   }
 
-  void affine(Matrix& D, const GridScalar<T>& alpha, const GridScalar<T>& beta, const Matrix& A, bool divide) {
-    flush();
-    char* from = A.data;
-    if (!D.data) D.data = D.transpose = take();
-    elements("affine", GridAffine<T>{D.data, from, alpha, beta, divide}, shape_.tiles());
+  /// Blocks with a warp for each of so many items of a sample.
+  int64_t warps(int64_t items) const {
+    constexpr int64_t kWarps = kGridThreads / kWarp;
+    return (shape_.batch * items + kWarps - 1) / kWarps;
   }
 
-  template <class F> void elements(const char* name, const F& f, int items) {
-    launch(name, elements_kernel<F>, blocks(shape_.batch * items * kWarp), kGridThreads, 0, stream_, f, shape_, items);
-  }
-  template <class F> Scalar sum(const char* name, const F& f) {
-    T* sums = std::exchange(scalars_, scalars_ + shape_.batch);
-    launch(name, sum_kernel<F, T>, shape_.batch, kGridThreads, kGridThreads / kWarp * sizeof(T), stream_, f, shape_,
-           sums);
-    return {T(1), sums};
-  }
-
-  char* take() {
-    char* matrix = free_.back();
+  /// Other memory for D: the old one stays as it is for all that waits, until that is launched.
+  void renew(Matrix& D) {
+    if (D.data) retired_.push_back(D.data);
+    D.data = D.transpose = free_.back();
     free_.pop_back();
-    return matrix;
   }
-  static int64_t blocks(int64_t threads) { return (threads + kGridThreads - 1) / kGridThreads; }
 
   GridShape shape_;
   bool in_clusters_;
   void* stream_;
   T* scalars_;
   std::vector<char*> free_, retired_;
+  GridSums<T> sums_;
+  GridMaps<T> maps_;
   GridProducts waiting_;
 };
 

@@ -32,6 +32,7 @@ template <class T> class Elements {
   template <class X> using Like = std::conditional_t<std::is_const_v<T>, const X, X>;
 
  public:
+  Elements() = default;
   template <class X> explicit Elements(X* data) : data_(data), kind_(kind(data)) {}
 
   ISQRT_FN Elements operator+(int64_t n) const {
@@ -60,8 +61,8 @@ template <class T> class Elements {
   static Kind kind(const Half*) { return kHalf; }
   static Kind kind(const BFloat16*) { return kBFloat16; }
 
-  Like<void>* data_;
-  Kind kind_;
+  Like<void>* data_ = nullptr;
+  Kind kind_ = kOwn;
 };
 
 template <class T> __device__ inline void store_number(const Elements<T>& to, T x) { to.store(x); }

@@ -207,17 +207,16 @@ template <> struct Tiles<double> {
   };
 };
 
-/// A float is a pair of numbers of float16, (high + low / 2048) scale: each has 11 bits, as many as tf32 has, and
-/// tensor cores multiply them at twice the rate of that. The scale is a power of two for each tile, by which its
-/// largest element is near 2^15: elements down to 2^-29 of that keep all 22 bits, and smaller ones lose no more than
-/// 2^-51 of it. A tile of NaN, or with an infinite element, has the scale 1. The scale stands there four times: tiles
-/// begin at multiples of 16 bytes, and are copied whole.
+/// A float is a pair of numbers of float16, (high + low) scale: each has 11 bits, as many as tf32 has, and tensor cores
+/// multiply them at twice the rate of that. The scale is a power of two for each tile, by which its largest element is
+/// near 2^15: elements down to 2^-16 of that keep all 22 bits, and smaller ones lose no more than 2^-39 of it. A tile
+/// of NaN, or with an infinite element, has the scale 1. The scale stands there four times: tiles begin at multiples of
+/// 16 bytes, and are copied whole.
 ///
 /// Rows of eight numbers, 16 bytes, are what ldmatrix reads: rows r and r + 4 exchange theirs, so that any eight of a
 /// column lie in different banks, and so do the pairs that a warp reads and writes.
 template <> struct Tiles<float> {
   static constexpr int kLow = 2 * kTileSize, kScale = 4 * kTileSize, kBytes = tile_bytes(sizeof(float));
-  static constexpr float kLowUnit = 1.0f / 2048;
 
   static __device__ int place(int row, int column) {
     return 2 * kTile * row + 16 * ((column / 8) ^ (row / 4 & 1)) + 2 * (column % 8);
@@ -226,7 +225,7 @@ template <> struct Tiles<float> {
   /// Of the pairs (high, low) of two neighbours the one that `which` names.
   static __device__ __forceinline__ float join(uint32_t high, uint32_t low, int which, float scale) {
     const auto number = [&](uint32_t pair) { return to_number(Half{uint16_t(pair >> 16 * which)}); };
-    return (number(high) + kLowUnit * number(low)) * scale;
+    return (number(high) + number(low)) * scale;
   }
 
   template <class Tile> static __device__ float element(const Tile& tile, int row, int column) {
@@ -270,8 +269,7 @@ template <> struct Tiles<float> {
       const float first = a[0] * scale, second = a[1] * scale;
       const uint32_t high = pack_halves(first, second);
       packed.high[pair] = high;
-      packed.low[pair++] =
-          pack_halves((first - join(high, 0, 0, 1)) / kLowUnit, (second - join(high, 0, 1, 1)) / kLowUnit);
+      packed.low[pair++] = pack_halves(first - join(high, 0, 0, 1), second - join(high, 0, 1, 1));
     });
     return packed;
   }
@@ -344,12 +342,12 @@ template <> struct Tiles<float> {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const uint32_t b_high[2] = {b.high[2 * n], b.high[2 * n + 1]}, b_low[2] = {b.low[2 * n], b.low[2 * n + 1]};
-        float large[4] = {}, small[4] = {};
-        mma_f16(small, a.low, b_high);
-        mma_f16(large, a.high, b_high);
-        mma_f16(small, a.high, b_low);
+        float terms[4] = {};  // rounded towards zero: the large products come last, and those of 16 terms are few
+        mma_f16(terms, a.high, b_low);
+        mma_f16(terms, a.low, b_high);
+        mma_f16(terms, a.high, b_high);
 #pragma unroll
-        for (int v = 0; v < 4; ++v) sum.sum[n][v] += scale * (large[v] + kLowUnit * small[v]);
+        for (int v = 0; v < 4; ++v) sum.sum[n][v] += scale * terms[v];
       }
     }
     __device__ __forceinline__ WarpTile<float> total() const { return sum; }
