@@ -5,6 +5,8 @@
 What is built lies in build/emulation; of it, only what a change reaches is built again.
 """
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -122,6 +124,16 @@ def compile_object(mode, source):
     return stamp.read_text()
 
 
+@contextlib.contextmanager
+def alone():
+    """One process at a time."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@alone()
 def build(program, mode="plain"):
     """The path of that program of PROGRAMS, up to date; a Python module has the suffix of one."""
     sources = [*PROGRAMS[program], *RUNTIME]
