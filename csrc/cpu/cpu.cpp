@@ -16,8 +16,8 @@ namespace {
 #endif
 
 template <class Task> void run(const Task& task, void (*work)(const Task&, Items&), int64_t count) {
-  Items items(count);
   const int64_t threads = torch::stable::get_num_threads();
+  Items items(count, threads);
   torch::stable::parallel_for(0, count < threads ? count : threads, 1, [&](int64_t, int64_t) { work(task, items); });
 }
 

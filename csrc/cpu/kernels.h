@@ -4,18 +4,26 @@
 
 namespace isqrt::cpu {
 
-/// Work items, which threads take one by one: a thread whose core is slower, or used by others, too, takes fewer.
+/// Work items, which threads take from what is left: fewer where their core is slower, or used by others, too. First
+/// they take several that follow each other, for the next one's data are asked for during the one before; in the end
+/// single ones.
 class Items {
  public:
-  explicit Items(int64_t count) : count_(count) {}
+  Items(int64_t count, int64_t threads) : count_(count), threads_(threads) {}
 
   /// f(item) for each that no other thread took.
   template <class F> inline __attribute__((always_inline)) void take(const F& f) {
-    for (int64_t item; (item = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED)) < count_;) f(item);
+    int64_t begin = __atomic_load_n(&next_, __ATOMIC_RELAXED);
+    while (begin < count_) {
+      const int64_t share = (count_ - begin) / (2 * threads_), end = begin + (share > 1 ? share : 1);
+      if (!__atomic_compare_exchange_n(&next_, &begin, end, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
+      for (; begin < end; ++begin) f(begin);
+      begin = __atomic_load_n(&next_, __ATOMIC_RELAXED);
+    }
   }
 
  private:
-  const int64_t count_;
+  const int64_t count_, threads_;
   int64_t next_ = 0;
 };
 

@@ -40,11 +40,8 @@ template <class T> class MatrixEngine {
   void load(Matrix& A, const RootView<const T>& source) const {
     constexpr int W = S::kWidth;
     const int64_t C = channels_, in_blocks = source.output == Output::kMatrix ? C / W * W : 0;
-    const auto load_each = [&](int64_t i, int64_t j) { *A.at(i, j) = *A.at(j, i) = source.symmetric(i, j); };
-    for (int64_t i = 0; i < in_blocks; i += W) {
-      for (int r = 0; r < W; ++r)
-        for (int c = r; c < W; ++c) load_each(i + r, i + c);
-      for (int64_t j = i + W; j < in_blocks; j += W) {
+    for (int64_t i = 0; i < in_blocks; i += W)
+      for (int64_t j = i; j < in_blocks; j += W) {
         Vector<T> block[W], below[W];
 #pragma GCC unroll 16
         for (int r = 0; r < W; ++r) below[r] = load_vector(source.data + (j + r) * C + i);
@@ -59,9 +56,8 @@ template <class T> class MatrixEngine {
 #pragma GCC unroll 16
         for (int r = 0; r < W; ++r) store_vector(A.at(j + r, i), block[r]);
       }
-    }
     for (int64_t i = 0; i < C; ++i)
-      for (int64_t j = i < in_blocks ? in_blocks : i; j < C; ++j) load_each(i, j);
+      for (int64_t j = i < in_blocks ? in_blocks : i; j < C; ++j) *A.at(i, j) = *A.at(j, i) = source.symmetric(i, j);
   }
 
   T trace(const Matrix& A) const {
