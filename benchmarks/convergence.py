@@ -175,9 +175,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     result = report.record("convergence", arguments, EXPLANATION) | {"runs": []}
-    # The data sets have names; where they lie is nobody's business.
-    result["arguments"] |= {"data": [dataset_name(folder) for folder in arguments.data], "out": arguments.out.name}
-    result["arguments"]["val"] = dataset_name(arguments.val)
+    result["arguments"] |= {
+        "data": [dataset_name(folder) for folder in arguments.data],
+        "val": dataset_name(arguments.val),
+    }
     progress = report.Progress()
     try:
         result["bicubic"] = bicubic_psnr(arguments.val, arguments.scale)

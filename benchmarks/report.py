@@ -51,8 +51,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 
 def record(benchmark: str, arguments: argparse.Namespace, meaning: dict[str, str]) -> dict[str, Any]:
-    """What every result file says before its numbers: of what, when, where and how they were measured."""
-    shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    """What every result file says before its numbers: of what, when, where and how they were measured. Of a file or a
+    folder its name: where it lies is nobody's business.
+    """
+    shown = {key: value.name if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     return {
         "benchmark": benchmark,
         "format": 1,
