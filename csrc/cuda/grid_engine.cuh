@@ -117,13 +117,15 @@ template <class T> struct GridMap {
   }
 };
 
+/// The running warp's number. 32 bits: of a tile for each of 2^32 warps no device has the memory.
+__device__ inline unsigned grid_warp() { return blockIdx.x * (kGridThreads / kWarp) + threadIdx.x / kWarp; }
+
 /// The sample and the tile of the running warp, one after the other; beyond the last tile of a batch, more samples.
 struct GridWork {
   int64_t sample;
   TilePlace at;
   __device__ explicit GridWork(const GridShape& shape) {
-    // 32 bits: of a tile for each of 2^32 warps no device has the memory
-    const unsigned warp = blockIdx.x * (kGridThreads / kWarp) + threadIdx.x / kWarp, tiles = unsigned(shape.tiles());
+    const unsigned warp = grid_warp(), tiles = unsigned(shape.tiles());
     sample = warp / tiles;
     at = TilePlace::after(int(warp % tiles), shape.rows());
   }
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
     write_means_kernel(const GridMap<T> map, const RootView<T, Elements<T>> result, const GridScalar<T> divisor,
                        const GridShape shape) {
   wait_for_kernels_before();
-  const unsigned warp = blockIdx.x * (kGridThreads / kWarp) + threadIdx.x / kWarp, rows = unsigned(shape.rows());
+  const unsigned warp = grid_warp(), rows = unsigned(shape.rows());
   const int64_t sample = warp / rows;
   if (sample >= shape.batch) return;
   const auto source = map.source.sample(sample);
@@ -255,7 +257,7 @@ template <class T> class GridEngine {
   Matrix matrix() const { return {}; }
 
   template <class Pointer> void load(Matrix& A, const RootView<const T, Pointer>& source) {
-    wait(A, {.source = of(source)});
+    wait(A, {.source = with_elements<const T>(source)});
   }
   /// Of what was just loaded, as divide().
   Scalar trace(const Matrix& A) { return sum(loaded(A).source, nullptr, Scalar(1)); }
@@ -265,7 +267,7 @@ template <class T> class GridEngine {
   template <class Pointer>
   Scalar inner(const RootView<const T, Pointer>& source, const Matrix& A, const Scalar& factor) {
     if (find(A) || needs(A.data)) flush();
-    return sum(of(source), A.data, factor);
+    return sum(with_elements<const T>(source), A.data, factor);
   }
 
   /// The numbers of a batch, 1 where null.
@@ -278,7 +280,7 @@ template <class T> class GridEngine {
     identity_plus(D, Scalar(T(alpha)), Scalar(T(beta)), A);
   }
   void identity_plus(Matrix& D, const Scalar& alpha, const Scalar& beta, const Matrix& A) {
-    GridMap<T> map = operand(A);
+    GridMap<T> map = map_of(A);
     map.alpha = alpha;
     map.beta = map.beta.is(1) ? beta : beta * map.beta;
     wait(D, map);
@@ -301,27 +303,20 @@ template <class T> class GridEngine {
 
   template <class Pointer> void write(const Matrix& A, const RootView<T, Pointer>& result, const Scalar& divisor) {
     const GridMap<T>* waits = find(A);
-    const GridMap<T> map = waits ? *waits : operand(A);
+    const GridMap<T> map = waits ? *waits : map_of(A);
     launch_sums();
-    launch("write", write_kernel<T>, warps(shape_.tiles()), kGridThreads, 0, stream_, map, elements(result), divisor,
-           shape_);
+    launch("write", write_kernel<T>, warps(shape_.tiles()), kGridThreads, 0, stream_, map, with_elements<T>(result),
+           divisor, shape_);
   }
   template <class Pointer>
   void write_means(const Matrix& A, const RootView<T, Pointer>& result, const Scalar& divisor) {
-    const GridMap<T> map = operand(A);
+    const GridMap<T> map = map_of(A);
     launch_sums();
-    launch("write_means", write_means_kernel<T>, warps(shape_.rows()), kGridThreads, 0, stream_, map, elements(result),
-           divisor, shape_);
+    launch("write_means", write_means_kernel<T>, warps(shape_.rows()), kGridThreads, 0, stream_, map,
+           with_elements<T>(result), divisor, shape_);
   }
 
  private:
-  template <class Pointer> static RootView<T, Elements<T>> elements(const RootView<T, Pointer>& result) {
-    return {Elements<T>(result.data), result.output, result.channels};
-  }
-  template <class Pointer> static typename GridMap<T>::Source of(const RootView<const T, Pointer>& source) {
-    return {Elements<const T>(source.data), source.output, source.channels};
-  }
-
   /// D = map, in the next launch of matrices that wait.
   void wait(Matrix& D, const GridMap<T>& map) {
     if (maps_.count == GridMaps<T>::kMost) flush();
@@ -340,7 +335,7 @@ template <class T> class GridEngine {
     return *waits;
   }
   /// beta M / divisor that is A: what A waits for, or A itself once it is there.
-  GridMap<T> operand(const Matrix& A) {
+  GridMap<T> map_of(const Matrix& A) {
     const GridMap<T>* waits = find(A);
     if (waits && waits->alpha.is(0)) return *waits;
     if (waits || needs(A.data)) flush();
@@ -354,15 +349,15 @@ template <class T> class GridEngine {
     return {T(1), result};
   }
 
-  static GridProduct::Operand operand_of(const Matrix& A) { return {A.data, A.transpose}; }
+  static GridProduct::Operand operand(const Matrix& A) { return {A.data, A.transpose}; }
 
   /// D = alpha D + beta (A1 B1 + A2 B2), A1 B1 alone where A2 is null.
   void enqueue(Matrix& D, double alpha, double beta, const Matrix& A1, const Matrix& B1, const Matrix* A2,
                const Matrix* B2, bool symmetric = true) {
     GridProduct product = {};
-    product.left[0] = operand_of(A1), product.right[0] = operand_of(B1);
+    product.left[0] = operand(A1), product.right[0] = operand(B1);
     product.dual = A2 != nullptr;
-    if (product.dual) product.left[1] = operand_of(*A2), product.right[1] = operand_of(*B2);
+    if (product.dual) product.left[1] = operand(*A2), product.right[1] = operand(*B2);
     product.added[0] = alpha == 0 ? nullptr : D.data;
     product.alpha = alpha, product.beta = beta;
     product.symmetric = symmetric;

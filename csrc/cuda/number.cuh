@@ -67,23 +67,19 @@ template <class T> class Elements {
 
 template <class T> __device__ inline void store_number(const Elements<T>& to, T x) { to.store(x); }
 
-/// A task as the kernels take it.
+/// A view, and a task, as the kernels take it.
+template <class T, class X, class Pointer> RootView<T, Elements<T>> with_elements(const RootView<X, Pointer>& view) {
+  return {Elements<T>(view.data), view.output, view.channels};
+}
 template <class X, class T = Compute<X>> RootTask<T, Elements<T>> with_elements(const RootTask<X>& task) {
-  return {task.batch,
-          task.sigma,
-          task.steps,
-          task.root,
-          {Elements<T>(task.result.data), task.result.output, task.result.channels},
-          task.scale,
-          task.workspace,
-          task.blocks};
+  return {task.batch, task.sigma,     task.steps, task.root, with_elements<T>(task.result),
+          task.scale, task.workspace, task.blocks};
 }
 template <class X, class T = Compute<X>>
 RootBackwardTask<T, Elements<const T>> with_elements(const RootBackwardTask<X>& task) {
-  return {task.batch,     {Elements<const T>(task.grad.data), task.grad.output, task.grad.channels},
-          task.sigma,     task.steps,
-          task.root,      task.grad_sigma,
-          task.workspace, task.blocks};
+  return {
+      task.batch, with_elements<const T>(task.grad), task.sigma, task.steps, task.root, task.grad_sigma, task.workspace,
+      task.blocks};
 }
 
 }  // namespace isqrt::cuda
