@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <deque>
 #include <sstream>
 #include <tuple>
 
@@ -163,18 +164,22 @@ Tensor matrices(const Tensor& t) { return torch::stable::contiguous(as(t, comput
 
 // ---- devices ------------------------------------------------------------------------------------------------------
 
+// Each enqueues work, a CPU as a GPU does: it is done, on a GPU in the order of a stream, when finish() returns.
+
 struct Cpu {
   static constexpr bool kCuda = false;
   explicit Cpu(const Tensor&) {}
-  template <class X> void pool(const PoolTask<X>& task, EngineKind kind) const { cpu::pool(task, kind); }
-  template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKind kind) const {
-    cpu::pool_backward(task, kind);
+  template <class X> void pool(const PoolTask<X>& task, EngineKind kind) { cpu::pool(task, kind, stages); }
+  template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKind kind) {
+    cpu::pool_backward(task, kind, stages);
   }
-  template <class X> void root(const RootTask<X>& task, EngineKind kind) const { cpu::root(task, kind); }
-  template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind kind) const {
-    cpu::root_backward(task, kind);
+  template <class X> void root(const RootTask<X>& task, EngineKind kind) { cpu::root(task, kind, stages); }
+  template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind kind) {
+    cpu::root_backward(task, kind, stages);
   }
+  void finish() { stages.run(); }
   static int64_t workspace_size(EngineKind, const Tensor&, const Steps&, bool) { return 0; }
+  cpu::Stages stages;
 };
 
 #ifdef ISQRT_WITH_CUDA
@@ -185,16 +190,17 @@ struct Cuda {
     check(aoti_torch_get_current_cuda_stream != nullptr, "isqrt_cov: this torch has no CUDA");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   }
-  template <class X> void pool(const PoolTask<X>& task, EngineKind) const { cuda::pool(task, stream); }
-  template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKind) const {
+  template <class X> void pool(const PoolTask<X>& task, EngineKind) { cuda::pool(task, stream); }
+  template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKind) {
     cuda::pool_backward(task, stream);
   }
-  template <class X> void root(const RootTask<X>& task, EngineKind kind) const {
+  template <class X> void root(const RootTask<X>& task, EngineKind kind) {
     kind == EngineKind::kGrid ? cuda::grid_root(task, stream) : cuda::root(task, stream);
   }
-  template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind kind) const {
+  template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind kind) {
     kind == EngineKind::kGrid ? cuda::grid_root_backward(task, stream) : cuda::root_backward(task, stream);
   }
+  void finish() {}
   /// Elements that the engine needs beside sigma.
   static int64_t workspace_size(EngineKind kind, const Tensor& sigma, const Steps& steps, bool backward) {
     if (kind != EngineKind::kGrid) return 0;
@@ -208,9 +214,11 @@ struct Cuda {
 
 // ---- the operators, after their arguments are checked ---------------------------------------------------------------
 
+/// Enqueues what an operator does. Its results are there after finish(), and what it reads must be until then.
 template <class Device> struct Engine {
   Device device;
   Plan choice;
+  std::deque<Tensor> held;  // the operators' arguments aside
 
   Engine(const Tensor& t, int64_t positions, EngineKind requested, const Steps& steps = choose_steps(1, 0))
       : device(t),
@@ -218,21 +226,28 @@ template <class Device> struct Engine {
                      t.scalar_type() == ScalarType::Double ? 8 : 4, steps.any_in_full()},
                     requested)) {}
 
+  const Tensor& hold(Tensor t) { return held.emplace_back(std::move(t)); }
+
+  template <class Result> Result finish(Result result) {
+    device.finish();
+    return result;
+  }
+
   struct Pooled {
     Tensor sigma, mean, scale;
   };
 
   /// Sigma of scale x, mu and scale, in the dtype that x is computed in; scale is empty, and stands for 1, if not
   /// wanted.
-  Pooled pool(const Tensor& x, bool want_scale) const {
+  Pooled pool(const Tensor& x, bool want_scale) {
     const int64_t B = x.size(0), C = x.size(1), count = choice.pool.count;
     const auto empty = [&](std::vector<int64_t> sizes) {
       return torch::stable::new_empty(x, sizes, compute_dtype(x.scalar_type()));
     };
     const Tensor sigma = empty({B, C, C}), mean = empty({B, C}), scale = empty({want_scale ? B : 0});
     if (B == 0) return {sigma, mean, scale};
-    const Tensor partial_mean = count == 1 ? mean : empty({B, count, C});
-    const Tensor partial_moment = count == 1 ? sigma : empty({B, count, C, C});
+    const Tensor& partial_mean = hold(count == 1 ? mean : empty({B, count, C}));
+    const Tensor& partial_moment = hold(count == 1 ? sigma : empty({B, count, C, C}));
     dispatch(x, [&](auto zero) {
       using X = decltype(zero);
       using T = Compute<X>;
@@ -246,7 +261,8 @@ template <class Device> struct Engine {
   }
 
   /// `scale` is [B] or empty, as for all below.
-  Tensor pool_backward(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& scale) const {
+  Tensor pool_backward(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& scale) {
+    for (const Tensor& t : {grad, mean, scale}) hold(t);
     const Tensor dx = torch::stable::empty_like(x);
     if (x.size(0) == 0) return dx;
     dispatch(x, [&](auto zero) {
@@ -262,14 +278,15 @@ template <class Device> struct Engine {
 
   /// The result in `dtype`, of which sigma's is the compute_dtype().
   Tensor root(const Tensor& sigma, const Tensor& scale, const Steps& steps, Root root, Output output,
-              ScalarType dtype) const {
+              ScalarType dtype) {
     const int64_t B = sigma.size(0), C = sigma.size(1);
     if (choice.forward == EngineKind::kLibrary && B > 0)
-      return as(library::root(sigma, scale, steps, root, output), dtype);
+      return as(library::root(finish(sigma), scale, steps, root, output), dtype);
+    for (const Tensor& t : {sigma, scale}) hold(t);
     const Tensor result = torch::stable::new_empty(sigma, output_shape(B, C, output), dtype);
     if (B == 0) return result;
-    const Tensor workspace =
-        torch::stable::new_empty(sigma, {device.workspace_size(choice.forward, sigma, steps, false)});
+    const Tensor& workspace =
+        hold(torch::stable::new_empty(sigma, {device.workspace_size(choice.forward, sigma, steps, false)}));
     dispatch(result, [&](auto zero) {
       using X = decltype(zero);
       using T = Compute<X>;
@@ -281,14 +298,15 @@ template <class Device> struct Engine {
   }
 
   /// `grad` is contiguous; sigma's dtype is the compute_dtype() of its own.
-  Tensor root_backward(const Tensor& grad, const Tensor& sigma, const Steps& steps, Root root, Output output) const {
+  Tensor root_backward(const Tensor& grad, const Tensor& sigma, const Steps& steps, Root root, Output output) {
     const int64_t B = sigma.size(0), C = sigma.size(1);
     if (choice.backward == EngineKind::kLibrary && B > 0)
       return library::root_backward(as(grad, sigma.scalar_type()), sigma, steps, root, output);
+    for (const Tensor& t : {grad, sigma}) hold(t);
     const Tensor result = torch::stable::new_empty(sigma, {B, C, C});
     if (B == 0) return result;
-    const Tensor workspace =
-        torch::stable::new_empty(sigma, {device.workspace_size(choice.backward, sigma, steps, true)});
+    const Tensor& workspace =
+        hold(torch::stable::new_empty(sigma, {device.workspace_size(choice.backward, sigma, steps, true)}));
     dispatch(grad, [&](auto zero) {
       using X = decltype(zero);
       using T = Compute<X>;
@@ -305,7 +323,8 @@ int64_t positions_of(const Tensor& x) { return x.dim() == 4 ? x.size(2) * x.size
 
 template <class Device> std::tuple<Tensor, Tensor> covariance_pool(const Tensor& x, int64_t engine, bool wide) {
   check_feature_maps(x);
-  const auto pooled = Engine<Device>(x, positions_of(x), check_engine(engine)).pool(x, false);
+  Engine<Device> chosen(x, positions_of(x), check_engine(engine));
+  const auto pooled = chosen.finish(chosen.pool(x, false));
   return {wide ? pooled.sigma : as(pooled.sigma, x.scalar_type()), pooled.mean};
 }
 
@@ -315,16 +334,17 @@ Tensor covariance_pool_backward(const Tensor& grad, const Tensor& x, const Tenso
   const int64_t B = x.size(0), C = x.size(1);
   check_gradient(grad, {B, C, C}, x);
   check_beside(mean, "mean", {B, C}, compute_dtype(x.scalar_type()), x);
-  const Engine<Device> chosen(x, positions_of(x), check_engine(engine));
-  return chosen.pool_backward(library::symmetric_part(matrices(grad)), x, matrices(mean), none(mean));
+  Engine<Device> chosen(x, positions_of(x), check_engine(engine));
+  return chosen.finish(chosen.pool_backward(library::symmetric_part(matrices(grad)), x, matrices(mean), none(mean)));
 }
 
 template <class Device>
 Tensor matrix_root(const Tensor& sigma, int64_t iterations, int64_t root, double spectrum_floor, int64_t engine) {
   check_matrices(sigma);
   const Steps steps = check_steps(iterations, spectrum_floor);
-  const Engine<Device> chosen(sigma, 1, check_engine(engine), steps);
-  return chosen.root(matrices(sigma), none(sigma), steps, check_root(root), Output::kMatrix, sigma.scalar_type());
+  Engine<Device> chosen(sigma, 1, check_engine(engine), steps);
+  return chosen.finish(
+      chosen.root(matrices(sigma), none(sigma), steps, check_root(root), Output::kMatrix, sigma.scalar_type()));
 }
 
 template <class Device>
@@ -333,10 +353,10 @@ Tensor matrix_root_backward(const Tensor& grad, const Tensor& sigma, int64_t ite
   check_matrices(sigma);
   check_beside(grad, "grad", {sigma.size(0), sigma.size(1), sigma.size(1)}, sigma.scalar_type(), sigma);
   const Steps steps = check_steps(iterations, spectrum_floor);
-  const Engine<Device> chosen(sigma, 1, check_engine(engine), steps);
-  const Tensor upstream = torch::stable::contiguous(grad);
-  return as(chosen.root_backward(upstream, matrices(sigma), steps, check_root(root), Output::kMatrix),
-            sigma.scalar_type());
+  Engine<Device> chosen(sigma, 1, check_engine(engine), steps);
+  const Tensor gradient =
+      chosen.root_backward(torch::stable::contiguous(grad), matrices(sigma), steps, check_root(root), Output::kMatrix);
+  return as(chosen.finish(gradient), sigma.scalar_type());
 }
 
 template <class Device>
@@ -345,10 +365,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cov_sqrt(const Tensor& x, int64_t ite
   check_feature_maps(x);
   const Steps steps = check_steps(iterations, spectrum_floor);
   const Output layout = check_output(output);
-  const Engine<Device> chosen(x, positions_of(x), check_engine(engine), steps);
+  Engine<Device> chosen(x, positions_of(x), check_engine(engine), steps);
   const auto [sigma, mean, scale] = chosen.pool(x, true);
   const ScalarType dtype = wide ? compute_dtype(x.scalar_type()) : x.scalar_type();
-  return {chosen.root(sigma, scale, steps, Root::kSquare, layout, dtype), sigma, mean, scale};
+  return {chosen.finish(chosen.root(sigma, scale, steps, Root::kSquare, layout, dtype)), sigma, mean, scale};
 }
 
 template <class Device>
@@ -364,10 +384,10 @@ Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigm
   check_beside(sigma, "sigma", {B, C, C}, kept, x);
   check_beside(mean, "mean", {B, C}, kept, x);
   check_beside(scale, "scale", {B}, kept, x);
-  const Engine<Device> chosen(x, positions_of(x), check_engine(engine), steps);
-  const Tensor upstream = torch::stable::contiguous(grad);
-  const Tensor grad_sigma = chosen.root_backward(upstream, matrices(sigma), steps, Root::kSquare, layout);
-  return chosen.pool_backward(grad_sigma, x, matrices(mean), matrices(scale));
+  Engine<Device> chosen(x, positions_of(x), check_engine(engine), steps);
+  const Tensor grad_sigma =
+      chosen.root_backward(torch::stable::contiguous(grad), matrices(sigma), steps, Root::kSquare, layout);
+  return chosen.finish(chosen.pool_backward(grad_sigma, x, matrices(mean), matrices(scale)));
 }
 
 // ---- information ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <deque>
+
 #include "kernels.h"
 
 namespace isqrt::cpu {
@@ -15,37 +18,51 @@ namespace {
 #define ISQRT_KERNELS(level, table) (static_cast<void>(level), portable::table)
 #endif
 
-template <class Task> void run(const Task& task, void (*work)(const Task&, Items&), int64_t count) {
-  const int64_t threads = torch::stable::get_num_threads();
-  Items items(count, threads);
-  torch::stable::parallel_for(0, count < threads ? count : threads, 1, [&](int64_t, int64_t) { work(task, items); });
-}
-
 }  // namespace
 
-template <class X> void pool(const PoolTask<X>& task, EngineKind level) {
+void Stages::run() {
+  const int64_t threads = torch::stable::get_num_threads();
+  std::vector<std::vector<int64_t>> left;
+  std::deque<Items> items;
+  int64_t workers = 0;
+  for (const Stage& stage : stages_) {
+    left.emplace_back(stage.samples, stage.per_sample);
+    items.emplace_back(stage.samples, stage.per_sample, threads, left.back().data(),
+                       items.empty() ? nullptr : &items.back());
+    workers = std::max(workers, std::min(threads, stage.samples * stage.per_sample));
+  }
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (size_t s = 0; s < stages_.size(); ++s) stages_[s].work(items[s]);
+  });
+  stages_.clear();
+}
+
+template <class X> void pool(const PoolTask<X>& task, EngineKind level, Stages& stages) {
   const PoolKernels<X> kernels = ISQRT_KERNELS(level, pool_kernels<X>());
-  run(task, kernels.pool, task.x.batch * task.chunks.count);
-  run(task, kernels.merge, task.x.batch);
+  stages.add(task.x.batch, task.chunks.count, [=](Items& items) { kernels.pool(task, items); });
+  stages.add(task.x.batch, 1, [=](Items& items) { kernels.merge(task, items); });
 }
 
-template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKind level) {
-  run(task, ISQRT_KERNELS(level, pool_kernels<X>()).pool_backward, task.x.batch * task.chunks.count);
+template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKind level, Stages& stages) {
+  const PoolKernels<X> kernels = ISQRT_KERNELS(level, pool_kernels<X>());
+  stages.add(task.x.batch, task.chunks.count, [=](Items& items) { kernels.pool_backward(task, items); });
 }
 
-template <class X> void root(const RootTask<X>& task, EngineKind level) {
-  run(task, ISQRT_KERNELS(level, root_kernels<X>()).root, task.batch);
+template <class X> void root(const RootTask<X>& task, EngineKind level, Stages& stages) {
+  const RootKernels<X> kernels = ISQRT_KERNELS(level, root_kernels<X>());
+  stages.add(task.batch, 1, [=](Items& items) { kernels.root(task, items); });
 }
 
-template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind level) {
-  run(task, ISQRT_KERNELS(level, root_kernels<X>()).root_backward, task.batch);
+template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind level, Stages& stages) {
+  const RootKernels<X> kernels = ISQRT_KERNELS(level, root_kernels<X>());
+  stages.add(task.batch, 1, [=](Items& items) { kernels.root_backward(task, items); });
 }
 
-#define ISQRT_INSTANTIATE(X)                                           \
-  template void pool(const PoolTask<X>&, EngineKind);                  \
-  template void pool_backward(const PoolBackwardTask<X>&, EngineKind); \
-  template void root(const RootTask<X>&, EngineKind);                  \
-  template void root_backward(const RootBackwardTask<X>&, EngineKind);
+#define ISQRT_INSTANTIATE(X)                                                    \
+  template void pool(const PoolTask<X>&, EngineKind, Stages&);                  \
+  template void pool_backward(const PoolBackwardTask<X>&, EngineKind, Stages&); \
+  template void root(const RootTask<X>&, EngineKind, Stages&);                  \
+  template void root_backward(const RootBackwardTask<X>&, EngineKind, Stages&);
 ISQRT_INSTANTIATE(float)
 ISQRT_INSTANTIATE(double)
 ISQRT_INSTANTIATE(Half)

@@ -1,13 +1,39 @@
 // The CPU engine as ops.cpp sees it: one work item per thread at a time, at a SIMD level chosen at run time.
 #pragma once
+#include <functional>
+#include <vector>
+
 #include "../plan.h"
 #include "../tasks.h"
 
 namespace isqrt::cpu {
 
-template <class X> void pool(const PoolTask<X>& task, EngineKind level);
-template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKind level);
-template <class X> void root(const RootTask<X>& task, EngineKind level);
-template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind level);
+class Items;
+
+/// Stages of work, which the threads go through one after the other without waiting for each other in between: a sample
+/// enters a stage as soon as it has left the one before.
+class Stages {
+ public:
+  /// `work` does items of the stage, so many for each sample, on the calling thread.
+  void add(int64_t samples, int64_t per_sample, std::function<void(Items&)> work) {
+    stages_.push_back({samples, per_sample, std::move(work)});
+  }
+
+  /// All that was added, the same number of samples in each stage. What it reads and writes must be there until then.
+  void run();
+
+ private:
+  struct Stage {
+    int64_t samples, per_sample;
+    std::function<void(Items&)> work;
+  };
+  std::vector<Stage> stages_;
+};
+
+/// Each adds what it does to `stages`.
+template <class X> void pool(const PoolTask<X>& task, EngineKind level, Stages& stages);
+template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKind level, Stages& stages);
+template <class X> void root(const RootTask<X>& task, EngineKind level, Stages& stages);
+template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind level, Stages& stages);
 
 }  // namespace isqrt::cpu
