@@ -13,7 +13,7 @@ import torch
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 
 from . import reference, transforms
-from .transforms import compute_dtype
+from .transforms import call_gradient, compute_dtype
 
 # The enumerations of csrc, in their order.
 OUTPUTS = ("matrix", "triu", "mean")
@@ -123,7 +123,7 @@ def _pool_backward(ctx, grad, _):
     if grad is None:
         return None, None, None
     x, mean = ctx.saved_tensors
-    return _ops.covariance_pool_backward(grad, x, mean, ctx.engine), None, None
+    return call_gradient(_ops.covariance_pool_backward.default, grad, x, mean, ctx.engine), None, None
 
 
 def _pool_tangent(x, tangent):
@@ -159,7 +159,8 @@ def _root_setup(ctx, inputs, output):
 
 def _root_backward(ctx, grad):
     (sigma,) = ctx.saved_tensors
-    return _ops.matrix_root_backward(grad, sigma, *ctx.arguments), None, None, None, None
+    dsigma = call_gradient(_ops.matrix_root_backward.default, grad, sigma, *ctx.arguments)
+    return dsigma, None, None, None, None
 
 
 def _root_tangent(sigma, tangent, *arguments):
@@ -227,7 +228,8 @@ def _cov_sqrt_setup(ctx, inputs, output):
 def _cov_sqrt_backward(ctx, grad, *_):
     if grad is None:
         return None, None, None, None, None, None
-    return _ops.cov_sqrt_backward(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None, None, None
+    dx = call_gradient(_ops.cov_sqrt_backward.default, grad, *ctx.saved_tensors, *ctx.arguments)
+    return dx, None, None, None, None, None
 
 
 def _cov_sqrt_jvp(ctx, saved, tangent, *_):

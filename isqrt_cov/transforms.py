@@ -23,6 +23,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def call_gradient(op: torch._ops.OpOverload, *args: Any) -> Any:
+    """A gradient. It need not go through Python once more, to its own derivatives, where nobody asks for them."""
+    if torch.compiler.is_compiling() or _C.is_grad_enabled() or forward_ad._current_level >= 0:
+        return op(*args)
+    with _C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def register_derivatives(
     name: str,
     setup_context: Callable[..., None],
@@ -56,7 +64,10 @@ def register_derivatives(
         @staticmethod
         def forward(ctx, keyset, *args):
             # Function turns both modes off for its forward; the outer levels of torch.func, below, want them on.
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            if _C._are_functorch_transforms_active():
+                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                    output = below_autograd(keyset, args)
+            else:
                 output = below_autograd(keyset, args)
             setup_context(ctx, args + defaults[len(args) :], output)  # the dispatcher leaves out trailing defaults
             return output
