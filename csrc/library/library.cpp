@@ -45,8 +45,9 @@ Batch operator/(const Batch& a, const Batch& b) { return {divide(a.value, b.valu
 Batch operator-(const Batch& a, const Batch& b) { return {torch::stable::subtract(a.value, b.value)}; }
 Batch sqrt(const Batch& a) { return {call("aten::sqrt", "", a.value)}; }
 Batch nonzero(const Batch& a) {
+  // (A choice between it and number(1.0) would copy that to the device, which a CUDA graph does not capture.)
   const Tensor is_zero = call("aten::logical_not", "", a.value);
-  return {call("aten::where", "self", is_zero, number(1.0), a.value)};
+  return {add(a.value, torch::stable::to(is_zero, a.value.scalar_type()))};
 }
 
 /// The Engine of newton_schulz.h and normalization.h on a whole batch. Nothing is symmetric to the last bit between
