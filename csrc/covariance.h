@@ -18,15 +18,14 @@
 namespace isqrt {
 
 /// What the positions after some n_a others weigh in Chan's update.
-struct ChanWeights {
-  double mean;    // n_b / n
-  double moment;  // n_a n_b / n, of delta delta^T beside M2_a + M2_b
-  double shift;   // n_b^2 / n, of delta delta^T where the n_b positions are relative to the mean of the n_a
+template <class Weight> struct ChanWeights {
+  Weight mean;   // n_b / n
+  Weight shift;  // n_b^2 / n, of delta delta^T
 };
 
-ISQRT_FN ChanWeights chan_weights(int64_t n_a, int64_t n_b) {
-  const double share = double(n_b) / double(n_a + n_b);
-  return {share, share * double(n_a), share * double(n_b)};
+template <class Weight> ISQRT_FN ChanWeights<Weight> chan_weights(int64_t n_a, int64_t n_b) {
+  const Weight share = Weight(n_b) / Weight(n_a + n_b);
+  return {share, share * Weight(n_b)};
 }
 
 /// How the M positions of a sample are split into `count` chunks, all of `length` but the last. It depends on the
@@ -36,10 +35,12 @@ struct Chunks {
 
   ISQRT_FN int64_t first(int64_t c) const { return c * length; }
   ISQRT_FN int64_t last(int64_t c) const { return (c + 1) * length < positions ? (c + 1) * length : positions; }
+  ISQRT_FN int64_t size(int64_t c) const { return last(c) - first(c); }
 };
 
 /// Mean and M2 of the positions [first, last) of one sample. The Engine starts with M2 = 0 and the sample's first
 /// position as the mean, and offers
+///     Weight                 the type of what follows from numbers of positions
 ///     load_tile(m, n)        tile = X[:, m : m + n] - mean 1^T, at most tile_positions(); delta = the tile's mean
 ///     center_tile(n)         mean += delta; tile -= delta 1^T; delta = 0
 ///     accumulate(n, weight)  M2 += tile tile^T - weight delta delta^T
@@ -47,7 +48,7 @@ struct Chunks {
 template <class Engine> ISQRT_FN void accumulate_covariance(Engine& e, int64_t first, int64_t last) {
   for (int64_t m = first; m < last; m += e.tile_positions()) {
     const int64_t n_a = m - first, n_b = last - m < e.tile_positions() ? last - m : e.tile_positions();
-    const ChanWeights weights = chan_weights(n_a, n_b);
+    const auto weights = chan_weights<typename Engine::Weight>(n_a, n_b);
     e.load_tile(m, n_b);
     if (n_a == 0) e.center_tile(n_b);
     e.accumulate(n_b, weights.shift);
@@ -55,14 +56,17 @@ template <class Engine> ISQRT_FN void accumulate_covariance(Engine& e, int64_t f
   }
 }
 
-/// Sigma and mu of one sample from its chunks, in their order. The Engine offers
-///     take(c)                 mean and M2 are those of chunk c
-///     merge(c, weights)       Chan's update with chunk c
-///     finish(alpha)           Sigma = alpha M2, both triangles
+/// Sigma and mu of one sample from its chunks, of n_c positions each,
+///
+///     mu = mu_0 + sum n_c (mu_c - mu_0) / M,   M Sigma = sum M2_c + n_c (mu_c - mu)(mu_c - mu)^T
+///
+/// where no chunk waits for another. The Engine offers
+///     average()        mu; that of a constant map is exact
+///     add_moments()    M2 = M Sigma
+///     finish(alpha)    Sigma = alpha M2, both triangles
 template <class Engine> ISQRT_FN void merge_covariances(Engine& e, const Chunks& chunks) {
-  e.take(0);
-  for (int64_t c = 1; c < chunks.count; ++c)
-    e.merge(c, chan_weights(chunks.first(c), chunks.last(c) - chunks.first(c)));
+  e.average();
+  e.add_moments();
   e.finish(1.0 / double(chunks.positions));
 }
 

@@ -73,13 +73,12 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
     }
   };
   // Several blocks for each of the at most 160 multiprocessors of today's devices; whole tiles, aligned where x is.
-  constexpr int64_t kBlocks = 1024, kTile = 64;
+  constexpr int64_t kPoolBlocks = 288, kBlocks = 1024, kTile = 64;
   Plan plan = {choose(false), choose(true), EngineKind::kBlock,
-               split(p, kBlocks, std::max<int64_t>(256, 4 * p.channels), kTile), split(p, kBlocks, kTile, kTile)};
+               split(p, kPoolBlocks, std::max<int64_t>(128, 2 * p.channels), kTile), split(p, kBlocks, kTile, kTile)};
   if (requested != EngineKind::kAuto) return plan;  // no clusters where that is asked for: to compare with
   const auto blocks = [&](EngineKind engine, bool backward) {
-    if (engine == EngineKind::kBlock) return blocks_of_sample(p, device, backward);
-    return device.clusters && p.element_size == sizeof(float) ? cuda::kGridCluster : 1;
+    return engine == EngineKind::kBlock ? blocks_of_sample(p, device, backward) : 1;
   };
   plan.forward_blocks = blocks(plan.forward, false);
   plan.backward_blocks = blocks(plan.backward, true);

@@ -53,6 +53,11 @@ enum class Output : int { kMatrix = 0, kTriu = 1, kMean = 2 };
 /// Index of (i, j), i <= j, in the row-major upper triangle of a C x C matrix.
 ISQRT_FN int64_t triu_index(int64_t i, int64_t j, int64_t channels) { return i * channels - i * (i - 1) / 2 + (j - i); }
 
+/// The mean of two mirrored elements: half of a denormal number is not exact.
+template <class T> ISQRT_FN T symmetric_part(T above, T below) {
+  return above == below ? above : T(0.5) * above + T(0.5) * below;
+}
+
 /// The result of one batch of roots, [B, C, C], [B, C (C + 1) / 2] or [B, C], contiguous; or the upstream gradient
 /// dL/dYhat in the same layout. Its elements are of X, and data[i] is one.
 template <class X, class Pointer = X*> struct RootView {
@@ -75,7 +80,7 @@ template <class X, class Pointer = X*> struct RootView {
     switch (output) {
       case Output::kMatrix: {
         const Scalar above = data[i * channels + j], below = data[j * channels + i];
-        return above == below ? above : half * above + half * below;  // half of a denormal number is not exact
+        return symmetric_part(above, below);
       }
       case Output::kTriu:
         return (i == j ? Scalar(1) : half) * data[triu_index(i, j, channels)];

@@ -63,6 +63,8 @@ template <class X> class PoolEngine {
   using S = Simd<T>;
 
  public:
+  using Weight = double;
+
   static int64_t storage_size(int64_t channels) {
     return Panels<T>::size(channels, channels) + Panels<T>::size(tile_positions_for<T>(channels), channels) +
            3 * round_up(channels, kPanel);
@@ -202,8 +204,8 @@ template <class X> class PoolEngine {
   T *mean_, *delta_, *minus_delta_;
 };
 
-/// Merges the chunks of one sample in place: chunk 0's mean and moment are the running ones. Then the second pass of a
-/// sample that needs one.
+/// Merges the chunks of one sample in place: chunk 0's moment is the running one. Then the second pass of a sample that
+/// needs one.
 template <class X> class MergeEngine {
   using T = Compute<X>;
 
@@ -211,26 +213,37 @@ template <class X> class MergeEngine {
   MergeEngine(const PoolTask<X>& task, int64_t sample)
       : x_(task.x),
         C_(task.x.channels),
+        chunks_(task.chunks),
         sample_(task.x.sample(sample)),
-        partial_mean_(task.partial_mean + sample * task.chunks.count * C_),
-        partial_moment_(task.partial_moment + sample * task.chunks.count * C_ * C_),
+        partial_mean_(task.partial_mean + sample * chunks_.count * C_),
+        partial_moment_(task.partial_moment + sample * chunks_.count * C_ * C_),
         mean_(task.mean + sample * C_),
         sigma_(task.sigma + sample * C_ * C_),
         scale_(task.scale ? task.scale + sample : nullptr) {}
 
-  void take(int64_t) const {
-    for (int64_t c = 0; c < C_; ++c) mean_[c] = partial_mean_[c];
+  void average() const {
+    const double positions = double(chunks_.positions);
+    for (int64_t i = 0; i < C_; ++i) {
+      const T first = partial_mean_[i];
+      T sum = 0;
+      for (int64_t c = 1; c < chunks_.count; ++c)
+        sum += T(double(chunks_.size(c)) / positions) * (partial_mean_[c * C_ + i] - first);
+      mean_[i] = first + sum;
+    }
   }
 
-  void merge(int64_t chunk, const ChanWeights& weights) const {
-    const T* other = partial_mean_ + chunk * C_;
-    const T* other_moment = partial_moment_ + chunk * C_ * C_;
-    for (int64_t i = 0; i < C_; ++i) {
-      const T scaled = T(weights.moment) * (other[i] - mean_[i]);
-      for (int64_t j = i; j < C_; ++j)
-        partial_moment_[i * C_ + j] += other_moment[i * C_ + j] + scaled * (other[j] - mean_[j]);
+  void add_moments() const {
+    for (int64_t c = 0; c < chunks_.count; ++c) {
+      const T size = T(chunks_.size(c));
+      const T *mean = partial_mean_ + c * C_, *moment = partial_moment_ + c * C_ * C_;
+      for (int64_t i = 0; i < C_; ++i) {
+        const T scaled = size * (mean[i] - mean_[i]);
+        for (int64_t j = i; j < C_; ++j) {
+          const T own = scaled * (mean[j] - mean_[j]);
+          partial_moment_[i * C_ + j] += c == 0 ? own : own + moment[i * C_ + j];
+        }
+      }
     }
-    for (int64_t c = 0; c < C_; ++c) mean_[c] += T(weights.mean) * (other[c] - mean_[c]);
   }
 
   void finish(double alpha) const {
@@ -288,6 +301,7 @@ template <class X> class MergeEngine {
 
   FeatureMaps<const X> x_;
   int64_t C_;
+  Chunks chunks_;
   const X* sample_;
   T *partial_mean_, *partial_moment_, *mean_, *sigma_, *scale_;
 };

@@ -50,6 +50,7 @@ template <class X, bool kPositionsInRows> class PoolEngine {
   static constexpr int kParts = kPanelThreads / kPanelVectors;
 
  public:
+  using Weight = T;
   static constexpr int kTilePositions = kPanelTerms<X>;
 
   /// Two stages of one panel where I = J, else of two.
@@ -86,14 +87,14 @@ template <class X, bool kPositionsInRows> class PoolEngine {
   }
 
   __device__ void center_tile(int64_t) const {
-    move_mean(1.0);
+    move_mean(1);
     if (part() == 0)
       for (int side = 0; side < sides(); ++side) delta(side)[vector()] = 0;
     __syncthreads();
   }
 
   /// What the tile holds is taken relative to the mean on its way to the product.
-  __device__ void accumulate(int64_t n, double weight) {
+  __device__ void accumulate(int64_t n, T weight) {
     Accumulator<T> sum[2];
     T means[3][2];
 #pragma unroll
@@ -111,7 +112,7 @@ template <class X, bool kPositionsInRows> class PoolEngine {
       if (!upper(v)) continue;
       WarpTile<T> total = sum[v].total();
       total.for_each([&](T& a, int r, int c) {
-        a -= T(weight) * delta(0)[own_.row + r] * delta(sides() - 1)[own_.column + kTile * v + c];
+        a -= weight * delta(0)[own_.row + r] * delta(sides() - 1)[own_.column + kTile * v + c];
       });
 #pragma unroll
       for (int h = 0; h < 2; ++h)
@@ -121,9 +122,9 @@ template <class X, bool kPositionsInRows> class PoolEngine {
     __syncthreads();  // before the means move
   }
 
-  __device__ void move_mean(double share) const {
+  __device__ void move_mean(T share) const {
     if (part() == 0)
-      for (int side = 0; side < sides(); ++side) mean(side)[vector()] += T(share) * delta(side)[vector()];
+      for (int side = 0; side < sides(); ++side) mean(side)[vector()] += share * delta(side)[vector()];
   }
 
   /// Mean [C] and M2 [C, C] of the chunk; of M2 the upper triangle.
@@ -190,76 +191,90 @@ template <class X, bool kPositionsInRows> class PoolEngine {
   WarpTile<T> moment_[2];
 };
 
-/// Merges the chunks of one sample for tile (I, J) of Sigma, I <= J, 32 x 32. Each thread has four of a column.
+/// Merges the chunks of one sample for tile (I, J) of Sigma, I <= J, 16 x 16. Of the means each warp has a channel and
+/// each of its lanes some chunks; of an element four threads have every fourth chunk each.
 template <class X> class MergeEngine {
   using T = Compute<X>;
-  static constexpr int kSide = 32, kRows = 4, kStep = kSide / kRows, kPitch = kSide + 1;
+  static constexpr int kSide = 16, kElements = kSide * kSide, kGroups = 4, kPitch = kSide + 1;
 
  public:
-  static constexpr int kThreads = kSide * kStep, kTile = kSide;
-  static constexpr int64_t kSharedBytes = kSide * kPitch * sizeof(T);
+  static constexpr int kThreads = kGroups * kElements, kTile = kSide;
+  static constexpr int64_t kSharedBytes = (2 * kSide + kGroups * kSide * kPitch) * sizeof(T);
 
   __device__ MergeEngine(const PoolTask<X>& task, int64_t sample, int64_t I, int64_t J)
       : C_(task.x.channels),
-        partial_mean_(task.partial_mean + sample * task.chunks.count * C_),
-        partial_moment_(task.partial_moment + sample * task.chunks.count * C_ * C_),
+        chunks_(task.chunks),
+        partial_mean_(task.partial_mean + sample * chunks_.count * C_),
+        partial_moment_(task.partial_moment + sample * chunks_.count * C_ * C_),
         mean_(task.mean + sample * C_),
         sigma_(task.sigma + sample * C_ * C_),
         first_row_(I * kSide),
         first_column_(J * kSide) {}
 
-  __device__ void take(int64_t chunk) {
-    column_mean_ = j() < C_ ? partial_mean_[chunk * C_ + j()] : T(0);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      row_mean_[r] = i(r) < C_ ? partial_mean_[chunk * C_ + i(r)] : T(0);
-      moment_[r] = upper(r) ? partial_moment_[(chunk * C_ + i(r)) * C_ + j()] : T(0);
+  __device__ void average() const {
+    const int vector = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;  // rows first, then columns
+    const int64_t channel = vector < kSide ? first_row_ + vector : first_column_ + vector - kSide;
+    if (channel < C_) {
+      const T first = partial_mean_[channel];
+      T sum = 0;
+      for (int64_t c = lane; c < chunks_.count; c += kWarp)
+        sum += T(chunks_.size(c)) * (partial_mean_[c * C_ + channel] - first);
+      for (int distance = kWarp / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+      if (lane == 0) means()[vector] = first + sum / T(chunks_.positions);
     }
+    __syncthreads();
   }
 
-  __device__ void merge(int64_t chunk, const ChanWeights& weights) {
-    MergeEngine other = *this;
-    other.take(chunk);
-    const T column_delta = other.column_mean_ - column_mean_;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const T row_delta = other.row_mean_[r] - row_mean_[r];
-      moment_[r] += other.moment_[r] + T(weights.moment) * row_delta * column_delta;
-      row_mean_[r] += T(weights.mean) * row_delta;
+  __device__ void add_moments() const {
+    T sum = 0;
+    if (upper()) {
+      const T row_mean = means()[row()], column_mean = means()[kSide + column()];
+#pragma unroll 4  // so many chunks are asked for before the first of them is there
+      for (int64_t c = group(); c < chunks_.count; c += kGroups) {
+        const T* mean = partial_mean_ + c * C_;
+        sum += partial_moment_[(c * C_ + i()) * C_ + j()] +
+               T(chunks_.size(c)) * (mean[i()] - row_mean) * (mean[j()] - column_mean);
+      }
     }
-    column_mean_ += T(weights.mean) * column_delta;
+    sums(group())[row() * kPitch + column()] = sum;
+    __syncthreads();
   }
 
   __device__ void finish(double alpha) const {
     const bool in_place = partial_mean_ == mean_;  // of a single chunk
-    if (!in_place && first_row_ == first_column_ && row() == 0 && j() < C_) mean_[j()] = column_mean_;
-    T* transposed = shared_memory<T>();
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const T value = T(alpha) * moment_[r];
-      if (upper(r)) sigma_[i(r) * C_ + j()] = value;
-      transposed[column() * kPitch + row() + r * kStep] = value;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {  // element (j', i') below the diagonal, i' along the threads
-      const int64_t row_below = first_column_ + row() + r * kStep, column_below = first_row_ + column();
-      if (column_below < row_below && row_below < C_)
-        sigma_[row_below * C_ + column_below] = transposed[(row() + r * kStep) * kPitch + column()];
-    }
+    if (!in_place && first_row_ == first_column_ && threadIdx.x < kSide && first_row_ + threadIdx.x < C_)
+      mean_[first_row_ + threadIdx.x] = means()[threadIdx.x];
+    if (group() > 0) return;
+    if (upper()) sigma_[i() * C_ + j()] = T(alpha) * total(row(), column());
+    // Element (j', i') below the diagonal, i' along the threads.
+    const int64_t row_below = first_column_ + row(), column_below = first_row_ + column();
+    if (column_below < row_below && row_below < C_)
+      sigma_[row_below * C_ + column_below] = T(alpha) * total(column(), row());
   }
 
  private:
+  __device__ static int group() { return threadIdx.x / kElements; }
+  __device__ static int row() { return threadIdx.x % kElements / kSide; }
   __device__ static int column() { return threadIdx.x % kSide; }
-  __device__ static int row() { return threadIdx.x / kSide; }
-  __device__ int64_t i(int r) const { return first_row_ + row() + r * kStep; }
+  __device__ int64_t i() const { return first_row_ + row(); }
   __device__ int64_t j() const { return first_column_ + column(); }
-  __device__ bool upper(int r) const { return i(r) <= j() && j() < C_; }
+  __device__ bool upper() const { return i() <= j() && j() < C_; }
+
+  /// mu of the tile's rows and columns; what each group has of its elements, and all of them together.
+  __device__ static T* means() { return shared_memory<T>(); }
+  __device__ static T* sums(int group) { return means() + 2 * kSide + group * kSide * kPitch; }
+  __device__ static T total(int row, int column) {
+    T sum = 0;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) sum += sums(group)[row * kPitch + column];
+    return sum;
+  }
 
   int64_t C_;
-  T *partial_mean_, *partial_moment_, *mean_, *sigma_;
+  Chunks chunks_;
+  const T *partial_mean_, *partial_moment_;
+  T *mean_, *sigma_;
   int64_t first_row_, first_column_;
-  T row_mean_[kRows], column_mean_, moment_[kRows];
 };
 
 /// The second pass of one sample, where it needs one: a block, and no haste. A warp has an entry of Sigma at a time.
@@ -442,12 +457,19 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
 
   __device__ __forceinline__ void store(WarpTile<T>& total, int64_t m, int n, int v) const {
     const T share = T(2) / T(dx_.positions());
-    total.for_each([&](T a, int r, int c) {
-      const int position = own_.column + kTile * v + c;
-      const int64_t channel = first_channel_ + own_.row + r;
-      if (position < n && channel < dx_.channels)
-        store_number(&gradient_[dx_.offset(m + position) + channel * dx_.stride_c], share * a);
-    });
+    const auto put = [&](const auto& offset) {
+      total.for_each([&](T a, int r, int c) {
+        const int position = own_.column + kTile * v + c;
+        const int64_t channel = first_channel_ + own_.row + r;
+        if (position < n && channel < dx_.channels)
+          store_number(&gradient_[offset(m + position) + channel * dx_.stride_c], share * a);
+      });
+    };
+    // Apart, for the divisions of the other case are many instructions to be fetched.
+    if (dx_.height == 1)
+      put([&](int64_t position) { return position * dx_.stride_w; });
+    else
+      put([&](int64_t position) { return dx_.offset(position); });
   }
 
   __device__ static Maps maps(int stage) {

@@ -59,10 +59,6 @@ struct GridProducts {
 
 constexpr int kProductThreads = 128;
 
-struct alignas(kPacketBytes) Packet {
-  uint32_t words[kPacketBytes / 4];
-};
-
 /// 4 x 4 tiles of one product of one sample, 2 x 2 in each of four warps.
 template <class T, bool kDual, bool kInCluster = false> class GridProductBlock {
   using Tiles = cuda::Tiles<T>;
@@ -86,7 +82,7 @@ template <class T, bool kDual, bool kInCluster = false> class GridProductBlock {
   static constexpr int kSharedBytes =
       kStages * (kPanelBytes + int(sizeof(uint64_t))) + kStageTiles * int(sizeof(Source));
   /// As many as have room, in shared memory and in registers, on a multiprocessor of sm_90.
-  static constexpr int kBlocks = sizeof(T) == 8 ? 2 : kDual ? 3 : 4;
+  static constexpr int kBlocks = sizeof(T) == 8 ? 2 : kDual ? 3 : 5;
 
   /// Blocks, or clusters, in each direction.
   static ISQRT_FN int sides(const GridShape& shape) {
@@ -298,12 +294,7 @@ template <class T, bool kDual, bool kInCluster = false> class GridProductBlock {
     __syncwarp();
     Tiles::write(OwnTile{begin}, Tiles::pack(result), at.I == at.J && own.product.symmetric);
     __syncwarp();
-    const OtherTile to = shape_.tile<T>(own.product.result[number], own.sample, at);
-#pragma unroll
-    for (int byte = 0; byte < Tiles::kBytes; byte += kWarp * kPacketBytes) {
-      const int packet = byte + int(threadIdx.x) % kWarp * kPacketBytes;
-      if (packet < Tiles::kBytes) to.at<Packet>(packet) = at_shared<Packet>(begin + packet);
-    }
+    TileCopy<T>(OwnTile{begin}).write(shape_.tile<T>(own.product.result[number], own.sample, at));
   }
 
   const GridProducts& products_;

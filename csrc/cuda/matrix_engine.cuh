@@ -271,7 +271,7 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
       own[s] = s == 0 ? start : own[s - 1].next();
       own[s] = {opaque(own[s].I), opaque(own[s].J)};
     }
-#pragma unroll 1
+#pragma unroll(kInCluster ? 2 : 1)  // a warp that is alone on its scheduler asks for the next operands meanwhile
     for (int K = 0; K < tiles_; ++K) {
       Terms a[kCount], b;
 #pragma unroll
@@ -365,13 +365,16 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
 #pragma unroll 1
       for (int term = 0; term < terms; ++term) multiply_tiles<1>(&sum, term == 0 ? A1 : A2, term == 0 ? B1 : B2, own);
       WarpTile<T> result = finish<kAddD>(sum, D, alpha, beta, own);
-      char* to = shared_memory<char>() + (tile(target, own.I, own.J) - shared_begin());
-      const auto packed = Tiles::pack(result);
+      write_tile(target, own, result);
+      __syncwarp();
+      const OwnTile mine{tile(target, own.I, own.J)};
+      char* const begin = shared_memory<char>() + (mine.begin - shared_begin());
+      TileCopy<T> copy(mine);
 #pragma unroll 1
       for (int rank = 0; rank < blocks; ++rank)
-        Tiles::write(OtherTile{map_shared(to, rank)}, packed, is_symmetric(target, own));
+        if (rank != int(cluster_rank())) copy.write(OtherTile{map_shared(begin, rank)});
     }
-    dealt_ = (dealt_ + tiles) % workers;
+    for (dealt_ += tiles; dealt_ >= workers;) dealt_ -= workers;
     if constexpr (kAddD) {
 #pragma unroll
       for (int s = 0; s + 1 < kSpares; ++s) spare_[s] = spare_[s + 1];

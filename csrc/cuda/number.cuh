@@ -55,6 +55,15 @@ template <class T> class Elements {
     *static_cast<T*>(data_) = x;
   }
 
+  /// f(pointer to the elements as they lie in memory)
+  template <class F> __device__ __forceinline__ void visit(const F& f) const {
+    if constexpr (sizeof(T) == 4) {
+      if (kind_ == kHalf) return f(static_cast<Like<Half>*>(data_));
+      if (kind_ == kBFloat16) return f(static_cast<Like<BFloat16>*>(data_));
+    }
+    f(static_cast<T*>(data_));
+  }
+
  private:
   enum Kind { kOwn, kHalf, kBFloat16 };
   static Kind kind(const std::remove_const_t<T>*) { return kOwn; }
@@ -66,6 +75,11 @@ template <class T> class Elements {
 };
 
 template <class T> __device__ inline void store_number(const Elements<T>& to, T x) { to.store(x); }
+
+template <class T, class F> __device__ __forceinline__ void with_pointer(T* data, const F& f) { f(data); }
+template <class T, class F> __device__ __forceinline__ void with_pointer(const Elements<T>& data, const F& f) {
+  data.visit(f);
+}
 
 /// A view, and a task, as the kernels take it.
 template <class T, class X, class Pointer> RootView<T, Elements<T>> with_elements(const RootView<X, Pointer>& view) {

@@ -42,14 +42,26 @@ template <class T, class Source> __device__ T symmetric(const Source& source, in
 template <class T, class Source>
 __device__ __forceinline__ WarpTile<T> symmetric_tile(const Source& source, const TilePlace& at) {
   WarpTile<T> tile;
-  tile.for_each([&](T& a, int r, int c) { a = symmetric<T>(source, at.i(r), at.j(c)); });
+  if (source.output != Output::kMatrix) {
+    tile.for_each([&](T& a, int r, int c) { a = symmetric<T>(source, at.i(r), at.j(c)); });
+    return tile;
+  }
+  // All of it is asked for before anything is done with the first of it.
+  WarpTile<T> mirrored;
+  with_pointer(source.data, [&](const auto* data) {
+    const int C = int(source.channels);
+    const auto element = [&](int i, int j) { return i < C && j < C ? to_number(data[int64_t(i) * C + j]) : T(0); };
+    tile.for_each([&](T& a, int r, int c) { a = element(at.i(r), at.j(c)); });
+    mirrored.for_each([&](T& a, int r, int c) { a = element(at.j(c), at.i(r)); });
+  });
+  tile.combine(mirrored, [](T& a, T b) { a = symmetric_part(a, b); });
   return tile;
 }
 template <class T, class Source>
 __device__ __forceinline__ void add_inner(T& sum, const Source& source, WarpTile<T> tile, const TilePlace& at,
                                           T factor) {
   const T times = at.I < at.J ? 2 : 1;
-  tile.for_each([&](T a, int r, int c) { sum += times * (factor * symmetric<T>(source, at.i(r), at.j(c)) * a); });
+  tile.combine(symmetric_tile<T>(source, at), [&](T a, T b) { sum += times * (factor * b * a); });
 }
 
 /// The most tiles of a warp, and the warps. A product takes as long as that of a multiprocessor's four schedulers which
@@ -104,6 +116,32 @@ struct OwnTile {
 struct OtherTile {
   char* begin;
   template <class U> __device__ U& at(int offset) const { return *reinterpret_cast<U*>(begin + offset); }
+};
+
+/// A tile of this block's shared memory in the registers of a warp, as it lies there, to be written elsewhere.
+template <class T> class TileCopy {
+  struct alignas(kPacketBytes) Packet {
+    uint32_t words[kPacketBytes / 4];
+  };
+  static constexpr int kBytes = tile_bytes(sizeof(T)), kRound = kWarp * kPacketBytes;
+
+ public:
+  __device__ __forceinline__ explicit TileCopy(const OwnTile& from) {
+    for_each([&](Packet& packet, int offset) { packet = from.at<Packet>(offset); });
+  }
+  __device__ __forceinline__ void write(const OtherTile& to) {
+    for_each([&](const Packet& packet, int offset) { to.at<Packet>(offset) = packet; });
+  }
+
+ private:
+  template <class F> __device__ __forceinline__ void for_each(const F& f) {
+#pragma unroll
+    for (int round = 0; round * kRound < kBytes; ++round) {
+      const int offset = round * kRound + int(threadIdx.x) % kWarp * kPacketBytes;
+      if (offset < kBytes) f(packets_[round], offset);
+    }
+  }
+  Packet packets_[(kBytes + kRound - 1) / kRound];
 };
 
 /// How a tile of numbers of T lies in memory: one element(); all of them as a warp has the results of products, read(),
