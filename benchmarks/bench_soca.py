@@ -13,6 +13,7 @@ upstream gradient is a fixed, non-symmetric random one. A method that cannot run
 import argparse
 import statistics
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ SHAPES = {
     ("cuda", True): ["16x64x48x48", "32x256x14x14"],
 }
 ROUNDS = {("cpu", False): 21, ("cpu", True): 5, ("cuda", False): 51, ("cuda", True): 11}
+WARM_UP_S = 0.3  # of a method after its first call; a slow one is not called for nothing
 SAMPLE_MS = 5.0  # a sample lasts about as long, of several calls where one is shorter
 BLOCKS = ("forward", "forward_backward")
 
@@ -80,6 +82,18 @@ def _reason(error: Exception) -> str:
     return first if isinstance(error, methods.Unavailable | measure.NotMeasured) else f"{type(error).__name__}: {first}"
 
 
+def _warm_up(method: methods.Prepared, device: torch.device) -> None:
+    """A call both ways, which loads what it needs, and on a GPU up to four more."""
+    deadline = float("inf")
+    for _ in range(5 if device.type == "cuda" else 1):
+        method.forward()
+        method.step()
+        measure.synchronize(device)
+        if time.perf_counter() > deadline:
+            break
+        deadline = min(deadline, time.perf_counter() + WARM_UP_S)
+
+
 def _prepare(arguments, case, progress) -> tuple[dict[str, methods.Prepared], dict[str, str]]:
     """Methods that run, each called once both ways, and the reasons of those that do not."""
     prepared, reasons = {}, {}
@@ -90,10 +104,7 @@ def _prepare(arguments, case, progress) -> tuple[dict[str, methods.Prepared], di
             continue
         try:
             method = methods.prepare(name, case)
-            for _ in range(5 if case.x.is_cuda else 1):
-                method.forward()
-                method.step()
-            measure.synchronize(case.x.device)
+            _warm_up(method, case.x.device)
             prepared[name] = method
         except Exception as error:  # whatever a method does, the others go on
             reasons[name] = _reason(error)
@@ -180,8 +191,8 @@ def _memory(arguments, case, name, method) -> tuple[dict[str, int | None], dict[
     on_cuda = case.x.is_cuda
 
     def peak_torch():
-        if name in ("graph", "cupy"):
-            raise measure.NotMeasured("outside torch's books: a graph's own pool, or CuPy's")
+        if method.own_pool:
+            raise measure.NotMeasured(f"outside torch's books: {method.own_pool} own pool")
         case.x.grad = None
         return measure.peak_torch_memory(lambda: (method.step(), setattr(case.x, "grad", None)), case.x.device)
 

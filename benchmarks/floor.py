@@ -82,7 +82,8 @@ class Gemm:
     """A product of two matrices with ``size`` rows and columns."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device):
-        a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+        generator = torch.Generator(device)  # torch's own is of no use after a capture that failed
+        a, b = (torch.randn(size, size, dtype=dtype, device=device, generator=generator) for _ in range(2))
         out = torch.empty_like(a)
         self.name = f"{size} x {size}"
         self.call = lambda: torch.mm(a, b, out=out)

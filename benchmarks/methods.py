@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,6 +54,7 @@ class Prepared:
     function: Callable[[Tensor], Tensor] | None = None  # x -> output under autograd, where there is such a thing
     detail: str = ""  # what was chosen
     options: dict[str, Any] = field(default_factory=dict)  # makes prepare() choose the same without looking for it
+    own_pool: str = ""  # whose memory torch's books leave out
 
 
 def truncated_root(case: Case, x: Tensor) -> Tensor:
@@ -174,7 +176,10 @@ def of_function(case: Case, function: Callable[[Tensor], Tensor], **about) -> Pr
 def _prepare_ours(case: Case) -> Prepared:
     library = load_library()
     plan = library.plan(tuple(case.x.shape), case.x.dtype, case.x.device)
-    detail = "pooling {pooling}, forward {forward}, backward {backward}".format(**plan)
+    detail = "pooling {pooling}, forward {forward}, backward {backward}"
+    if case.x.is_cuda:
+        detail += "; blocks of a cluster: forward {forward_blocks}, backward {backward_blocks}"
+    detail = detail.format(**plan)
     return of_function(case, lambda x: library.cov_sqrt(x, case.iterations, case.output), detail=detail)
 
 
@@ -234,7 +239,8 @@ def _compiled(case: Case, form: str) -> Prepared:
             torch.compiler.cudagraph_mark_step_begin()
         return compiled(x, case.iterations, case.output)
 
-    return of_function(case, call, detail=f"of {form}", options={"form": form})
+    own_pool = "a CUDA graph's" if mode else ""
+    return of_function(case, call, detail=f"of {form}", options={"form": form}, own_pool=own_pool)
 
 
 def _prepare_compile(case: Case, form: str | None = None) -> Prepared:
@@ -275,23 +281,23 @@ def _synchronize(case: Case) -> None:
 # ---- CUDA
 
 
-def _prepare_graph(case: Case) -> Prepared:
-    """The baddbmm form, captured: one launch replays all kernels. Its results lie in fixed buffers."""
-    plain = _prepare_baddbmm(case)
+def capture(case: Case, plain: Prepared) -> Prepared:
+    """``plain`` as CUDA graphs: one launch replays all its kernels. The results lie in fixed buffers."""
+    x = case.x.detach().requires_grad_()  # the same memory; a leaf that other streams know would break the capture
     with torch.cuda.device(case.x.device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # library handles and workspaces must exist before the capture
             for _ in range(3):
                 plain.forward()
-                torch.autograd.grad(plain.function(case.x), case.x, case.upstream)
+                torch.autograd.grad(plain.function(x), x, case.upstream)
         torch.cuda.current_stream().wait_stream(side)
         inference, training = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(inference):
             inferred = plain.forward()
         with torch.cuda.graph(training):
-            y = plain.function(case.x)
-            (dx,) = torch.autograd.grad(y, case.x, case.upstream)
+            y = plain.function(x)
+            (dx,) = torch.autograd.grad(y, x, case.upstream)
             y = y.detach()
 
     def forward():
@@ -302,7 +308,11 @@ def _prepare_graph(case: Case) -> Prepared:
         training.replay()
         return y, dx
 
-    return Prepared(forward, step, detail="of baddbmm")
+    return Prepared(forward, step, detail=plain.detail, own_pool="a CUDA graph's")
+
+
+def _prepare_graph(case: Case, prepare_plain: Callable[[Case], Prepared]) -> Prepared:
+    return capture(case, prepare_plain(case))
 
 
 def _prepare_cupy(case: Case) -> Prepared:
@@ -345,17 +355,22 @@ def _prepare_cupy(case: Case) -> Prepared:
         trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
         return reference.convert_output(trace.sqrt() * Root.apply(sigma / trace), case.output)
 
-    return of_function(case, working(function), detail=f"CuPy {cupy.__version__}")
+    return of_function(case, working(function), detail=f"CuPy {cupy.__version__}", own_pool="CuPy's")
 
 
 METHODS: dict[str, Method] = {
     "ours": Method("isqrt_cov.cov_sqrt", _prepare_ours),
+    "ours_graph": Method(
+        "CUDA graph of isqrt_cov.cov_sqrt", partial(_prepare_graph, prepare_plain=_prepare_ours), devices=("cuda",)
+    ),
     "minimax": Method(f"isqrt_cov.cov_sqrt, {MINIMAX_STEPS} minimax steps", _prepare_minimax, minimax_root),
     "eig": Method("torch.linalg.eigh, clamped, stable backward", _prepare_eig, clamped_root),
     "eager": Method("Newton-Schulz, bmm and autograd", _prepare_eager),
     "baddbmm": Method("Newton-Schulz, fused products, autograd", _prepare_baddbmm),
     "compile": Method("torch.compile of eager or baddbmm, the faster", _prepare_compile, quick=False),
-    "graph": Method("CUDA graph of baddbmm", _prepare_graph, devices=("cuda",)),
+    "graph": Method(
+        "CUDA graph of baddbmm", partial(_prepare_graph, prepare_plain=_prepare_baddbmm), devices=("cuda",)
+    ),
     "mxm": Method("baddbmm after the published pooling by an M x M matrix", _prepare_mxm),
     "pade": Method("Pade approximant, Lyapunov equation for the gradient", _prepare_pade, clamped_root),
     "matrix_sqrth": Method("torch.linalg.matrix_sqrth", _prepare_matrix_sqrth, clamped_root),

@@ -4,10 +4,10 @@
     python benchmarks/options.py                                      the usual shapes
     python benchmarks/options.py --shape 16x64x48x48 --json result.json
 
-The base is float32, NCHW, output "matrix", 5 steps, all threads and the engines that plan() chooses; others are left
-out where they do not run. Everything is timed once in every round, each time in another order; ratios are the medians
-of the ratios of each round. The last lines are the cost of a call that has next to nothing to do, beside an empty
-operator of torch.library.
+The base is float32, NCHW, output "matrix", 5 steps, all threads and the engines that plan() chooses; options that do
+not run are listed with the reason. Everything is timed once in every round, each time in another order; ratios are the
+medians of the ratios of each round. On a GPU replays of CUDA graphs are timed, which the cost of a call is no part of.
+The last lines are that cost: of a call that has next to nothing to do, beside an empty operator of torch.library.
 """
 
 import argparse
@@ -34,9 +34,12 @@ SHAPES = {
 TINY = (1, 4, 4, 4)
 BLOCKS = ("forward", "forward_backward")
 MEANING = {
+    "ms": "milliseconds, the median over the rounds; on a GPU of a replay of a CUDA graph",
+    "left_out": "the options that do not run there, and why",
     "faster": "how many times as fast as the base, the median of the ratios of each round",
     "page_faults": "pages that the kernel hands out during one forward + backward, the gradient's buffer being fresh",
-    "call_us": f"microseconds of a call on {'x'.join(map(str, TINY))}, the median over the rounds",
+    "call_us": f"microseconds of a call on {'x'.join(map(str, TINY))}, the median over the rounds; on a GPU, "
+    "too, from Python and not from a graph",
 }
 
 
@@ -95,20 +98,21 @@ def function_of(option: Option, shape: tuple[int, ...], device: torch.device) ->
     return lambda x: torch.ops.isqrt_cov.cov_sqrt(x, given["iterations"], output, engine=engine)[0]
 
 
-def variations(shape: tuple[int, ...], device: torch.device) -> dict[str, methods.Prepared]:
+def variations(shape: tuple[int, ...], device: torch.device) -> tuple[dict[str, methods.Prepared], dict[str, str]]:
+    """Options as they are timed, and the reasons of those that do not run."""
     maps = features.feature_maps("photo", shape, torch.float32, device)
-    prepared = {}
+    prepared, reasons = {}, {}
     for name, option in OPTIONS.items():
         if option.threads and device.type != "cpu":
             continue
-        try:
-            function = function_of(option, shape, device)
-        except RuntimeError:
-            continue
         x = maps.to(dtype=option.dtype, memory_format=option.memory_format, copy=True)
         case = methods.make_case(x, 5, option.output)
-        prepared[name] = methods.of_function(case, function)
-    return prepared
+        try:
+            method = methods.of_function(case, function_of(option, shape, device))
+            prepared[name] = methods.capture(case, method) if device.type == "cuda" else method
+        except RuntimeError as error:
+            reasons[name] = str(error).strip().splitlines()[0]
+    return prepared, reasons
 
 
 def samples_ms(calls: dict[str, Callable[[], object]], arguments, sample_ms: float) -> dict[str, list[float]]:
@@ -127,7 +131,7 @@ def samples_ms(calls: dict[str, Callable[[], object]], arguments, sample_ms: flo
 
 def run_shape(arguments: argparse.Namespace, shape: tuple[int, ...], progress) -> dict[str, Any]:
     progress.stage("x".join(map(str, shape)))
-    prepared = variations(shape, torch.device(arguments.device))
+    prepared, reasons = variations(shape, torch.device(arguments.device))
     found: dict[str, dict[str, Any]] = {name: {} for name in prepared}
     others = measure.OtherLoad()
     for block in BLOCKS:
@@ -139,13 +143,14 @@ def run_shape(arguments: argparse.Namespace, shape: tuple[int, ...], progress) -
     others_percent = others.percent()
     for name, method in prepared.items():
         found[name]["page_faults"] = measure.page_faults(method.step) if arguments.device == "cpu" else None
-    return {"shape": list(shape), "processor_time_of_others_percent": others_percent, "options": found}
+    about = {"shape": list(shape), "processor_time_of_others_percent": others_percent}
+    return about | {"options": found, "left_out": reasons}
 
 
 def overhead(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """us[of][block]"""
     library = methods.load_library()
-    x = torch.randn(TINY, device=arguments.device, requires_grad=True)
+    x = torch.randn(TINY).to(arguments.device).requires_grad_()
     calls = {}
     for name, function in (("cov_sqrt", library.cov_sqrt), ("empty", empty_operator())):
         y = function(x)
@@ -188,7 +193,8 @@ def text(entry: dict[str, Any]) -> str:
         for block in BLOCKS:
             rows[-1] += [report.number(about[block]["ms"]), report.number(about[block]["faster"])]
         rows[-1].append("-" if about["page_faults"] is None else str(about["page_faults"]))
-    return "\n" + "x".join(map(str, entry["shape"])) + "\n" + report.table(rows)
+    left_out = [f"{name} did not run: {reason}" for name, reason in entry["left_out"].items()]
+    return "\n".join(["", "x".join(map(str, entry["shape"])), report.table(rows), *left_out])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -101,11 +101,16 @@ def _command(*arguments: str, cwd: Path | None = None) -> str | None:
 
 
 def git_commit() -> dict[str, Any] | None:
-    """Commit of the checkout that this file lies in, and whether it has changes; None outside a checkout."""
+    """Commit of the checkout that this file lies in, and whether it has changes. Outside a checkout what ISQRT_COMMIT
+    says, as `git describe --always --dirty` puts it; None where it is not set.
+    """
     here = Path(__file__).resolve().parent
     commit = _command("git", "rev-parse", "HEAD", cwd=here)
     if not commit:
-        return None
+        told = os.environ.get("ISQRT_COMMIT")
+        if not told:
+            return None
+        return {"commit": told.removesuffix("-dirty"), "uncommitted_changes": told.endswith("-dirty")}
     return {"commit": commit, "uncommitted_changes": bool(_command("git", "status", "--porcelain", cwd=here))}
 
 

@@ -23,13 +23,19 @@ def missing_cuda() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
-def skip_unless_fits(engine, shape, dtype, device):
+def refusal(engine, shape, dtype, device) -> str | None:
     """The block engine ends where the device's shared memory does; plan() is tested to fall back from there."""
     if engine == "block":
         try:
             plan(shape, dtype, device, engine)
         except RuntimeError as error:
-            pytest.skip(str(error))
+            return str(error)
+    return None
+
+
+def skip_unless_fits(engine, shape, dtype, device):
+    if reason := refusal(engine, shape, dtype, device):
+        pytest.skip(reason)
 
 
 def engine_code(name):

@@ -257,6 +257,14 @@ def test_load_of_others_is_a_share():
     assert 0 <= load.percent() <= 100
 
 
+@pytest.mark.parametrize(("ms", "calls", "timed"), ((7.0, 1, 1), (1.0, 5, 2), (1e-4, 50, 2)))
+def test_what_takes_longer_than_a_sample_is_called_once_for_it(monkeypatch, ms, calls, timed):
+    asked = []
+    monkeypatch.setattr(measure, "time_ms", lambda *arguments: asked.append(arguments) or ms)
+    assert measure.calls_per_sample(lambda: None, CPU, 5.0) == calls
+    assert len(asked) == timed
+
+
 def test_ratios_are_those_of_the_rounds():
     # A machine that is ten times slower in the last round: each round says 2.
     assert measure.median_ratio([2, 4, 60], [1, 2, 30]) == 2
@@ -349,7 +357,7 @@ def record(tmp_path_factory):
         def step():
             nonlocal calls
             calls += 1
-            if calls > 4:  # preparation 1, calls per sample 2, round 1
+            if calls > 3:  # preparation, calls per sample, round 1
                 raise RuntimeError("too late")
             return prepared.step()
 
@@ -362,7 +370,8 @@ def record(tmp_path_factory):
         patch.setitem(methods.METHODS, "late", methods.Method("fails in the rounds", prepare_late))
         patch.setitem(methods.METHODS, "never", methods.Method("fails at once", prepare_never))
         patch.setattr(bench_soca, "SAMPLE_MS", 0.0)
-        argv = "--quick --shape 2x8x6x6 --rounds 3 --input decay rank --methods eager eig late never graph".split()
+        argv = "--quick --shape 2x8x6x6 --rounds 3 --input decay rank".split()
+        argv += "--methods eager eig late never graph ours_graph".split()
         status = bench_soca.main([*argv, "--json", str(folder / "r.json"), "--plot", str(folder / "r.png")])
     assert status == 0
     return json.loads((folder / "r.json").read_text()), folder
@@ -423,9 +432,32 @@ def test_methods_that_do_not_run_are_listed_with_their_reasons(record):
         "late": "failed in round 2: RuntimeError: too late",
         "never": "ValueError: never",
         "graph": "runs on cuda only",
+        "ours_graph": "runs on cuda only",
     }
     text = soca_report.text(entry)
     assert all(f"{name} did not run: {reason}" in text for name, reason in reasons.items())
+
+
+def test_ours_is_compared_as_a_graph_where_there_is_one():
+    def method(name, **faster):
+        return {"name": name, "ran": True, "forward_backward": {"speedup_over": {name: 1.0, **faster}}}
+
+    ours, graph = method("ours", eig=2.0), method("ours_graph", eig=4.0, ours=2.0)
+    said = ", forward + backward, in times as fast: "
+    assert soca_report.ours_line({"methods": [ours]}) == f"ours{said}2.00 x eig"
+    assert soca_report.ours_line({"methods": [ours, graph]}) == f"ours_graph{said}4.00 x eig, 2.00 x ours"
+
+
+def test_every_method_has_a_colour():
+    assert set(soca_report.COLOURS) == set(methods.METHODS)
+
+
+def test_commit_is_told_where_there_is_no_checkout(monkeypatch):
+    monkeypatch.setattr(report, "_command", lambda *arguments, cwd=None: None)
+    monkeypatch.delenv("ISQRT_COMMIT", raising=False)
+    assert report.git_commit() is None
+    monkeypatch.setenv("ISQRT_COMMIT", "abc-dirty")
+    assert report.git_commit() == {"commit": "abc", "uncommitted_changes": True}
 
 
 def test_figure_is_drawn(record):

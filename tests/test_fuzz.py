@@ -12,6 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 from common import (
+    CUDA_ENGINES,
     assert_close,
     covariances,
     engine_code,
@@ -19,7 +20,7 @@ from common import (
     feature_maps,
     gradient_size,
     missing_cuda,
-    skip_unless_fits,
+    refusal,
     tolerance,
 )
 from isqrt_cov import build_info, reference
@@ -29,15 +30,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ops = torch.ops.isqrt_cov
 CASES = int(os.environ.get("FUZZ_CASES", "0"))
 SETTINGS = {"deadline": None, "database": None, "suppress_health_check": list(hypothesis.HealthCheck)}
-ENGINES = ["library", *build_info()["simd_usable"], *([] if missing_cuda() else ["block"])]
+CPU_ENGINES = ("library", *build_info()["simd_usable"])
+ON_CUDA = (pytest.mark.cuda, pytest.mark.skipif(missing_cuda() is not None, reason=str(missing_cuda())))
+ENGINES = (*CPU_ENGINES, *(pytest.param(name, marks=ON_CUDA) for name in CUDA_ENGINES))
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def fuzz(cases, **strategies):
-    """``cases`` in the normal run, and the same share of FUZZ_CASES."""
+    """``cases`` in the normal run, and the same share of FUZZ_CASES; on a GPU as many, of its engines."""
     settings = {"max_examples": CASES * cases // 600, "print_blob": True} if CASES else {"max_examples": cases}
     settings = hypothesis.settings(**SETTINGS, derandomize=not CASES, **settings)
-    return lambda test: settings(hypothesis.given(**strategies)(test))
+    strategies["number"] = st.sampled_from(range(60))  # of an engine, of which there may be 2 to 5
+    on_each = pytest.mark.parametrize(
+        "engines", (CPU_ENGINES, pytest.param(CUDA_ENGINES, marks=ON_CUDA)), ids=("cpu", "cuda")
+    )
+    return lambda test: on_each(settings(hypothesis.given(**strategies)(test)))
 
 
 def steps(floor, iterations):
@@ -99,7 +106,8 @@ def check_feature_maps(shape, layout, dtype, engine, iterations, output, floor, 
     device = engine_device(engine)
     batch, channels, *spatial = shape
     positions = torch.Size(spatial).numel()
-    skip_unless_fits(engine, (batch, channels, positions), dtype, device)
+    if refusal(engine, (batch, channels, positions), dtype, device):
+        hypothesis.reject()
     unit = 2.0 ** (exponent * {torch.float16: 0, torch.float64: 8}.get(dtype, 1))
     x = (feature_maps(batch, channels, positions, torch.float64, seed=seed) - 3.0 + mean) * unit
     x = lay_out(x.reshape(shape).to(dtype).to(device), *layout).requires_grad_()
@@ -129,7 +137,6 @@ def check_feature_maps(shape, layout, dtype, engine, iterations, output, floor, 
 
 FEATURE_MAPS = {
     "dtype": st.sampled_from(DTYPES),
-    "engine": st.sampled_from(ENGINES),
     "iterations": st.integers(1, 6),
     "output": st.sampled_from(OUTPUTS),
     "floor": st.sampled_from((0.0, 0.0, 1e-3, 1e-2, 0.3)),
@@ -167,8 +174,8 @@ def test_found_mean_of_channels_that_cancel(engine):
     layout=layouts(4),
     **FEATURE_MAPS,
 )
-def test_images(**case):
-    check_feature_maps(**case)
+def test_images(engines, number, **case):
+    check_feature_maps(engine=engines[number % len(engines)], **case)
 
 
 @fuzz(
@@ -177,8 +184,8 @@ def test_images(**case):
     layout=layouts(3),
     **FEATURE_MAPS,
 )
-def test_sequences(**case):
-    check_feature_maps(**case)
+def test_sequences(engines, number, **case):
+    check_feature_maps(engine=engines[number % len(engines)], **case)
 
 
 @fuzz(
@@ -186,17 +193,18 @@ def test_sequences(**case):
     shape=st.tuples(st.integers(1, 5), st.integers(1, 70)),
     layout=layouts(3),
     dtype=st.sampled_from(DTYPES),
-    engine=st.sampled_from(ENGINES),
     iterations=st.integers(1, 6),
     root=st.sampled_from(ROOTS),
     floor=st.sampled_from((0.0, 0.0, 1e-3, 1e-2, 0.3)),
     seed=st.integers(0, 2**31),
 )
-def test_matrices(shape, layout, dtype, engine, iterations, root, floor, seed):
+def test_matrices(engines, number, shape, layout, dtype, iterations, root, floor, seed):
+    engine = engines[number % len(engines)]
     batch, channels = shape
     order, margins, every, _ = layout
     device = engine_device(engine)
-    skip_unless_fits(engine, (batch, channels, 1), dtype, device)
+    if refusal(engine, (batch, channels, 1), dtype, device):
+        hypothesis.reject()
     sigma = lay_out(covariances(batch, channels, dtype, device, seed), order, margins, every, ()).requires_grad_()
     y = ops.matrix_root(sigma, iterations, ROOTS.index(root), floor, engine_code(engine))
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y)

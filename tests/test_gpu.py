@@ -51,6 +51,18 @@ def test_step_that_takes_too_long_is_ended_with_its_children(tmp_path):
     assert not alive()
 
 
+def test_step_that_takes_too_long_still_reports(tmp_path):
+    ended = outcome_of(["bash", "-c", "trap 'echo reported; exit 2' INT; sleep 600 & wait"], tmp_path, seconds=1)
+    assert (ended.status, ended.exit) == ("timed out", 2)
+    assert (tmp_path / "step.log").read_text().splitlines()[-1] == "reported"
+
+
+def test_step_that_ignores_the_interrupt_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE_S", 0.2)
+    ended = outcome_of(["bash", "-c", "trap '' INT; sleep 600; true"], tmp_path, seconds=1)
+    assert (ended.status, ended.exit) == ("timed out", -9)
+
+
 def test_dry_run(tmp_path, capsys):
     command = ["--dry-run", "--out", str(tmp_path), "--commit", "abc", "--steps"]
     assert gpu.main([*command, "sanitize"]) == 0
@@ -91,18 +103,14 @@ def test_benchmarks_understand_what_they_are_asked(tmp_path, monkeypatch):
 
 
 def test_conformance_is_built_as_its_head_says(tmp_path, monkeypatch):
-    source = tmp_path / "conformance.cu"
-    monkeypatch.setattr(gpu, "CONFORMANCE", source)
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu, "SCRATCH", tmp_path / "build")
+    monkeypatch.setattr(gpu, "SCRATCH", tmp_path)
     arguments = gpu.parse(["--out", str(tmp_path / "out")])
-    assert gpu.conformance(arguments).dry == "conformance.cu is not there"
-    source.write_text(
-        "// Checks.\n//   nvcc -std=c++20 -arch=native -o conformance tests/conformance.cu && ./conformance\n"
-    )
-    program = tmp_path / "build" / "conformance"
-    built = f"nvcc -std=c++20 -arch=native tests/conformance.cu -o {program}"
+    program = tmp_path / "conformance"
+    built = f"nvcc -std=c++20 -O3 -arch=native -Icsrc tests/emulation/conformance.cu -o {program}"
     assert gpu.conformance(arguments).command == ["bash", "-c", f"{built} && {program}"]
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "CONFORMANCE", tmp_path / "conformance.cu")
+    assert gpu.conformance(arguments).dry == "conformance.cu is not there"
 
 
 @pytest.mark.parametrize(

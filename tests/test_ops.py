@@ -239,6 +239,7 @@ def test_same_bits_each_time_and_for_any_number_of_threads(engine, shape, dtype)
     if engine == "library":
         pytest.skip("the library engine is as deterministic as the GEMM of this torch")
     device = engine_device(engine)
+    skip_unless_fits(engine, shape, dtype, device)
     x = feature_maps(*shape, dtype, device).requires_grad_()
     upstream = torch.randn(shape[0], shape[1], shape[1]).to(x)
     threads = torch.get_num_threads()
