@@ -68,6 +68,35 @@ def speed(name: str, others: tuple[str, ...]) -> list[str]:
     return [*markdown(heading, rows), "", where(result) + shared]
 
 
+def gpu_speed(*names: str) -> list[str]:
+    """Forward + backward in us, called and replayed, and how many times as fast the replay is as others."""
+    others = {"eig": "torch's eigh", "cupy": "CuPy's eigh", "eager": "eager", "compile": "torch.compile"}
+    others["graph"] = "baddbmm replayed"
+    results = [load(name) for name in names]
+    rows = []
+    for result in results:
+        for entry in result["shapes"]:
+            methods = {method["name"]: method["forward_backward"] for method in entry["methods"] if method["ran"]}
+            replayed = methods["ours_graph"]
+            rows.append([_shape(entry), *(f"{1e3 * methods[of]['median_ms']:.0f}" for of in ("ours_graph", "ours"))])
+            rows[-1] += [number(replayed["speedup_over"].get(other), 2) for other in others]
+            rows[-1].append(number(replayed["times_floor"], 2))
+    heading = ["B x C x H x W", "us, replayed", "us, called", *others.values(), "time / floor"]
+    return [*markdown(heading, rows), "", where(results[0])]
+
+
+def gpu_san(name: str) -> list[str]:
+    """A training step of SAN with each way to compute the root."""
+    result = load(name)
+    rows = []
+    for method in result["methods"]:
+        training = method["training"]
+        rows.append([method["name"], f"{training['median_ms']:.0f}", number(training["times_first"])])
+        rows[-1] += [f"{training['covariance_percent']:.1f}", mebibytes(training["peak_torch_bytes"])]
+    heading = ["root by", "ms a step", "times ours", "% in the covariance layers", "peak MiB"]
+    return [*markdown(heading, rows), "", where(result)]
+
+
 def minimax() -> list[str]:
     """Three minimax steps beside five as printed and EIG: time and distance to the exact root."""
     result = load("soca_cpu")
@@ -206,6 +235,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "soca": lambda: speed("soca_cpu", ("eig", "eager", "baddbmm", "compile", "mxm", "pade")),
     "soca_avx2": lambda: speed("soca_cpu_avx2", ("eig", "eager", "baddbmm", "compile")),
     "soca_wide": lambda: speed("soca_cpu_wide", ("eig", "eager", "baddbmm", "compile")),
+    "gpu": lambda: gpu_speed("soca_h200", "soca_h200_more"),
+    "gpu_bfloat16": lambda: gpu_speed("soca_h200_bfloat16"),
+    "gpu_san": lambda: gpu_san("san_h200"),
     "minimax": minimax,
     "options": options,
     "accuracy": accuracy,
@@ -227,7 +259,7 @@ def filled(text: str) -> str:
 
 
 def files() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(RESULTS.glob("*.md"))]
 
 
 def main(argv: list[str] | None = None) -> int:
