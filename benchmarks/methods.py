@@ -55,6 +55,7 @@ class Prepared:
     detail: str = ""  # what was chosen
     options: dict[str, Any] = field(default_factory=dict)  # makes prepare() choose the same without looking for it
     own_pool: str = ""  # whose memory torch's books leave out
+    replayed: Case | None = None  # a graph reads its tensors, and does not keep them
 
 
 def truncated_root(case: Case, x: Tensor) -> Tensor:
@@ -308,7 +309,7 @@ def capture(case: Case, plain: Prepared) -> Prepared:
         training.replay()
         return y, dx
 
-    return Prepared(forward, step, detail=plain.detail, own_pool="a CUDA graph's")
+    return Prepared(forward, step, detail=plain.detail, own_pool="a CUDA graph's", replayed=case)
 
 
 def _prepare_graph(case: Case, prepare_plain: Callable[[Case], Prepared]) -> Prepared:

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <deque>
+#include <optional>
 #include <sstream>
 #include <tuple>
 
@@ -398,7 +399,11 @@ std::string describe_plan(bool cuda, int64_t device, int64_t batch, int64_t chan
   check(batch >= 0, "batch: expected 0 or more, got ", batch);
   check(channels > 0, "channels: expected 1 or more, got ", channels);
   check(positions > 0, "positions: expected 1 or more, got ", positions);
-#ifndef ISQRT_WITH_CUDA
+#ifdef ISQRT_WITH_CUDA
+  std::optional<torch::stable::accelerator::DeviceGuard>
+      guard;  // what there is code for is asked of the current device
+  if (cuda) guard.emplace(int(device));
+#else
   check(!cuda, "device: this build of isqrt_cov has no CUDA kernels");
 #endif
   const bool in_full = check_steps(iterations, spectrum_floor).any_in_full();

@@ -167,12 +167,13 @@ def test_pooling_matches_reference(kernels, channels, dtype):
             check_pooling(kernels, in_layout(x, layout), chunk)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last", "crop"))
 @pytest.mark.parametrize("batch", (1, 3))
 def test_pooling_in_any_layout(kernels, batch, layout, dtype):
     x = in_layout(feature_maps(batch, 70, 77, dtype).unflatten(2, (7, 11)), layout)
-    check_pooling(kernels, x, 50)
+    for chunk in (50, 13):  # few chunks, and many
+        check_pooling(kernels, x, chunk)
     check_pooling(kernels, x.transpose(2, 3), 50)
     check_pooling(kernels, x.flip(0)[:, ::2], 77)
     if layout == "contiguous":
@@ -410,8 +411,8 @@ def test_same_bits_in_any_order_of_threads(kernels, dtype):
 # Batch, channels, positions; the last column says what they make plan() choose.
 PLANS = (
     (1, 3, 5, "one chunk"),
-    (1, 3, 700, "chunks of 256 positions at least, the last one shorter"),
-    (2, 100, 900, "chunks of 4 C positions at least"),
+    (1, 3, 1400, "chunks of 128 positions at least, the last one shorter; more than few"),
+    (2, 100, 900, "chunks of 2 C positions at least"),
     (1030, 2, 70, "more samples than pieces of work: one chunk each"),
     (1, 128, 64, "the largest matrices of a block; in float64 their gradient is the grid's"),
     (1, 129, 33, "roots that are the grid's"),

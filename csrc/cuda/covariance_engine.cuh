@@ -191,11 +191,13 @@ template <class X, bool kPositionsInRows> class PoolEngine {
   WarpTile<T> moment_[2];
 };
 
-/// Merges the chunks of one sample for tile (I, J) of Sigma, I <= J, 16 x 16. Of the means each warp has a channel and
-/// each of its lanes some chunks; of an element four threads have every fourth chunk each.
-template <class X> class MergeEngine {
+/// Merges the chunks of one sample for tile (I, J) of Sigma, I <= J. Of the means each warp has some channels and each
+/// of its lanes some chunks. Of the elements each thread has kRows in a column and every kGroups-th chunk: one group
+/// where there are few chunks, then in larger tiles, for blocks that have little to do take their time, too.
+template <class X, int kGroups> class MergeEngine {
   using T = Compute<X>;
-  static constexpr int kSide = 16, kElements = kSide * kSide, kGroups = 4, kPitch = kSide + 1;
+  static constexpr int kElements = 256, kSide = kGroups == 1 ? 32 : 16, kPitch = kSide + 1;
+  static constexpr int kRows = kSide * kSide / kElements, kStep = kSide / kRows;
 
  public:
   static constexpr int kThreads = kGroups * kElements, kTile = kSide;
@@ -212,9 +214,10 @@ template <class X> class MergeEngine {
         first_column_(J * kSide) {}
 
   __device__ void average() const {
-    const int vector = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;  // rows first, then columns
-    const int64_t channel = vector < kSide ? first_row_ + vector : first_column_ + vector - kSide;
-    if (channel < C_) {
+    const int lane = threadIdx.x % kWarp;
+    for (int vector = threadIdx.x / kWarp; vector < 2 * kSide; vector += kThreads / kWarp) {  // rows, then columns
+      const int64_t channel = vector < kSide ? first_row_ + vector : first_column_ + vector - kSide;
+      if (channel >= C_) continue;
       const T first = partial_mean_[channel];
       T sum = 0;
       for (int64_t c = lane; c < chunks_.count; c += kWarp)
@@ -226,17 +229,19 @@ template <class X> class MergeEngine {
   }
 
   __device__ void add_moments() const {
-    T sum = 0;
-    if (upper()) {
-      const T row_mean = means()[row()], column_mean = means()[kSide + column()];
+    T sum[kRows] = {};
 #pragma unroll 4  // so many chunks are asked for before the first of them is there
-      for (int64_t c = group(); c < chunks_.count; c += kGroups) {
-        const T* mean = partial_mean_ + c * C_;
-        sum += partial_moment_[(c * C_ + i()) * C_ + j()] +
-               T(chunks_.size(c)) * (mean[i()] - row_mean) * (mean[j()] - column_mean);
-      }
+    for (int64_t c = group(); c < chunks_.count; c += kGroups) {
+      const T *mean = partial_mean_ + c * C_, *moment = partial_moment_ + c * C_ * C_;
+      const T size = T(chunks_.size(c));
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        if (upper(r))
+          sum[r] +=
+              moment[i(r) * C_ + j()] + size * (mean[i(r)] - means()[row(r)]) * (mean[j()] - means()[kSide + column()]);
     }
-    sums(group())[row() * kPitch + column()] = sum;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) sums(group())[row(r) * kPitch + column()] = sum[r];
     __syncthreads();
   }
 
@@ -245,20 +250,23 @@ template <class X> class MergeEngine {
     if (!in_place && first_row_ == first_column_ && threadIdx.x < kSide && first_row_ + threadIdx.x < C_)
       mean_[first_row_ + threadIdx.x] = means()[threadIdx.x];
     if (group() > 0) return;
-    if (upper()) sigma_[i() * C_ + j()] = T(alpha) * total(row(), column());
-    // Element (j', i') below the diagonal, i' along the threads.
-    const int64_t row_below = first_column_ + row(), column_below = first_row_ + column();
-    if (column_below < row_below && row_below < C_)
-      sigma_[row_below * C_ + column_below] = T(alpha) * total(column(), row());
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (upper(r)) sigma_[i(r) * C_ + j()] = T(alpha) * total(row(r), column());
+      // Element (j', i') below the diagonal, i' along the threads.
+      const int64_t row_below = first_column_ + row(r), column_below = first_row_ + column();
+      if (column_below < row_below && row_below < C_)
+        sigma_[row_below * C_ + column_below] = T(alpha) * total(column(), row(r));
+    }
   }
 
  private:
   __device__ static int group() { return threadIdx.x / kElements; }
-  __device__ static int row() { return threadIdx.x % kElements / kSide; }
+  __device__ static int row(int r) { return threadIdx.x % kElements / kSide + r * kStep; }
   __device__ static int column() { return threadIdx.x % kSide; }
-  __device__ int64_t i() const { return first_row_ + row(); }
+  __device__ int64_t i(int r) const { return first_row_ + row(r); }
   __device__ int64_t j() const { return first_column_ + column(); }
-  __device__ bool upper() const { return i() <= j() && j() < C_; }
+  __device__ bool upper(int r) const { return i(r) <= j() && j() < C_; }
 
   /// mu of the tile's rows and columns; what each group has of its elements, and all of them together.
   __device__ static T* means() { return shared_memory<T>(); }

@@ -82,7 +82,7 @@ template <class T, bool kDual, bool kInCluster = false> class GridProductBlock {
   static constexpr int kSharedBytes =
       kStages * (kPanelBytes + int(sizeof(uint64_t))) + kStageTiles * int(sizeof(Source));
   /// As many as have room, in shared memory and in registers, on a multiprocessor of sm_90.
-  static constexpr int kBlocks = sizeof(T) == 8 ? 2 : kDual ? 3 : 5;
+  static constexpr int kBlocks = sizeof(T) == 8 ? 2 : kDual ? 3 : 4;
 
   /// Blocks, or clusters, in each direction.
   static ISQRT_FN int sides(const GridShape& shape) {

@@ -70,8 +70,13 @@ void launch_clusters(const char* name, void (*kernel)(Parameters...), int64_t cl
   if (clusters == 0) return;
   if (clusters > kMaxBlocks / blocks) throw std::runtime_error(std::string(name) + ": too many blocks for a grid");
   const void* code = reinterpret_cast<const void*>(kernel);
-  if (shared_bytes > kSharedBytesByDefault)
-    check(cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
+  if (shared_bytes > kSharedBytesByDefault) {
+    // All that there is, each time: another thread may be about to launch the same kernel with more than this one.
+    int device = 0, most = 0;
+    check(cudaGetDevice(&device), name);
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+    check(cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+  }
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
   if (may_come_early(code, name)) {

@@ -37,11 +37,12 @@ __global__ void __launch_bounds__(kPanelThreads, kBlocks<X>) pool_kernel(const P
   engine.write(task.partial_mean + part * C, task.partial_moment + part * C * C);
 }
 
-template <class X>
-__global__ void __launch_bounds__(MergeEngine<X>::kThreads) merge_kernel(const PoolTask<X> task, int64_t tiles) {
+template <class X, int kGroups>
+__global__ void __launch_bounds__((MergeEngine<X, kGroups>::kThreads))
+    merge_kernel(const PoolTask<X> task, int64_t tiles) {
   wait_for_kernels_before();
   const BlockOfTriangle block(tiles, 1);
-  MergeEngine<X> engine(task, block.sample, block.I, block.J);
+  MergeEngine<X, kGroups> engine(task, block.sample, block.I, block.J);
   merge_covariances(engine, task.chunks);
 }
 
@@ -71,7 +72,7 @@ template <class X> bool positions_in_rows(const FeatureMaps<const X>& x) {
 
 template <class X> void pool(const PoolTask<X>& task, void* stream) {
   const int64_t batch = task.x.batch, C = task.x.channels;
-  const int64_t pool_tiles = tiles_along(C, kPanelVectors), merge_tiles = tiles_along(C, MergeEngine<X>::kTile);
+  const int64_t pool_tiles = tiles_along(C, kPanelVectors);
   const auto run = [&](auto kernel, int64_t shared_bytes) {
     launch("pool", kernel, triangle(pool_tiles) * task.chunks.count * batch, kPanelThreads, shared_bytes, stream, task,
            pool_tiles);
@@ -81,8 +82,17 @@ template <class X> void pool(const PoolTask<X>& task, void* stream) {
     run(pool_kernel<X, true>, PoolEngine<X, true>::shared_bytes(diagonal));
   else
     run(pool_kernel<X, false>, PoolEngine<X, false>::shared_bytes(diagonal));
-  launch("merge", merge_kernel<X>, triangle(merge_tiles) * batch, MergeEngine<X>::kThreads,
-         MergeEngine<X>::kSharedBytes, stream, task, merge_tiles);
+  const auto merge = [&](auto groups) {
+    using Engine = MergeEngine<X, groups>;
+    const int64_t tiles = tiles_along(C, Engine::kTile);
+    launch("merge", merge_kernel<X, groups>, triangle(tiles) * batch, Engine::kThreads, Engine::kSharedBytes, stream,
+           task, tiles);
+  };
+  constexpr int64_t kFewChunks = 4;
+  if (task.chunks.count <= kFewChunks)
+    merge(std::integral_constant<int, 1>());
+  else
+    merge(std::integral_constant<int, 4>());
   launch("rescue", rescue_kernel<X>, batch, RescueEngine<X>::kThreads, RescueEngine<X>::kSharedBytes, stream, task);
 }
 

@@ -42,10 +42,12 @@ template <class T, class Source> __device__ T symmetric(const Source& source, in
 template <class T, class Source>
 __device__ __forceinline__ WarpTile<T> symmetric_tile(const Source& source, const TilePlace& at) {
   WarpTile<T> tile;
-  if (source.output != Output::kMatrix) {
-    tile.for_each([&](T& a, int r, int c) { a = symmetric<T>(source, at.i(r), at.j(c)); });
-    return tile;
-  }
+  constexpr bool kIsGradient = !std::is_pointer_v<decltype(source.data)>;  // Sigma is a matrix always
+  if constexpr (kIsGradient)
+    if (source.output != Output::kMatrix) {
+      tile.for_each([&](T& a, int r, int c) { a = symmetric<T>(source, at.i(r), at.j(c)); });
+      return tile;
+    }
   // All of it is asked for before anything is done with the first of it.
   WarpTile<T> mirrored;
   with_pointer(source.data, [&](const auto* data) {

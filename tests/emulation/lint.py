@@ -33,7 +33,7 @@ WRAPPED = [
 # What stands here serves all kernels: an access in there is told by the line that asks for it.
 SHARED_SOURCE = ("block.cuh", "number.cuh", "launch.cuh", "ptx.cuh", "views.h", "lint_recorder.cpp")
 
-CASES_TEXT = "for one sample, in two chunks or 3 steps"
+CASES_TEXT = "for one sample, in two chunks where nothing else is said, or 3 steps"
 TOTAL_KEYS = ("kernel", "case", "memory", "access")
 LINE_KEYS = (*TOTAL_KEYS, "bytes", "line")
 

@@ -23,15 +23,16 @@ FeatureMaps<X> feature_maps(std::remove_const_t<X>* data, int64_t C, int64_t H, 
   return {data, 1, C, H, W, C * H * W, H * W, W, 1};
 }
 
-/// In two chunks, so that there is something to merge.
-template <class X> void pooling(const std::string& label, int64_t C, int64_t H, int64_t W, Layout layout) {
+/// In chunks, so that there is something to merge.
+template <class X>
+void pooling(const std::string& label, int64_t C, int64_t H, int64_t W, Layout layout, int64_t count = 2) {
   using T = Compute<X>;
   const int64_t M = H * W;
-  const Chunks chunks{M, (M + 1) / 2, 2};
+  const Chunks chunks{M, (M + count - 1) / count, count};
   lint::record(label, [&] {
     X *x = allocate<X>(C * M), *grad_x = allocate<X>(C * M);
     T *mean = allocate<T>(C), *sigma = allocate<T>(C * C);
-    T *partial_mean = allocate<T>(2 * C), *partial_moment = allocate<T>(2 * C * C);
+    T *partial_mean = allocate<T>(count * C), *partial_moment = allocate<T>(count * C * C);
     const auto maps = feature_maps<const X>(x, C, H, W, layout);
     cuda::pool(PoolTask<X>{maps, chunks, partial_mean, partial_moment, mean, sigma, nullptr}, nullptr);
     cuda::pool_backward(
@@ -71,6 +72,7 @@ template <class T> void root(const std::string& label, int64_t C, bool in_full, 
 
 int main() {
   pooling<float>("64 x 8 x 48", 64, 8, 48, Layout::kNCHW);
+  pooling<float>("64 x 8 x 48 in six chunks", 64, 8, 48, Layout::kNCHW, 6);
   pooling<float>("64 x 8 x 48 channels_last", 64, 8, 48, Layout::kChannelsLast);
   pooling<float>("256 x 14 x 14", 256, 14, 14, Layout::kNCHW);
   pooling<BFloat16>("64 x 8 x 48", 64, 8, 48, Layout::kNCHW);
