@@ -74,8 +74,6 @@ def extension(cpp_extension):
         options["extra_compile_args"]["cxx"] += define
         options["extra_compile_args"]["nvcc"] = [
             *common, *define, f'-DISQRT_CUDA_ARCHITECTURES="{architectures}"', "-Xcompiler", "-fvisibility=hidden",
-            # Code for sm_90 runs on no device for which a copy to several blocks would be slow.
-            "-Xptxas", "-suppress-async-bulk-multicast-advisory-warning",
             f"--threads={os.environ.get('MAX_JOBS', '0')}",  # architectures at a time; 0: as many as there are cores
         ]  # fmt: skip
         options["include_dirs"] = [str(Path(cuda_home) / "include")]

@@ -54,7 +54,6 @@ EXPECTATIONS = (
     Expectation(r"\w+_cluster<.*", "tensor", WAITING_SINCE, "the same; there are no clusters before"),
     Expectation(r".*", "wait", WAITING_SINCE, "kernels may still run whose results it reads"),
     Expectation(r"(pool|pool_backward|product)<.*", "LDGSTS", 80, "operands are copied while others are multiplied"),
-    Expectation(r"product_cluster<.*", "bulk", WAITING_SINCE, "the same, to all blocks that need them"),
 )
 # Each of these is a fault, except for the kernels listed here: (kernel, heading) with the reason.
 FORBIDDEN = ("stack", "local", "LDL + STL", "generic", "before wait")
@@ -126,7 +125,7 @@ def instruction_faults(page: Rows, present: Rows) -> list[str]:
         for heading in (f"{opcode} 128-bit" for opcode in sass.MEMORY):
             if wide_share(row, heading) < WIDE_LOST * wide_share(before, heading):
                 faults.append(f"{where}: {heading} {row[heading]}, {before[heading]} on the page: wide accesses lost")
-        for name in ("tensor", "LDSM", "LDGSTS", "bulk"):
+        for name in ("tensor", "LDSM", "LDGSTS"):
             if first_number(before, name) and not first_number(row, name):
                 faults.append(f"{where}: no {name} instruction left, {before[name]} on the page")
     for architecture, kernel in sorted(page.keys() - present.keys()):
@@ -192,8 +191,8 @@ Written by `python benchmarks/kernels.py --write`; CI fails where a build is wor
 Compiled by {{compiler}}. `shared` is static shared memory, from sm_90 on with 1024 bytes of the system's; what a launch
 asks for comes on top. `16 of 139` are instructions of 128 bits among all of that name. `LDL + STL` are spills and other
 local memory, `generic` accesses whose address space nvcc could not tell, `tensor` all instructions of the tensor cores,
-`LDSM` loads of their operands, `LDGSTS` and `bulk` asynchronous copies, `wait` where a kernel waits for those before it
-and `before wait` what it does in global memory earlier. Columns of zeros are left out. Instructions are counted where
+`LDSM` loads of their operands, `LDGSTS` asynchronous copies, `wait` where a kernel waits for those before it and
+`before wait` what it does in global memory earlier. Columns of zeros are left out. Instructions are counted where
 they stand, not how often they run.
 """
 ACCESS_INTRODUCTION = f"""

@@ -23,7 +23,6 @@ COUNTED = {
     "tensor": r"\w*[A-Z]MMA",
     "LDSM": r"LDSM|LDTM|UTCCP",
     "LDGSTS": r"LDGSTS",  # cp.async
-    "bulk": r"UBLKCP|UTMALDG|UTMASTG",  # cp.async.bulk
     "SHFL": r"SHFL",
     "BAR": r"BAR",
     "cluster": r"UCGABAR_ARV|UCGABAR_WAIT",  # barrier.cluster

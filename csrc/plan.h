@@ -20,7 +20,7 @@ struct Plan {
   EngineKind forward, backward;  // of the root and of its gradient
   EngineKind pooling;            // of the covariance and of its gradient; never the library's
   Chunks pool, pool_backward;
-  int forward_blocks = 1, backward_blocks = 1;  // of a cluster of a GPU, which share a sample or its operands
+  int forward_blocks = 1, backward_blocks = 1;  // of a cluster of a GPU, which share a sample
 };
 
 /// The plan for `requested`, or for what suits the problem best where that is kAuto. Throws std::runtime_error naming

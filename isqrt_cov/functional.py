@@ -155,15 +155,14 @@ def plan(
         shape: (B, C, H, W) or (B, C, M).
         dtype: float32, float64, float16 or bfloat16.
         device: where the feature maps lie.
-        engine: ask for one of "library", "portable", "avx2", "avx512", "block" (one for each sample) and "grid" instead
-            of "auto"; none of them in clusters.
+        engine: ask for one of "library", "portable", "avx2", "avx512", "block" (one for each sample, no cluster) and
+            "grid" instead of "auto".
         iterations, coefficients, spectrum_floor: those of :func:`cov_sqrt`. Many steps need more memory on a GPU.
 
     Returns:
         ``pooling``, ``forward`` and ``backward``: the engine of the covariance, of the root and of its gradient;
         ``pool_chunks`` and ``pool_backward_chunks``: independent pieces of one sample's positions;
-        ``forward_blocks`` and ``backward_blocks``: blocks of a cluster of a GPU, which share the root of one sample
-        ("block") or what they read of its matrices ("grid").
+        ``forward_blocks`` and ``backward_blocks``: blocks of a cluster of a GPU, which share the root of one sample.
     """
     if len(shape) not in (3, 4):
         raise ValueError(f"shape: expected (B, C, H, W) or (B, C, M), got {tuple(shape)}")

@@ -77,7 +77,6 @@ def not_a_number(*shape, dtype):
 
 
 NO_SCALE = torch.empty(0)
-GRIDS = {"grid": 0, "clusters": -4}  # as the launchers take them
 
 
 def pool(kernels, x, chunk, scale=NO_SCALE):
@@ -95,21 +94,21 @@ def pool_backward(kernels, grad_sigma, x, mean, chunk, scale=NO_SCALE):
     return grad_x
 
 
-def root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=None, scale=NO_SCALE, dtype=None, blocks=1):
+def root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False, scale=NO_SCALE, dtype=None, blocks=1):
     batch, channels = sigma.shape[:2]
     shape = {"matrix": (channels, channels), "triu": (channels * (channels + 1) // 2,), "mean": (channels,)}[output]
     result = not_a_number(batch, *shape, dtype=dtype or sigma.dtype)
     codes = ROOTS.index(root_name), OUTPUTS.index(output)
-    blocks = GRIDS[grid] if grid else blocks
+    blocks = 0 if grid else blocks
     kernels.root(name_of(result.dtype), array(sigma), iterations, *codes, floor, blocks, array(scale), array(result))
     return result
 
 
-def root_backward(kernels, grad, sigma, iterations, root_name, output, floor=0.0, grid=None, blocks=1):
+def root_backward(kernels, grad, sigma, iterations, root_name, output, floor=0.0, grid=False, blocks=1):
     grad_sigma = torch.full_like(sigma, float("nan"))
     codes = ROOTS.index(root_name), OUTPUTS.index(output)
     arrays = array(grad.contiguous()), array(sigma)
-    blocks = GRIDS[grid] if grid else blocks
+    blocks = 0 if grid else blocks
     kernels.root_backward(name_of(grad.dtype), *arrays, iterations, *codes, floor, blocks, array(grad_sigma))
     return grad_sigma
 
@@ -135,7 +134,7 @@ def check_pooling(kernels, x, chunk, backward_chunk=None):
     assert_close(grad_x, reference.covariance_pool_backward(grad_sigma.double(), exact_x), bound + rounding)
 
 
-def check_root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=None):
+def check_root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False):
     step = reference.minimax_steps(iterations, floor) if floor else reference.PAPER_STEP
     exact = {"square": reference.matrix_sqrt, "inverse": reference.matrix_inv_sqrt}[root_name]
     exact_sigma = sigma.double().requires_grad_()
@@ -206,7 +205,7 @@ def test_a_cluster_computes_the_bits_of_a_block(kernels, channels, blocks, outpu
         assert torch.equal(run(blocks=blocks), run())
 
 
-@pytest.mark.parametrize("engine", ({"blocks": 1}, {"blocks": 2}, {"grid": "grid"}), ids=("block", "cluster", "grid"))
+@pytest.mark.parametrize("engine", ({"blocks": 1}, {"blocks": 2}, {"grid": True}), ids=("block", "cluster", "grid"))
 def test_numbers_of_any_size_in_float32(kernels, engine):
     """They are kept as pairs of float16, whose range is that of a tile's scale."""
     channels = 40
@@ -230,21 +229,8 @@ def test_newton_schulz_on_the_grid(kernels, channels, dtype):
     sigma = covariances(2 if channels < 80 else 1, channels, dtype)
     # What few steps leave out is left out by the host, whatever the size.
     for number, iterations in enumerate((1, 2, 3) if channels < 80 else (3,)):
-        check_root(kernels, sigma, iterations, "square", OUTPUTS[(number + channels) % 3], grid="grid")
-    check_root(kernels, sigma, 2, "inverse", OUTPUTS[channels % 3], grid="grid")
-
-
-# Blocks of the cluster without a tile, with some, with all; and with steps in full.
-@pytest.mark.parametrize("channels", (20, 70, 130))
-def test_clusters_compute_the_bits_of_the_grid(kernels, channels):
-    sigma = covariances(2 if channels < 100 else 1, channels, torch.float32)
-    cases = ((3, "square", 0), (2, "inverse", 0), (5, "square", 1e-4))
-    for iterations, name, floor in cases if channels < 100 else cases[:1]:
-        expected, result = (root(kernels, sigma, iterations, name, "matrix", floor, grid=g) for g in GRIDS)
-        assert torch.equal(result, expected)
-        upstream = torch.randn_like(result)
-        run = partial(root_backward, kernels, upstream, sigma, iterations, name, "matrix", floor)
-        assert torch.equal(run(grid="clusters"), run(grid="grid"))
+        check_root(kernels, sigma, iterations, "square", OUTPUTS[(number + channels) % 3], grid=True)
+    check_root(kernels, sigma, 2, "inverse", OUTPUTS[channels % 3], grid=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -266,7 +252,7 @@ def test_newton_schulz_with_tuned_steps(kernels, root_name, dtype):
 
 # For this floor the fourth step computes T = Z Y in full, and so does the fifth.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("grid", (None, "grid"), ids=("block", "grid"))
+@pytest.mark.parametrize("grid", (False, True), ids=("block", "grid"))
 @pytest.mark.parametrize(("channels", "output"), ((20, "mean"), (40, "triu"), (65, "matrix"), (112, "matrix")))
 def test_newton_schulz_in_full(kernels, channels, output, grid, dtype):
     sigma = covariances(1, channels, dtype)
@@ -302,7 +288,7 @@ def test_pooling_reads_and_writes_every_half(kernels, dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("grid", (None, "grid"), ids=("block", "grid"))
+@pytest.mark.parametrize("grid", (False, True), ids=("block", "grid"))
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_newton_schulz_of_half_results(kernels, output, grid, dtype):
     sigma, scale = covariances(2, 20, torch.float32), torch.tensor((1.0, 0.25))
@@ -349,7 +335,7 @@ def test_pooling_beyond_the_range_of_squares(kernels, dtype, factors, layout):
     grad_x = pool_backward(kernels, grad_sigma, x, mean, 40, scale)
     exact = reference.covariance_pool_backward(grad_sigma.double(), scaled).unflatten(2, (7, 11))
     rounding = torch.finfo(dtype).eps / 2 if dtype != compute else 0
-    roots = [root(kernels, sigma, 5, "square", "matrix", grid=grid, scale=scale) for grid in (None, "grid")]
+    roots = [root(kernels, sigma, 5, "square", "matrix", grid=grid, scale=scale) for grid in (False, True)]
     for b in range(3):
         assert_close(grad_x[b], exact[b], 2 * bound + rounding)
         for y in roots:
@@ -400,10 +386,9 @@ def test_same_bits_in_any_order_of_threads(kernels, dtype):
             y = root(kernels, small, 3, "square", output)
             runs[-1] += [y, root_backward(kernels, y, small, 3, "square", output)]
         if dtype == torch.float32:
-            y = root(kernels, small, 3, "square", "matrix", blocks=3)
-            runs[-1] += [y, root_backward(kernels, y, small, 3, "square", "matrix", blocks=3)]
-            y = root(kernels, small, 3, "square", "matrix", grid="clusters")
-            runs[-1] += [y, root_backward(kernels, y, small, 3, "square", "matrix", grid="clusters")]
+            for engine in ({"blocks": 3}, {"grid": True}):
+                y = root(kernels, small, 3, "square", "matrix", **engine)
+                runs[-1] += [y, root_backward(kernels, y, small, 3, "square", "matrix", **engine)]
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
@@ -430,7 +415,7 @@ def test_what_plan_chooses(kernels, batch, channels, positions, dtype):
     assert (backward == "block") == (channels <= (128 if size == 4 else 80))
     if dtype == compute:
         sigma = covariances(min(batch, 2), channels, dtype)
-        check_root(kernels, sigma, 2, "square", "matrix", grid=forward if forward == "grid" else None)
+        check_root(kernels, sigma, 2, "square", "matrix", grid=forward == "grid")
 
 
 @pytest.mark.parametrize("shared_bytes", (99 * 1024, 163 * 1024, HOPPER_SHARED_BYTES))
@@ -459,7 +444,7 @@ def test_plan_shares_samples_between_idle_multiprocessors(kernels):
     assert blocks(16, 64, 2304, 4, 12) == (1, 1)  # steps in full
     assert blocks(99, 129, 2304, 4) == blocks(99, 129, 2304, 8) == (1, 1)  # the grid's
     kernels.set_device(163 * 1024, 8)  # no clusters
-    assert blocks(16, 64, 2304, 4) == blocks(16, 256, 2304, 4) == (1, 1)
+    assert blocks(16, 64, 2304, 4) == (1, 1)
 
 
 def test_failing_launches_name_the_kernel(kernels):

@@ -57,7 +57,7 @@ def test_every_wrapper_is_checked():
     emulated = re.sub(r"^#if defined\(__CUDACC__\).*?^#", "", source, flags=re.MULTILINE | re.DOTALL)
     wrappers = re.findall(r"__device__\s[^(;{]*\b(\w+)\(", emulated)
     checked = [re.split("[;:]", line)[0] for line in run("conformance", "plain")[1].splitlines()]
-    assert len(wrappers) > 20
+    assert len(wrappers) > 15
     assert set(wrappers) == {name.split("<")[0] for line in checked for name in line.split(", ")}
 
 
@@ -67,7 +67,6 @@ def test_wrappers_compile_for_a_device(architecture, tmp_path):
     if nvcc is None:
         pytest.skip("no nvcc")
     command = [nvcc, "-std=c++20", f"-arch=sm_{architecture}", f"-I{ROOT / 'csrc'}", "--Werror=all-warnings"]
-    command += ["-Xptxas", "-suppress-async-bulk-multicast-advisory-warning"]  # as setup.py does
     subprocess.run([*command, "-c", EMULATION / "conformance.cu", "-o", tmp_path / "conformance.o"], check=True)
 
 
@@ -102,14 +101,8 @@ FAULTS = (
     ("copy_too_early", "thread", None),
     ("copy_bounds", "address", None),
     ("copy_misaligned", "plain", None),
-    ("bulk_without_wait", "shadow", None),
-    ("bulk_without_wait", "plain", "not finite"),
-    ("bulk_too_early", "thread", None),
-    ("bulk_wrong_size", "plain", None),
-    ("barrier_used_too_early", "thread", None),
     # Clusters
     ("block_for_cluster", "thread", None),
-    ("bulk_to_other_too_early", "thread", None),
     ("other_block_too_early", "thread", None),
     ("other_block_too_late", "thread", None),
     ("other_block_too_late", "address", None),

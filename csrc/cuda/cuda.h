@@ -13,9 +13,7 @@ template <class X> void pool_backward(const PoolBackwardTask<X>& task, void* str
 template <class X> void root(const RootTask<X>& task, void* stream);
 template <class X> void root_backward(const RootBackwardTask<X>& task, void* stream);
 
-/// The same of matrices in global memory, with the workspace of the task: so many elements. With task.blocks > 1 in
-/// clusters of kGridCluster blocks, which float32 has: they share operands.
-constexpr int kGridCluster = 4;
+/// The same of matrices in global memory, with the workspace of the task: so many elements.
 template <class X> void grid_root(const RootTask<X>& task, void* stream);
 template <class X> void grid_root_backward(const RootBackwardTask<X>& task, void* stream);
 int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_size, bool backward, bool in_full);

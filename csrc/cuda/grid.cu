@@ -10,8 +10,6 @@
 namespace isqrt::cuda {
 namespace {
 
-static_assert(GridProductBlock<float, true, true>::kBlocksOfCluster == kGridCluster);
-
 /// Those of the algorithm, and the results of a launch whose operands are still needed.
 int matrices(bool backward, bool in_full) { return ((in_full ? 4 : 3) + 2) * (backward ? 2 : 1); }
 
@@ -35,7 +33,7 @@ void for_each_slice(const Task& task, int64_t channels, int matrices, const F& f
 template <class T> void launch_root(const RootTask<T, Elements<T>>& task, void* stream) {
   const int count = matrices(false, task.steps.any_in_full());
   for_each_slice<T>(task, task.sigma.channels, count, [&](const GridShape& shape, int64_t first) {
-    GridEngine<T> e(shape, task.blocks > 1, count, task.workspace, stream);
+    GridEngine<T> e(shape, count, task.workspace, stream);
     const auto scale = e.number(task.scale ? task.scale + first : nullptr);
     const auto root = matrix_root(e, task.sigma.sample(first), task.steps, task.root);
     const auto result = task.result.sample(first);
@@ -46,7 +44,7 @@ template <class T> void launch_root(const RootTask<T, Elements<T>>& task, void* 
 template <class T> void launch_root_backward(const RootBackwardTask<T, Elements<const T>>& task, void* stream) {
   const int count = matrices(true, task.steps.any_in_full());
   for_each_slice<T>(task, task.sigma.channels, count, [&](const GridShape& shape, int64_t first) {
-    GridEngine<T> e(shape, task.blocks > 1, count, task.workspace, stream);
+    GridEngine<T> e(shape, count, task.workspace, stream);
     e.write(matrix_root_backward(e, task.sigma.sample(first), task.grad.sample(first), task.steps, task.root),
             task.grad_sigma.sample(first), e.number(nullptr));
   });

@@ -246,9 +246,7 @@ template <class T> class GridEngine {
     return shape.bytes<T>() / int64_t(sizeof(T)) * matrices + shape.batch * kMostScalars;
   }
 
-  /// With clusters where `in_clusters`.
-  GridEngine(const GridShape& shape, bool in_clusters, int matrices, T* workspace, void* stream)
-      : shape_(shape), in_clusters_(in_clusters), stream_(stream) {
+  GridEngine(const GridShape& shape, int matrices, T* workspace, void* stream) : shape_(shape), stream_(stream) {
     char* next = reinterpret_cast<char*>(workspace);
     for (int m = 0; m < matrices; ++m, next += shape.bytes<T>()) free_.push_back(next);
     scalars_ = reinterpret_cast<T*>(next);
@@ -430,14 +428,10 @@ template <class T> class GridEngine {
     sums_.count = 0;
   }
   template <bool kDual> void launch_products() {
-    if constexpr (std::is_same_v<T, float>)
-      if (in_clusters_) return launch_products<GridProductBlock<float, kDual, true>>(product_cluster_kernel<kDual>);
-    launch_products<GridProductBlock<T, kDual>>(product_kernel<T, kDual>);
-  }
-  template <class Block> void launch_products(void (*kernel)(GridProducts, GridShape)) {
+    using Block = GridProductBlock<T, kDual>;
     const int64_t sides = Block::sides(shape_), places = sides * (sides + 1) / 2;
-    launch_clusters("product", kernel, places * waiting_.count * shape_.batch, Block::kBlocksOfCluster, kProductThreads,
-                    Block::kSharedBytes, stream_, waiting_, shape_);
+    launch("product", product_kernel<T, kDual>, places * waiting_.count * shape_.batch, kProductThreads,
+           Block::kSharedBytes, stream_, waiting_, shape_);
   }
 
   /// Blocks with a warp for each of so many items of a sample.
@@ -454,7 +448,6 @@ template <class T> class GridEngine {
   }
 
   GridShape shape_;
-  bool in_clusters_;
   void* stream_;
   T* scalars_;
   std::vector<char*> free_, retired_;

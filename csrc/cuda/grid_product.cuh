@@ -1,8 +1,7 @@
 // Products of a batch of matrices in global memory, on the whole device.
 //
 // Matrices are tiles, as in a block's shared memory. A block computes 4 x 4 of the upper triangle of a result, from
-// panels of tiles that it copies as they are. A cluster is a square of four blocks: what two of them need is read from
-// the second-level cache once.
+// panels of tiles that it copies as they are.
 #pragma once
 #include "launch.cuh"
 #include "number.cuh"
@@ -60,15 +59,14 @@ struct GridProducts {
 constexpr int kProductThreads = 128;
 
 /// 4 x 4 tiles of one product of one sample, 2 x 2 in each of four warps.
-template <class T, bool kDual, bool kInCluster = false> class GridProductBlock {
+template <class T, bool kDual> class GridProductBlock {
   using Tiles = cuda::Tiles<T>;
   using Terms = typename Tiles::Terms;
   using Sum = typename Tiles::Sum;
   static constexpr int kWarps = kProductThreads / kWarp;
-  static constexpr int kNumbers = kDual ? 2 : 1;           // of an operand, and of the result
-  static constexpr int kSide = 4, kWarpSide = 2;           // tiles
-  static constexpr int kClusterSide = kInCluster ? 2 : 1;  // blocks
-  static constexpr int kDepth = sizeof(T) == 8 ? 1 : 2;    // of a panel: tiles of terms
+  static constexpr int kNumbers = kDual ? 2 : 1;         // of an operand, and of the result
+  static constexpr int kSide = 4, kWarpSide = 2;         // tiles
+  static constexpr int kDepth = sizeof(T) == 8 ? 1 : 2;  // of a panel: tiles of terms
   static constexpr int kStageTiles = 2 * kNumbers * kSide * kDepth, kStages = 2;
 
   /// Of what is copied to a slot of the panels: the vectors' tile row v, and where tiles (0, v) and (v, 0) are.
@@ -78,24 +76,20 @@ template <class T, bool kDual, bool kInCluster = false> class GridProductBlock {
   };
 
  public:
-  static constexpr int kPanelBytes = kStageTiles * Tiles::kBytes, kBlocksOfCluster = kClusterSide * kClusterSide;
-  static constexpr int kSharedBytes =
-      kStages * (kPanelBytes + int(sizeof(uint64_t))) + kStageTiles * int(sizeof(Source));
+  static constexpr int kPanelBytes = kStageTiles * Tiles::kBytes;
+  static constexpr int kSharedBytes = kStages * kPanelBytes + kStageTiles * int(sizeof(Source));
   /// As many as have room, in shared memory and in registers, on a multiprocessor of sm_90.
   static constexpr int kBlocks = sizeof(T) == 8 ? 2 : kDual ? 3 : 4;
 
-  /// Blocks, or clusters, in each direction.
-  static ISQRT_FN int sides(const GridShape& shape) {
-    constexpr int kTiles = kSide * kClusterSide;
-    return (shape.rows() + kTiles - 1) / kTiles;
-  }
+  /// Blocks in each direction.
+  static ISQRT_FN int sides(const GridShape& shape) { return (shape.rows() + kSide - 1) / kSide; }
 
   __device__ GridProductBlock(const GridProducts& products, const GridShape& shape)
       : products_(products), shape_(shape) {
-    const int rank = kInCluster ? int(cluster_rank()) : 0, warp = threadIdx.x / kWarp;
+    const int warp = threadIdx.x / kWarp;
     const Share own = share();
-    row_ = kSide * (kClusterSide * own.place.I + rank / kClusterSide) + warp / 2 * kWarpSide;
-    column_ = kSide * (kClusterSide * own.place.J + rank % kClusterSide) + warp % 2 * kWarpSide;
+    row_ = kSide * own.place.I + warp / 2 * kWarpSide;
+    column_ = kSide * own.place.J + warp % 2 * kWarpSide;
   }
 
   __device__ void run() {
@@ -106,7 +100,7 @@ template <class T, bool kDual, bool kInCluster = false> class GridProductBlock {
 #pragma unroll 1
     for (int K = 0; K < shape_.rows(); ++K) {
       if (K % kDepth == 0) {
-        wait_for_panels(K);
+        wait_for_panels();
         if (K + kDepth < shape_.rows()) start_loading(K + kDepth);
       }
       if (!idle) multiply(sum, K);
@@ -116,8 +110,8 @@ template <class T, bool kDual, bool kInCluster = false> class GridProductBlock {
   }
 
  private:
-  /// What is this block's, or its cluster's, to compute; `place` counts in blocks, or clusters. As all that is opaque
-  /// here found out anew where it is wanted: products need the registers.
+  /// What is this block's to compute; `place` counts in blocks. As all that is opaque here found out anew where it is
+  /// wanted: products need the registers.
   struct Share {
     const GridProduct& product;
     int sample;
@@ -125,9 +119,9 @@ template <class T, bool kDual, bool kInCluster = false> class GridProductBlock {
   };
   __device__ Share share() const {
     const int sides = opaque(GridProductBlock::sides(shape_)), places = sides * (sides + 1) / 2;
-    const int unit = int(opaque(blockIdx.x)) / kBlocksOfCluster, product = unit / places;
+    const int block = int(opaque(blockIdx.x)), product = block / places;
     return {products_.product[product % products_.count], product / products_.count,
-            TilePlace::after(unit % places, sides)};
+            TilePlace::after(block % places, sides)};
   }
 
   /// Where term tile K of a vector is, counted in the block's tiles: panels have first the left operand, of each its
@@ -139,13 +133,9 @@ template <class T, bool kDual, bool kInCluster = false> class GridProductBlock {
   static __device__ int stage(int K) { return K / kDepth % kStages; }
   static __device__ char* panels(int K) { return shared_memory<char>() + stage(K) * kPanelBytes; }
 
-  /// After the panels there are barriers, at which in a cluster the panels of each stage arrive, and the sources, which
-  /// would take registers that products need.
-  static __device__ uint64_t* arrived(int K) {
-    return reinterpret_cast<uint64_t*>(shared_memory<char>() + kStages * kPanelBytes) + stage(K);
-  }
+  /// After the panels there are the sources, which would take registers that products need.
   static __device__ Source& source(int slot) {
-    return reinterpret_cast<Source*>(shared_memory<char>() + kStages * (kPanelBytes + int(sizeof(uint64_t))))[slot];
+    return reinterpret_cast<Source*>(shared_memory<char>() + kStages * kPanelBytes)[slot];
   }
   __device__ void prepare() const {
     if (threadIdx.x < kStageTiles) {
@@ -158,15 +148,7 @@ template <class T, bool kDual, bool kInCluster = false> class GridProductBlock {
       source(t) = {shape_.tile<T>(operand.upper, own.sample, {0, v}).begin,
                    shape_.tile<T>(operand.transpose, own.sample, {v, 0}).begin, v};
     }
-    if constexpr (kInCluster) {
-      if (threadIdx.x == 0) {
-        for (int stage = 0; stage < kStages; ++stage) mbarrier_init(arrived(stage * kDepth), 1);
-        fence_mbarrier_init();
-      }
-      cluster_sync();
-    } else {
-      __syncthreads();
-    }
+    __syncthreads();
   }
 
   /// What is copied to slot t of the panels that begin at term tile K; beyond the last tile, which one does not matter.
@@ -176,46 +158,28 @@ template <class T, bool kDual, bool kInCluster = false> class GridProductBlock {
     return k <= from.vector ? from.above + k * Tiles::kBytes : from.below + int64_t(k) * (k + 1) / 2 * Tiles::kBytes;
   }
 
-  /// Each lane finds out where a tile is, each warp copies whole ones. In a cluster each lane of one warp copies one,
-  /// to the two blocks that need it: every other one of those that both need is this block's to copy.
+  /// Each lane finds out where a tile is, each warp copies whole ones.
   __device__ void start_loading(int K) const {
     static_assert(kStageTiles <= kWarp);
     const int lane = opaque(threadIdx.x) % kWarp;
-    if constexpr (kInCluster) {
-      if (threadIdx.x >= kWarp) return;
-      if (lane == 0) mbarrier_expect(arrived(K), kPanelBytes);
-      __syncwarp();
-      const bool right = lane >= kStageTiles / 2;
-      const unsigned rank = cluster_rank(), i = rank / kClusterSide, j = rank % kClusterSide;
-      if (lane < kStageTiles && lane % kClusterSide == int(right ? i : j))
-        copy_bulk_to(right ? 0b0101u << j : 0b0011u << kClusterSide * i, panels(K) + lane * Tiles::kBytes,
-                     tile_for(lane, K), Tiles::kBytes, arrived(K));
-    } else {
-      const long long begin = reinterpret_cast<long long>(tile_for(lane % kStageTiles, K));
+    const long long begin = reinterpret_cast<long long>(tile_for(lane % kStageTiles, K));
 #pragma unroll
-      for (int own = 0; own < kStageTiles / kWarps; ++own) {
-        const int t = kWarps * own + threadIdx.x / kWarp;
-        const char* from = reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, begin, t));
+    for (int own = 0; own < kStageTiles / kWarps; ++own) {
+      const int t = kWarps * own + threadIdx.x / kWarp;
+      const char* from = reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, begin, t));
 #pragma unroll
-        for (int at = 0; at < Tiles::kBytes; at += kWarp * kPacketBytes) {
-          const int byte = at + lane * kPacketBytes;
-          if (byte < Tiles::kBytes) copy_async<kPacketBytes>(panels(K) + t * Tiles::kBytes + byte, from + byte);
-        }
+      for (int at = 0; at < Tiles::kBytes; at += kWarp * kPacketBytes) {
+        const int byte = at + lane * kPacketBytes;
+        if (byte < Tiles::kBytes) copy_async<kPacketBytes>(panels(K) + t * Tiles::kBytes + byte, from + byte);
       }
-      copy_async_commit();
     }
+    copy_async_commit();
   }
 
-  /// Those from term tile K on are there, and nobody to whom this block copies reads the ones before them any more.
-  __device__ void wait_for_panels(int K) const {
-    if constexpr (kInCluster) {
-      if (K > 0) cluster_arrive();
-      mbarrier_wait(arrived(K), unsigned(K / kDepth / kStages) % 2);
-      if (K > 0) cluster_wait();
-    } else {
-      copy_async_wait<0>();
-      __syncthreads();
-    }
+  /// Those that were asked for last are there, and nobody reads the ones before them any more.
+  static __device__ void wait_for_panels() {
+    copy_async_wait<0>();
+    __syncthreads();
   }
 
   /// On the other side of the diagonal it is the transpose that was copied.
@@ -307,14 +271,6 @@ __global__ void __launch_bounds__(kProductThreads, (GridProductBlock<T, kDual>::
     product_kernel(const GridProducts products, const GridShape shape) {
   wait_for_kernels_before();
   GridProductBlock<T, kDual>(products, shape).run();
-}
-
-template <bool kDual>
-__global__ void __launch_bounds__(kProductThreads, (GridProductBlock<float, kDual>::kBlocks))
-    product_cluster_kernel(const GridProducts products, const GridShape shape) {
-  wait_for_kernels_before();
-  if constexpr (kHasClusters)  // else limits() says so
-    GridProductBlock<float, kDual, true>(products, shape).run();
 }
 
 }  // namespace isqrt::cuda

@@ -146,64 +146,6 @@ template <int kPending> __device__ __forceinline__ void copy_async_wait() {
   ISQRT_PTX(asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"), emulation::copy_async_wait(kPending));
 }
 
-// ---- bulk copies, from sm_90 on -------------------------------------------------------------------------------------
-
-/// mbarrier.init: a phase takes `count` arrivals. One thread; the others may use it after fence_mbarrier_init() in that
-/// thread and a barrier of the block (of the cluster, where its other blocks use it).
-__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, unsigned count,
-                                              [[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX_SM90(
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory"),
-      __trap(), emulation::mbarrier_init(barrier, count, caller));
-}
-
-/// fence.mbarrier_init: bulk copies and other blocks of the cluster see the initialised barrier.
-__device__ __forceinline__ void fence_mbarrier_init() {
-  ISQRT_PTX_SM90(asm volatile("fence.mbarrier_init.release.cluster;" :: : "memory"), __trap(), (void)0);
-}
-
-/// mbarrier.arrive.expect_tx: one arrival; the phase also takes that many bytes of bulk copies.
-__device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, unsigned bytes,
-                                                [[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX_SM90(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-                              "r"(bytes) : "memory"),
-                 __trap(), emulation::mbarrier_arrive(barrier, int(bytes), caller));
-}
-
-/// mbarrier.try_wait.parity, again and again: the phase of that parity, 0 for the first one, is complete.
-__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, unsigned parity,
-                                              [[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX_SM90(
-      uint32_t complete; do {
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(complete)
-                     : "r"(shared_address(barrier)), "r"(parity)
-                     : "memory");
-      } while (!complete),
-                         __trap(), emulation::mbarrier_wait(barrier, parity, caller));
-}
-
-/// cp.async.bulk, global to shared memory, complete at the barrier. One thread; addresses and size are multiples of 16.
-__device__ __forceinline__ void copy_bulk(void* to_shared, const void* from_global, unsigned bytes, uint64_t* barrier,
-                                          [[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX_SM90(
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                       shared_address(to_shared)),
-                   "l"(from_global), "r"(bytes), "r"(shared_address(barrier)) : "memory"),
-      __trap(), emulation::copy_bulk(to_shared, from_global, bytes, barrier, caller));
-}
-
-/// The same with .multicast::cluster: to the same place in each block of the cluster of which `blocks` has the bit, and
-/// complete at its barrier in the same place.
-__device__ __forceinline__ void copy_bulk_to(unsigned blocks, void* to_shared, const void* from_global, unsigned bytes,
-                                             uint64_t* barrier, [[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX_SM90(
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], "
-                   "%2, [%3], %4;" ::"r"(shared_address(to_shared)),
-                   "l"(from_global), "r"(bytes), "r"(shared_address(barrier)), "h"(uint16_t(blocks)) : "memory"),
-      __trap(), emulation::copy_bulk_to(blocks, to_shared, from_global, bytes, barrier, caller));
-}
-
 // ---- clusters: before sm_90 each block is one of its own ------------------------------------------------------------
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900

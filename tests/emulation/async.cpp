@@ -1,6 +1,5 @@
 // Copies that happen later. The hardware may do them at any time from the instruction to the wait: the sanitizers see
 // the access at both ends, and in between the destination is full of NaN.
-#include <algorithm>
 #include <cstring>
 
 #include "runtime.h"
@@ -26,8 +25,6 @@ void finish_copy(const AsyncCopy& copy) {
 }
 
 }  // namespace
-
-// ---- cp.async -------------------------------------------------------------------------------------------------------
 
 void copy_async(void* to, const void* from, unsigned bytes, int source_bytes, const Caller& caller) {
   const CalledFrom here(__builtin_return_address(0));
@@ -59,139 +56,6 @@ void copy_async_wait(unsigned pending) {
   copies.erase(copies.begin(), copies.begin() + done);
   ends.erase(ends.begin(), ends.begin() + groups);
   for (size_t& end : ends) end -= done;
-}
-
-// ---- mbarrier -------------------------------------------------------------------------------------------------------
-
-namespace {
-
-constexpr int kMostBytes = (1 << 20) - 1;
-
-struct Mbarrier {
-  uint32_t phase : 1, count : 15, pending : 16;
-  int32_t bytes;
-};
-static_assert(sizeof(Mbarrier) == sizeof(uint64_t));
-
-/// What mbarrier_init wrote is read, for the sanitizers; all later changes are atomic.
-Site checked(const char* what, uint64_t* barrier, const Caller& caller) {
-  const Site site{what, caller.file, caller.line};
-  require_aligned(barrier, sizeof *barrier, site);
-  require_shared(barrier, sizeof *barrier, site);
-  note_read(barrier, sizeof *barrier, site);
-  return site;
-}
-
-template <class Change> void change(uint64_t* barrier, const Change& f) {
-  Mbarrier state;
-  __builtin_memcpy(&state, barrier, sizeof state);
-  f(state);
-  if (state.pending == 0 && state.bytes == 0) {
-    state.phase ^= 1;
-    state.pending = state.count;
-  }
-  __builtin_memcpy(barrier, &state, sizeof state);
-}
-
-[[noreturn]] void never_completes(uint64_t* barrier, const Site& site) {
-  Mbarrier state;
-  __builtin_memcpy(&state, barrier, sizeof state);
-  const std::string bytes = state.bytes >= 0 ? std::to_string(state.bytes) + " bytes are missing"
-                                             : std::to_string(-state.bytes) + " bytes too many came";
-  fail("waits for ever: " + std::to_string(state.pending) + " arrivals and " + bytes, site);
-}
-
-}  // namespace
-
-void mbarrier_init(uint64_t* barrier, unsigned count, const Caller& caller) {
-  const CalledFrom here(__builtin_return_address(0));
-  const Site site{"mbarrier_init", caller.file, caller.line};
-  require_aligned(barrier, sizeof *barrier, site);
-  require_shared(barrier, sizeof *barrier, site);
-  note_write(barrier, sizeof *barrier, site);
-  const Mbarrier state{0, count, count, 0};
-  __builtin_memcpy(barrier, &state, sizeof state);
-}
-
-void mbarrier_arrive(uint64_t* barrier, int expected_bytes, const Caller& caller) {
-  const CalledFrom here(__builtin_return_address(0));
-  const Site site = checked("mbarrier_arrive", barrier, caller);
-  if (expected_bytes < 0 || expected_bytes > kMostBytes)
-    fail("expects more bytes than the " + std::to_string(kMostBytes) + " of a phase", site);
-  release_memory(barrier);
-  bool too_many = false;
-  change(barrier, [&](Mbarrier& state) {
-    too_many = state.pending == 0;
-    state.bytes += expected_bytes;
-    --state.pending;
-  });
-  if (too_many) fail("arrives more often than the mbarrier's count", site);
-  launch.fruitless = 0;
-}
-
-void copy_bulk(void* to, const void* from, unsigned bytes, uint64_t* barrier, const Caller& caller) {
-  copy_bulk_to(1u << block_rank(), to, from, bytes, barrier, caller);
-}
-
-void copy_bulk_to(unsigned blocks, void* to, const void* from, unsigned bytes, uint64_t* barrier,
-                  const Caller& caller) {
-  const CalledFrom here(__builtin_return_address(0));
-  const Site site = checked("copy_bulk", barrier, caller);
-  require_aligned(to, 16, site);
-  require_aligned(from, 16, site);
-  require_shared(to, bytes, site);
-  if (bytes % 16 != 0 || bytes > kMostBytes) fail("copies " + std::to_string(bytes) + " bytes", site);
-  if (blocks == 0 || blocks >> blocks_in_cluster() != 0) fail("copies to blocks that are not in the cluster", site);
-  for (unsigned rank = 0; rank < blocks_in_cluster(); ++rank) {
-    if (!(blocks >> rank & 1)) continue;
-    auto* const there = static_cast<uint64_t*>(shared_of_block(barrier, rank, caller));
-    note_read(there, sizeof *there, site);  // what mbarrier_init wrote
-    const AsyncCopy copy{static_cast<char*>(shared_of_block(to, rank, caller)), from, bytes, bytes, site};
-    begin_copy(copy);
-    release_memory(there);
-    const Quiet quiet;
-    launch.cluster->blocks[rank].bulk_copies.push_back({copy, there});
-  }
-}
-
-void mbarrier_wait(uint64_t* barrier, unsigned parity, const Caller& caller) {
-  const CalledFrom here(__builtin_return_address(0));
-  constexpr unsigned kMostPolls = 1 << 18;
-  const Site site = checked("mbarrier_wait", barrier, caller);
-  if (parity > 1) fail("waits for a parity that is neither 0 nor 1", site);
-  Thread* me = launch.running;
-  me->waits_at = &site;
-  for (;;) {
-    bool waiting = false;
-    BulkCopy next{};
-    {
-      const Quiet quiet;
-      change(barrier, [&](Mbarrier& state) { waiting = state.phase == parity; });
-      if (!waiting) break;
-      auto& copies = me->block->bulk_copies;
-      const auto mine = std::find_if(copies.begin(), copies.end(), [&](auto& c) { return c.barrier == barrier; });
-      if (mine != copies.end()) {
-        next = *mine;
-        copies.erase(mine);
-      }
-    }
-    if (next.barrier != nullptr) {
-      acquire_memory(barrier);
-      finish_copy(next.copy);
-      release_memory(barrier);
-      change(barrier, [&](Mbarrier& state) { state.bytes -= int(next.copy.bytes); });
-      launch.fruitless = 0;
-    } else {
-      if (++launch.fruitless > kMostPolls) never_completes(barrier, site);
-      {
-        const Quiet quiet;
-        launch.ready.push_back(me);
-      }
-      leave();
-    }
-  }
-  me->waits_at = nullptr;
-  acquire_memory(barrier);
 }
 
 }  // namespace emulation

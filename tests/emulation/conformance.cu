@@ -93,51 +93,6 @@ template <int kBytes> __global__ void copy_async_kernel(const unsigned char* x, 
   for (int e = 0; e < kBytes; ++e) y[kThreads * kBytes + other + e] = second[other + e];
 }
 
-/// Three phases of two copies each, and one arrival of another warp.
-__global__ void bulk_kernel(const float* x, float* y) {
-  float* s = shared_memory<float>();
-  uint64_t* barrier = reinterpret_cast<uint64_t*>(s + 2 * kThreads);
-  if (threadIdx.x == 0) {
-    mbarrier_init(barrier, 2);
-    fence_mbarrier_init();
-  }
-  __syncthreads();
-  for (unsigned phase = 0; phase < 3; ++phase) {
-    if (threadIdx.x % 64 == 0) {
-      const int half = threadIdx.x / 64 * kThreads;
-      mbarrier_expect(barrier, kThreads * sizeof(float));
-      copy_bulk(s + half, x + phase * 2 * kThreads + half, kThreads * sizeof(float), barrier);
-    }
-    mbarrier_wait(barrier, phase % 2);
-    for (int i = 0; i < 2; ++i) y[(2 * phase + i) * kThreads + threadIdx.x] = s[(i + 1) * kThreads - 1 - threadIdx.x];
-    __syncthreads();
-  }
-}
-
-/// Two phases, in each of which every block copies a part of its own to itself and to the next one.
-__global__ void bulk_to_kernel(const float* x, float* y) {
-  float* s = shared_memory<float>();
-  uint64_t* barrier = reinterpret_cast<uint64_t*>(s + 2 * kThreads);
-  const unsigned rank = cluster_rank(), size = cluster_size(), next = (rank + 1) % size, parity = rank % 2;
-  const float* own = x + blockIdx.x * 2 * kThreads;
-  if (threadIdx.x == 0) {
-    mbarrier_init(barrier, 1);
-    fence_mbarrier_init();
-  }
-  cluster_sync();
-  for (unsigned phase = 0; phase < 2; ++phase) {
-    if (threadIdx.x == 0) {
-      mbarrier_expect(barrier, 2 * kThreads * sizeof(float));
-      copy_bulk_to(1u << rank | 1u << next, s + parity * kThreads, own + phase * kThreads, kThreads * sizeof(float),
-                   barrier);
-    }
-    mbarrier_wait(barrier, phase);
-    for (unsigned part = 0; part < 2; ++part)
-      y[((2 * blockIdx.x + phase) * 2 + part) * kThreads + threadIdx.x] = s[(part + 1) * kThreads - 1 - threadIdx.x];
-    cluster_sync();  // nobody reads what the next phase overwrites
-  }
-}
-
 /// Each block writes to the next one and reads from the one before, around the cluster.
 __global__ void cluster_kernel(const int* x, int* y) {
   int *own = shared_memory<int>(), *mailbox = own + kThreads;
@@ -333,29 +288,6 @@ template <int kBytes> bool check_copy_async() {
   return true;
 }
 
-bool check_bulk() {
-  const std::vector<float> x = counting<float>(6 * kThreads), y = run(bulk_kernel, x, x.size(), kThreads);
-  for (int i = 0; i < 6; ++i)
-    for (int t = 0; t < kThreads; ++t)
-      if (y[i * kThreads + t] != x[(i + 1) * kThreads - 1 - t]) return false;
-  return true;
-}
-
-bool check_bulk_to(unsigned size) {
-  const unsigned blocks = 2 * size;
-  const std::vector<float> x = counting<float>(blocks * 2 * kThreads);
-  const std::vector<float> y = run(bulk_to_kernel, x, 2 * x.size(), kThreads, blocks, size);
-  for (unsigned block = 0; block < blocks; ++block)
-    for (unsigned phase = 0; phase < 2; ++phase)
-      for (unsigned part = 0; part < 2; ++part) {
-        const unsigned rank = block % size, from = rank % 2 == part ? block : block - rank + (rank + size - 1) % size;
-        for (int t = 0; t < kThreads; ++t)
-          if (y[((2 * block + phase) * 2 + part) * kThreads + t] != x[(2 * from + phase + 1) * kThreads - 1 - t])
-            return false;
-      }
-  return true;
-}
-
 bool check_cluster(unsigned size) {
   const unsigned blocks = 3 * size;
   const std::vector<int> x = counting<int>(blocks * kThreads);
@@ -420,9 +352,6 @@ const Check kChecks[] = {
     {"copy_async<4>, copy_async_commit, copy_async_wait", 8, check_copy_async<4>},
     {"copy_async<8>, copy_async_commit, copy_async_wait", 8, check_copy_async<8>},
     {"copy_async<16>, copy_async_commit, copy_async_wait", 8, check_copy_async<16>},
-    {"mbarrier_init, fence_mbarrier_init, mbarrier_expect, copy_bulk, mbarrier_wait", 9, check_bulk},
-    {"copy_bulk_to; 2 blocks", 9, [] { return check_bulk_to(2); }},
-    {"copy_bulk_to; 4 blocks", 9, [] { return check_bulk_to(4); }},
     {"cluster_rank, cluster_size, cluster_arrive, cluster_wait, cluster_sync, map_shared; no cluster", 8,
      [] { return check_cluster(1); }},
     {"cluster_rank, cluster_size, cluster_arrive, cluster_wait, cluster_sync, map_shared; 2 blocks", 9,

@@ -113,16 +113,9 @@ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], con
 void mma_f64(double* d, double a, double b, const Caller& caller);
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, const Caller& caller);
 
-// cp.async, done when its thread waits for it,
+// and cp.async, done when its thread waits for it.
 void copy_async(void* to, const void* from, unsigned bytes, int source_bytes, const Caller& caller);
 void copy_async_commit();
 void copy_async_wait(unsigned pending);
-
-// mbarriers, their state in the 64 bits of the object itself, and bulk copies, done when a thread waits for theirs.
-void mbarrier_init(uint64_t* barrier, unsigned count, const Caller& caller);
-void mbarrier_arrive(uint64_t* barrier, int expected_bytes, const Caller& caller);
-void mbarrier_wait(uint64_t* barrier, unsigned parity, const Caller& caller);
-void copy_bulk(void* to, const void* from, unsigned bytes, uint64_t* barrier, const Caller& caller);
-void copy_bulk_to(unsigned blocks, void* to, const void* from, unsigned bytes, uint64_t* barrier, const Caller& caller);
 
 }  // namespace emulation

@@ -164,52 +164,6 @@ template <bool kFault> __global__ void copy_misaligned(float* y, const float* x)
   y[threadIdx.x] = 1;
 }
 
-/// Where shared memory has room for an mbarrier.
-__device__ uint64_t* own_barrier() { return reinterpret_cast<uint64_t*>(shared_memory<float>() + kThreads); }
-
-/// One thread copies all, and expects that many bytes.
-__device__ void copy_bulk_expecting(const float* x, unsigned bytes) {
-  if (threadIdx.x != 0) return;
-  mbarrier_expect(own_barrier(), bytes);
-  copy_bulk(shared_memory<float>(), x, kThreads * sizeof(float), own_barrier());
-}
-
-template <bool kFault> __global__ void bulk_without_wait(float* y, const float* x) {
-  if (threadIdx.x == 0) mbarrier_init(own_barrier(), 1);
-  __syncthreads();
-  copy_bulk_expecting(x, kThreads * sizeof(float));
-  if (!kFault) mbarrier_wait(own_barrier(), 0);
-  y[threadIdx.x] = shared_memory<float>()[threadIdx.x];  // fault: bulk_without_wait
-  __syncthreads();
-}
-
-template <bool kFault> __global__ void bulk_wrong_size(float* y, const float* x) {
-  if (threadIdx.x == 0) mbarrier_init(own_barrier(), 1);
-  __syncthreads();
-  copy_bulk_expecting(x, kThreads * sizeof(float) - (kFault ? 16 : 0));
-  mbarrier_wait(own_barrier(), 0);  // fault: bulk_wrong_size
-  y[threadIdx.x] = shared_memory<float>()[threadIdx.x];
-}
-
-template <bool kFault> __global__ void barrier_used_too_early(float* y, const float* x) {
-  if (threadIdx.x == 0) mbarrier_init(own_barrier(), 1);  // fault: barrier_used_too_early
-  if (!kFault) __syncthreads();
-  copy_bulk_expecting(x, kThreads * sizeof(float));
-  mbarrier_wait(own_barrier(), 0);
-  y[threadIdx.x] = shared_memory<float>()[threadIdx.x];
-}
-
-template <bool kFault> __global__ void bulk_too_early(float* y, const float* x) {
-  float* s = shared_memory<float>();
-  if (threadIdx.x == 0) mbarrier_init(own_barrier(), 1);
-  s[threadIdx.x] = 1;
-  __syncthreads();
-  y[threadIdx.x] = s[kThreads - 1 - threadIdx.x];  // fault: bulk_too_early
-  if (!kFault) __syncthreads();
-  copy_bulk_expecting(x, kThreads * sizeof(float));
-  mbarrier_wait(own_barrier(), 0);
-}
-
 template <bool kFault> __global__ void named_wrong_count(float* y) {
   if (threadIdx.x < 32) named_barrier(1, kFault ? kThreads : 32);  // fault: named_wrong_count
   y[threadIdx.x] = 1;
@@ -259,22 +213,6 @@ template <bool kFault> __global__ void other_block_too_late(float* y) {
   }
   if (!kFault) cluster_sync();
   y[blockIdx.x * kThreads + threadIdx.x] = sum;
-}
-
-/// Block 0 copies to block 1, too, which may still read what is overwritten.
-template <bool kFault> __global__ void bulk_to_other_too_early(float* y, const float* x) {
-  float* s = shared_memory<float>();
-  if (threadIdx.x == 0) mbarrier_init(own_barrier(), 1);
-  s[threadIdx.x] = 0;
-  cluster_sync();
-  if (cluster_rank() == 1) y[threadIdx.x] = s[kThreads - 1 - threadIdx.x];  // fault: bulk_to_other_too_early
-  if (!kFault) cluster_sync();
-  if (threadIdx.x == 0) {
-    mbarrier_expect(own_barrier(), kThreads * sizeof(float));
-    if (cluster_rank() == 0) copy_bulk_to(0b11, s, x, kThreads * sizeof(float), own_barrier());
-  }
-  mbarrier_wait(own_barrier(), 0);
-  cluster_sync();
 }
 
 template <bool kFault> __global__ void outside_cluster(float* y) {
@@ -349,14 +287,9 @@ template <bool kFault> std::map<std::string, std::function<std::vector<float>()>
       {"copy_too_early", [=] { return run(1, 1, copy_too_early<kFault>, data); }},
       {"copy_bounds", [=] { return run(1, 1, copy_bounds<kFault>, data); }},
       {"copy_misaligned", [=] { return run(1, 1, copy_misaligned<kFault>, data); }},
-      {"bulk_without_wait", [=] { return run(1, 1, bulk_without_wait<kFault>, data); }},
-      {"bulk_wrong_size", [=] { return run(1, 1, bulk_wrong_size<kFault>, data); }},
-      {"barrier_used_too_early", [=] { return run(1, 1, barrier_used_too_early<kFault>, data); }},
-      {"bulk_too_early", [=] { return run(1, 1, bulk_too_early<kFault>, data); }},
       {"block_for_cluster", [] { return run(2, 2, block_for_cluster<kFault>); }},
       {"other_block_too_early", [] { return run(2, 2, other_block_too_early<kFault>); }},
       {"other_block_too_late", [] { return run(2, 2, other_block_too_late<kFault>); }},
-      {"bulk_to_other_too_early", [=] { return run(2, 2, bulk_to_other_too_early<kFault>, data); }},
       {"outside_cluster", [] { return run(2, 2, outside_cluster<kFault>); }},
       {"cluster_without_arrival", [] { return run(2, 2, cluster_without_arrival<kFault>); }},
       {"static_in_cluster", [] { return run(2, 2, static_in_cluster, kFault); }},

@@ -1,7 +1,6 @@
 #include "launchers.h"
 
 #include <cmath>
-#include <cstdlib>
 #include <stdexcept>
 #include <vector>
 
@@ -85,7 +84,7 @@ void pool_backward(const std::string& dtype, const Array& grad_sigma, const Arra
 
 void root(const std::string& dtype, const Array& sigma, int iterations, int root, int output, double floor, int blocks,
           const Array& scale, const Array& result) {
-  const bool grid = blocks <= 0;
+  const bool grid = blocks == 0;
   dispatch(dtype, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;
@@ -99,14 +98,14 @@ void root(const std::string& dtype, const Array& sigma, int iterations, int root
                            {contiguous<X>(result), static_cast<Output>(output), C},
                            numbers<const T>(scale),
                            workspace.data(),
-                           std::abs(blocks)};
+                           blocks};
     grid ? cuda::grid_root(task, nullptr) : cuda::root(task, nullptr);
   });
 }
 
 void root_backward(const std::string& dtype, const Array& grad, const Array& sigma, int iterations, int root,
                    int output, double floor, int blocks, const Array& grad_sigma) {
-  const bool grid = blocks <= 0;
+  const bool grid = blocks == 0;
   dispatch(dtype, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;
@@ -120,7 +119,7 @@ void root_backward(const std::string& dtype, const Array& grad, const Array& sig
                                    static_cast<Root>(root),
                                    {contiguous<T>(grad_sigma), Output::kMatrix, C},
                                    workspace.data(),
-                                   std::abs(blocks)};
+                                   blocks};
     grid ? cuda::grid_root_backward(task, nullptr) : cuda::root_backward(task, nullptr);
   });
 }

@@ -244,7 +244,6 @@ void run(const LaunchShape& shape, const std::function<void()>& body) {
   launch.error.clear();
   launch.error_at = nullptr;
   launch.random = options.seed * 0x9E3779B97F4A7C15u | 1;
-  launch.fruitless = 0;
   describe_main_fiber(launch.main);
   std::vector<char*> kept;
   for (const unsigned c : order_of_clusters(gridDim.x * gridDim.y * gridDim.z / cluster_size)) {

@@ -21,12 +21,6 @@ struct AsyncCopy {
   Site site;
 };
 
-/// Of a block.
-struct BulkCopy {
-  AsyncCopy copy;
-  uint64_t* barrier;
-};
-
 struct Thread {
   uint3 index, block_index;
   Fiber fiber;
@@ -70,7 +64,6 @@ struct Block {
   std::vector<std::vector<std::unique_ptr<Collective>>> collectives;  // by warp
   Rendezvous barrier, named_barriers[kNamedBarriers];
   char* shared = nullptr;
-  std::vector<BulkCopy> bulk_copies;
 };
 
 struct Cluster {
@@ -92,8 +85,7 @@ struct Launch {
   std::string error;
   const void* error_at = nullptr;  // an instruction of the program
   uint64_t random = 1;
-  unsigned fruitless = 0;  // polls of an mbarrier since anything happened
-  char begin, end;         // addresses for release_memory: the begin and the end of the threads
+  char begin, end;  // addresses for release_memory: the begin and the end of the threads
 };
 extern Launch launch;
 
