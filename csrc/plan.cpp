@@ -49,7 +49,8 @@ int blocks_of_sample(const Problem& p, const cuda::Limits& device, bool backward
   const int64_t bytes = cuda::cluster_shared_bytes(p.channels, p.element_size, backward, p.in_full);
   if (!device.clusters || bytes == 0 || bytes > device.shared_bytes || p.channels < kFewestChannels) return 1;
   if (8 * p.batch <= device.multiprocessors / 2) return 8;
-  if (4 * p.batch <= device.multiprocessors) return 4;
+  // Of the groups of multiprocessors that clusters lie in some have two left over: 30 of four find room on an H200.
+  if (4 * p.batch <= device.multiprocessors * 10 / 11) return 4;
   return backward && 2 * p.batch <= device.multiprocessors ? 2 : 1;
 }
 
