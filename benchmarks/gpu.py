@@ -99,7 +99,8 @@ def all_steps(arguments: argparse.Namespace) -> list[Step]:
     python, out = arguments.python, arguments.out
     pytest = [python, "-P", "-m", "pytest", "-m", "cuda", "-q", "-rs", "-p", "no:cacheprovider"]
     pytest += ["--continue-on-collection-errors"]  # of tests whose imports are not installed there
-    tests = [*pytest, f"--junitxml={out / 'tests.xml'}"]
+    side_by_side = ["-n", str(arguments.processes)] if arguments.processes > 1 else []
+    tests = [*pytest, *side_by_side, f"--junitxml={out / 'tests.xml'}"]
     steps = [machine(arguments), Step("tests", tests, 540, tests), conformance(arguments)]
     if arguments.wheel:
         install = [python, "-m", "pip", "install", "--no-index", "--no-deps", "--upgrade", "--target"]
@@ -250,6 +251,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="for everything together: a step that finds none left is skipped",
     )
     add("--shape", nargs="+", default=SHAPES, metavar="BxCxHxW", help="for bench_soca")
+    add("--processes", type=int, default=1, metavar="N", help="that run the tests side by side, with pytest-xdist")
     add("--commit", default="", help="of the sources, for the summary")
     add("--python", default=sys.executable, help="the interpreter with torch (default: this one)")
     add("--dry-run", action="store_true", help="run what needs no GPU")

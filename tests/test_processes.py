@@ -5,13 +5,21 @@ import copy
 import io
 import multiprocessing
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
 from common import assert_close
 from isqrt_cov import CovSqrtNorm, cov_sqrt
-from workers import Covariances, gradients_in_one_of_two_processes, images, network, value_and_gradient
+from workers import (
+    Covariances,
+    error_of_one_sample,
+    gradients_in_one_of_two_processes,
+    images,
+    network,
+    value_and_gradient,
+)
 
 SECONDS = 120  # a worker that hangs is an error, not the end of the tests
 
@@ -46,6 +54,14 @@ def test_threads_of_one_process():
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for number, result in enumerate(pool.map(value_and_gradient, [seed % 4 for seed in range(64)])):
             assert equal(result, expected[number % 4])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_an_error_in_one_sample_ends_the_call():
+    # The threads that wait for it go on; a worker that waits for ever is an error here.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        message, finite = pool.apply_async(error_of_one_sample).get(SECONDS)
+    assert message != "none" and finite
 
 
 # A fork leaves the threads of OpenMP behind: of torch's own operators, too, only those on one thread work after it.

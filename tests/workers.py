@@ -1,5 +1,8 @@
 """What test_processes.py runs in other processes, which have to find it by a module's name."""
 
+import resource
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -15,6 +18,22 @@ def value_and_gradient(seed=0):
     x = feature_maps(*SHAPE, torch.float32, seed=seed).requires_grad_()
     y = cov_sqrt(x)
     return y.detach().numpy(), torch.autograd.grad(y, x, torch.ones_like(y))[0].numpy()
+
+
+def error_of_one_sample():
+    """What comes of a sample that needs a second pass where there is no memory for it, and a call after that."""
+    torch.set_num_threads(2)
+    x = torch.randn(3, 2, 1 << 23)
+    x[0] *= 1e-30
+    cov_sqrt(x[1:])  # the threads are there
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (8 << 20), before[1]))
+    try:
+        cov_sqrt(x)
+    except RuntimeError as error:
+        return str(error), cov_sqrt(x[1:]).isfinite().all().item()
+    return "none", True
 
 
 class Covariances(torch.utils.data.Dataset):
