@@ -230,9 +230,10 @@ template <class X, int kGroups> class MergeEngine {
 
   __device__ void add_moments() const {
     T sum[kRows] = {};
-#pragma unroll 4  // so many chunks are asked for before the first of them is there
-    for (int64_t c = group(); c < chunks_.count; c += kGroups) {
-      const T *mean = partial_mean_ + c * C_, *moment = partial_moment_ + c * C_ * C_;
+    const T* mean = partial_mean_ + group() * C_;
+    const T* moment = partial_moment_ + group() * C_ * C_;
+#pragma unroll(4 / kRows)  // so many chunks are asked for before the first of them is there
+    for (int64_t c = group(); c < chunks_.count; c += kGroups, mean += kGroups * C_, moment += kGroups * C_ * C_) {
       const T size = T(chunks_.size(c));
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
