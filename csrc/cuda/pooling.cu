@@ -3,6 +3,7 @@
 
 #include "covariance_engine.cuh"
 #include "cuda.h"
+#include "merge_engine.cuh"
 
 namespace isqrt::cuda {
 namespace {
