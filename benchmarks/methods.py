@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -312,10 +311,6 @@ def capture(case: Case, plain: Prepared) -> Prepared:
     return Prepared(forward, step, detail=plain.detail, own_pool="a CUDA graph's", replayed=case)
 
 
-def _prepare_graph(case: Case, prepare_plain: Callable[[Case], Prepared]) -> Prepared:
-    return capture(case, prepare_plain(case))
-
-
 def _prepare_cupy(case: Case) -> Prepared:
     """EIG with CuPy's eigen-decomposition of the whole batch at once, and the gradient of ``reference``'s EIG."""
     try:
@@ -362,16 +357,14 @@ def _prepare_cupy(case: Case) -> Prepared:
 METHODS: dict[str, Method] = {
     "ours": Method("isqrt_cov.cov_sqrt", _prepare_ours),
     "ours_graph": Method(
-        "CUDA graph of isqrt_cov.cov_sqrt", partial(_prepare_graph, prepare_plain=_prepare_ours), devices=("cuda",)
+        "CUDA graph of isqrt_cov.cov_sqrt", lambda case: capture(case, _prepare_ours(case)), devices=("cuda",)
     ),
     "minimax": Method(f"isqrt_cov.cov_sqrt, {MINIMAX_STEPS} minimax steps", _prepare_minimax, minimax_root),
     "eig": Method("torch.linalg.eigh, clamped, stable backward", _prepare_eig, clamped_root),
     "eager": Method("Newton-Schulz, bmm and autograd", _prepare_eager),
     "baddbmm": Method("Newton-Schulz, fused products, autograd", _prepare_baddbmm),
     "compile": Method("torch.compile of eager or baddbmm, the faster", _prepare_compile, quick=False),
-    "graph": Method(
-        "CUDA graph of baddbmm", partial(_prepare_graph, prepare_plain=_prepare_baddbmm), devices=("cuda",)
-    ),
+    "graph": Method("CUDA graph of baddbmm", lambda case: capture(case, _prepare_baddbmm(case)), devices=("cuda",)),
     "mxm": Method("baddbmm after the published pooling by an M x M matrix", _prepare_mxm),
     "pade": Method("Pade approximant, Lyapunov equation for the gradient", _prepare_pade, clamped_root),
     "matrix_sqrth": Method("torch.linalg.matrix_sqrth", _prepare_matrix_sqrth, clamped_root),

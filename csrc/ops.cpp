@@ -263,7 +263,7 @@ template <class Device> struct Engine {
 
   /// `scale` is [B] or empty, as for all below.
   Tensor pool_backward(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& scale) {
-    for (const Tensor& t : {grad, mean, scale}) hold(t);
+    hold(grad), hold(mean), hold(scale);
     const Tensor dx = torch::stable::empty_like(x);
     if (x.size(0) == 0) return dx;
     dispatch(x, [&](auto zero) {
@@ -283,7 +283,7 @@ template <class Device> struct Engine {
     const int64_t B = sigma.size(0), C = sigma.size(1);
     if (choice.forward == EngineKind::kLibrary && B > 0)
       return as(library::root(finish(sigma), scale, steps, root, output), dtype);
-    for (const Tensor& t : {sigma, scale}) hold(t);
+    hold(sigma), hold(scale);
     const Tensor result = torch::stable::new_empty(sigma, output_shape(B, C, output), dtype);
     if (B == 0) return result;
     const Tensor& workspace =
@@ -303,7 +303,7 @@ template <class Device> struct Engine {
     const int64_t B = sigma.size(0), C = sigma.size(1);
     if (choice.backward == EngineKind::kLibrary && B > 0)
       return library::root_backward(as(grad, sigma.scalar_type()), sigma, steps, root, output);
-    for (const Tensor& t : {grad, sigma}) hold(t);
+    hold(grad), hold(sigma);
     const Tensor result = torch::stable::new_empty(sigma, {B, C, C});
     if (B == 0) return result;
     const Tensor& workspace =

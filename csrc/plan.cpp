@@ -73,7 +73,8 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
         throw std::runtime_error(std::string("engine: '") + engine_name(requested) + "' does not run on a CUDA device");
     }
   };
-  // Several blocks for each of the at most 160 multiprocessors of today's devices; whole tiles, aligned where x is.
+  // For each of the at most 160 multiprocessors of today's devices some two blocks that pool, as many as it holds, and
+  // several for the gradient, which leave nothing to be merged; whole tiles, aligned where x is.
   constexpr int64_t kPoolBlocks = 288, kBlocks = 1024, kTile = 64;
   Plan plan = {choose(false), choose(true), EngineKind::kBlock,
                split(p, kPoolBlocks, std::max<int64_t>(128, 2 * p.channels), kTile), split(p, kBlocks, kTile, kTile)};
