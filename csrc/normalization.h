@@ -2,8 +2,9 @@
 //
 // Besides what newton_schulz.h asks of it, an Engine offers
 //     load(A, source)            A = sym(source), the source being a sample of Sigma or of the upstream gradient
-//     trace(A), inner(source, A), inner(source, A, s), traces and inner products, that of s source, as its Scalar
-//     divide(A, s)               A = A / s
+//     load_normalized(A, source) A = sym(source) / t, Eq. 2, and returns t = tr(source), as its Scalar; 1 divides for 0
+//     inner(source, A), inner(source, A, s)   inner products, that of s source
+//     result(beta, A), result(alpha, beta, A)  beta A and alpha I + beta A, in place of A: they are only written
 //     load(g, source), dot(g, u) a mean's upstream gradient as a vector, inner products of vectors
 // A Scalar is a number, or a class with arithmetic, sqrt(s) and nonzero(s) of its own.
 #pragma once
@@ -24,17 +25,13 @@ template <class Scalar> ISQRT_FN Scalar compensation(const Scalar& t, Root root)
   return root == Root::kSquare ? sqrt(t) : sqrt(t) / nonzero(t);
 }
 
-/// Eqs. 1-3: Yhat = sqrt(t) Y_N(Sigma / t), or Z_N(Sigma / t) / sqrt(t). Returns the matrix that holds it.
+/// Eqs. 1-3: Yhat = sqrt(t) Y_N(Sigma / t), or Z_N(Sigma / t) / sqrt(t). Returns the result that it is.
 template <class Engine, class Source>
 ISQRT_FN auto matrix_root(Engine& e, const Source& sigma, const Steps& steps, Root root) {
   auto m = make_iterates(e, steps);
-  e.load(m.Y, sigma);
-  const auto t = e.trace(m.Y);       // Eq. 2: t = tr(Sigma)
-  e.divide(m.Y, nonzero(t));         //        A = Sigma / t
-  newton_schulz(e, m, steps, root);  // Eq. 1
-  auto result = root == Root::kSquare ? m.Y : m.Z;
-  e.scale(result, compensation(t, root), result);  // Eq. 3: Yhat = sqrt(t) Y_N
-  return result;
+  const auto t = e.load_normalized(m.Y, sigma);  // Eq. 2: t = tr(Sigma), A = Sigma / t
+  newton_schulz(e, m, steps, root);              // Eq. 1
+  return e.result(compensation(t, root), root == Root::kSquare ? m.Y : m.Z);  // Eq. 3: Yhat = sqrt(t) Y_N
 }
 
 /// Eqs. 1-3 for the mean of Yhat over its first channel index. Returns the vector that holds it.
@@ -42,9 +39,7 @@ template <class Engine, class Source>
 ISQRT_FN auto matrix_root_mean(Engine& e, const Source& sigma, const Steps& steps, int64_t channels) {
   auto m = make_iterates(e, steps);
   auto sums = e.column(), u = e.column(), v = e.column();
-  e.load(m.Y, sigma);
-  const auto t = e.trace(m.Y);
-  e.divide(m.Y, nonzero(t));
+  const auto t = e.load_normalized(m.Y, sigma);
   newton_schulz_sums(e, m, steps, sums, u, v);
   e.add(sums, compensation(t, Root::kSquare) / channels, 0, sums);
   return sums;
@@ -56,29 +51,26 @@ ISQRT_FN auto matrix_root_mean(Engine& e, const Source& sigma, const Steps& step
 /// Nothing is divided by t^2, nor summed that is as small as Sigma: both would leave the range of float32 long before
 /// the result does.
 template <class Engine, class Matrix, class Source, class Scalar>
-ISQRT_FN void normalization_backward(Engine& e, Matrix& D, const Source& sigma, const Scalar& t,
+ISQRT_FN auto normalization_backward(Engine& e, Matrix& D, const Source& sigma, const Scalar& t,
                                      const Scalar& inner_product, Root root) {
   const auto divisor = nonzero(t);
   const auto factor = compensation(t, root) / divisor;
   const auto of_compensation = (root == Root::kSquare ? 0.5 : -0.5) * inner_product;  // Eq. 5
   const auto of_trace = e.inner(sigma, D, factor) / divisor;                          // <s / t D, A>
-  e.identity_plus(D, factor * of_compensation - of_trace, factor, D);                 // Eq. 8
+  return e.result(factor * of_compensation - of_trace, factor, D);                    // Eq. 8
 }
 
-/// Eqs. 4-8 for the upstream gradient G = dL/dYhat. Returns the matrix that holds dL/dSigma, symmetric.
+/// Eqs. 4-8 for the upstream gradient G = dL/dYhat. Returns the result that is dL/dSigma, symmetric.
 template <class Engine, class SigmaSource, class GradSource>
 ISQRT_FN auto matrix_root_backward(Engine& e, const SigmaSource& sigma, const GradSource& grad, const Steps& steps,
                                    Root root) {
   auto m = make_iterates(e, steps), d = make_iterates(e, steps);
-  e.load(m.Y, sigma);
+  const auto t = e.load_normalized(m.Y, sigma);  // A = Sigma / t
   e.load(d.Y, grad);
-  const auto t = e.trace(m.Y);
-  e.divide(m.Y, nonzero(t));                    // A = Sigma / t
   newton_schulz_tangent(e, m, d, steps, root);  // Eqs. 6-7
   const auto P = root == Root::kSquare ? m.Y : m.Z;
   auto D = root == Root::kSquare ? d.Y : d.Z;
-  normalization_backward(e, D, sigma, t, e.inner(grad, P), root);
-  return D;
+  return normalization_backward(e, D, sigma, t, e.inner(grad, P), root);
 }
 
 /// The same for the upstream gradient g of the mean of Yhat.
@@ -87,14 +79,11 @@ ISQRT_FN auto matrix_root_mean_backward(Engine& e, const SigmaSource& sigma, con
                                         int64_t channels) {
   auto m = make_iterates(e, steps), d = make_iterates(e, steps);
   auto g = e.column(), sums = e.column(), u = e.column(), v = e.column();
-  e.load(m.Y, sigma);
+  const auto t = e.load_normalized(m.Y, sigma);
   e.load(d.Y, grad);
   e.load(g, grad);
-  const auto t = e.trace(m.Y);
-  e.divide(m.Y, nonzero(t));
   newton_schulz_tangent_sums(e, m, d, steps, g, 0.5 / channels, sums, u, v);
-  normalization_backward(e, d.Y, sigma, t, e.dot(g, sums) / channels, Root::kSquare);  // <G, Y_N> = g' Y_N 1 / C
-  return d.Y;
+  return normalization_backward(e, d.Y, sigma, t, e.dot(g, sums) / channels, Root::kSquare);  // <G, Y_N> = g' Y_N 1 / C
 }
 
 }  // namespace isqrt

@@ -102,12 +102,13 @@ FAULTS = (
     ("copy_bounds", "address", None),
     ("copy_misaligned", "plain", None),
     # Clusters
+    ("store_without_wait", "shadow", None),
+    ("store_without_wait", "plain", "not finite"),
+    ("store_wrong_size", "plain", None),
+    ("store_too_early", "thread", None),
     ("block_for_cluster", "thread", None),
-    ("other_block_too_early", "thread", None),
-    ("other_block_too_late", "thread", None),
-    ("other_block_too_late", "address", None),
-    ("other_block_too_late", "shadow", None),
-    ("outside_cluster", "plain", None),
+    ("returns_too_early", "plain", "returns while this is on its way to it"),
+    ("outside_cluster", "plain", "maps to block 3 of a cluster of 2"),
     ("cluster_without_arrival", "plain", None),
     ("static_in_cluster", "plain", "static shared memory in a cluster"),
 )

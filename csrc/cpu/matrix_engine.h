@@ -60,10 +60,14 @@ template <class T> class MatrixEngine {
       for (int64_t j = i < in_blocks ? in_blocks : i; j < C; ++j) *A.at(i, j) = *A.at(j, i) = source.symmetric(i, j);
   }
 
-  T trace(const Matrix& A) const {
-    T sum = 0;
-    for (int64_t i = 0; i < channels_; ++i) sum += *A.at(i, i);
-    return sum;
+  /// A = sym(source) / t, and t, the trace.
+  T load_normalized(Matrix& A, const RootView<const T>& source) const {
+    load(A, source);
+    T t = 0;
+    for (int64_t i = 0; i < channels_; ++i) t += *A.at(i, i);
+    const T divisor = nonzero(t);
+    for (int64_t i = 0; i < size_; ++i) A.data[i] /= divisor;
+    return t;
   }
 
   /// <factor sym(source), A>
@@ -89,10 +93,6 @@ template <class T> class MatrixEngine {
     return total;
   }
 
-  void divide(Matrix& A, T s) const {
-    for (int64_t i = 0; i < size_; ++i) A.data[i] /= s;
-  }
-
   void scale(Matrix& D, T alpha, const Matrix& A) const {
     for (int64_t i = 0; i < size_; ++i) D.data[i] = alpha * A.data[i];
   }
@@ -100,6 +100,15 @@ template <class T> class MatrixEngine {
   void identity_plus(Matrix& D, T alpha, T beta, const Matrix& A) const {
     scale(D, beta, A);
     for (int64_t i = 0; i < channels_; ++i) *D.at(i, i) += alpha;
+  }
+
+  Matrix result(T beta, Matrix A) const {
+    scale(A, beta, A);
+    return A;
+  }
+  Matrix result(T alpha, T beta, Matrix A) const {
+    identity_plus(A, alpha, beta, A);
+    return A;
   }
 
   void load(Column& u, const RootView<const T>& source) const {

@@ -257,8 +257,12 @@ template <class T> class GridEngine {
   template <class Pointer> void load(Matrix& A, const RootView<const T, Pointer>& source) {
     wait(A, {.source = with_elements<const T>(source)});
   }
-  /// Of what was just loaded, as divide().
-  Scalar trace(const Matrix& A) { return sum(loaded(A).source, nullptr, Scalar(1)); }
+  template <class Pointer> Scalar load_normalized(Matrix& A, const RootView<const T, Pointer>& source) {
+    const auto elements = with_elements<const T>(source);
+    const Scalar t = sum(elements, nullptr, Scalar(1));
+    wait(A, {.source = elements, .divisor = nonzero(t)});
+    return t;
+  }
   template <class Pointer> Scalar inner(const RootView<const T, Pointer>& source, const Matrix& A) {
     return inner(source, A, Scalar(1));
   }
@@ -271,11 +275,14 @@ template <class T> class GridEngine {
   /// The numbers of a batch, 1 where null.
   Scalar number(const T* each) { return {T(1), each}; }
 
-  void divide(Matrix& A, const Scalar& s) { loaded(A).divisor = s; }
   void scale(Matrix& D, double alpha, const Matrix& A) { identity_plus(D, 0, alpha, A); }
-  void scale(Matrix& D, const Scalar& alpha, const Matrix& A) { identity_plus(D, Scalar(0), alpha, A); }
   void identity_plus(Matrix& D, double alpha, double beta, const Matrix& A) {
     identity_plus(D, Scalar(T(alpha)), Scalar(T(beta)), A);
+  }
+  Matrix result(const Scalar& beta, const Matrix& A) { return result(Scalar(0), beta, A); }
+  Matrix result(const Scalar& alpha, const Scalar& beta, Matrix A) {
+    identity_plus(A, alpha, beta, A);
+    return A;
   }
   void identity_plus(Matrix& D, const Scalar& alpha, const Scalar& beta, const Matrix& A) {
     GridMap<T> map = map_of(A);
@@ -326,11 +333,6 @@ template <class T> class GridEngine {
     for (int m = 0; m < maps_.count; ++m)
       if (maps_.result[m] == A.data) return &maps_.map[m];
     return nullptr;
-  }
-  GridMap<T>& loaded(const Matrix& A) {
-    GridMap<T>* waits = find(A);
-    if (!waits || waits->M) throw std::logic_error("GridEngine: trace or division of what was not just loaded");
-    return *waits;
   }
   /// beta M / divisor that is A: what A waits for, or A itself once it is there.
   GridMap<T> map_of(const Matrix& A) {

@@ -61,6 +61,14 @@ inline bool may_come_early(const void* kernel, const char* name) {
   return is_of_sm90(kernel, name) && driver >= kCuda12_3;
 }
 
+/// The most shared memory that a block of the current device can have.
+inline int64_t most_shared_bytes(const char* name) {
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), name);
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+  return most;
+}
+
 /// Enqueues kernel(arguments...) with so many clusters of `blocks` blocks each; nothing for 0. `name` is what an error
 /// message calls it. Each kernel begins with wait_for_kernels_before().
 template <class... Parameters>
@@ -70,13 +78,9 @@ void launch_clusters(const char* name, void (*kernel)(Parameters...), int64_t cl
   if (clusters == 0) return;
   if (clusters > kMaxBlocks / blocks) throw std::runtime_error(std::string(name) + ": too many blocks for a grid");
   const void* code = reinterpret_cast<const void*>(kernel);
-  if (shared_bytes > kSharedBytesByDefault) {
+  if (shared_bytes > kSharedBytesByDefault)
     // All that there is, each time: another thread may be about to launch the same kernel with more than this one.
-    int device = 0, most = 0;
-    check(cudaGetDevice(&device), name);
-    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
-    check(cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
-  }
+    check(cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most_shared_bytes(name))), name);
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
   if (may_come_early(code, name)) {

@@ -1,5 +1,4 @@
-// The Engine of newton_schulz.h and normalization.h on one thread block: symmetric C x C matrices in its shared memory;
-// or on a cluster of blocks that compute products together, see Products.
+// The Engine of newton_schulz.h and normalization.h on one thread block: symmetric C x C matrices in its shared memory.
 //
 // Each warp has up to kSlots tiles of every result, one after the other in a column where it can: they share an
 // operand, which is read once. An operation of the engine begins with all threads at one place and ends with
@@ -12,25 +11,14 @@
 
 namespace isqrt::cuda {
 
-/// What products a kernel computes: triangles; some of them in full, which takes registers that the usual few steps do
-/// without; or triangles together with the other blocks of its cluster.
-///
-/// In a cluster each block has all matrices. The tiles of products are dealt out to the warps of all blocks, and
-/// results go into the matrices of each. Products need no barrier between them as long as none reads or overwrites what
-/// others have read or written since the last one: what changes is written to a spare matrix, and takes its place.
-/// Everything else each block does for itself. Each tile is the same sum in any case: results do not depend on who
-/// computes them.
-enum class Products { kTriangles, kInFull, kInCluster };
-
-template <class T, int kSlots, Products kProducts = Products::kTriangles, int kSpares = 0> class MatrixEngine {
-  static constexpr bool kInFull = kProducts == Products::kInFull, kInCluster = kProducts == Products::kInCluster;
-
+/// Symmetric matrices and vectors in the shared memory of a block, and what its warps do with them tile by tile: what
+/// the engines of one block and of a cluster have in common.
+template <class T> class BlockMatrices {
  public:
   /// Where a matrix begins: an address in shared memory. One that is not symmetric takes the tiles under the diagonal
-  /// from the upper triangle of its transpose, which begins at `transpose`. `bit` stands for it in sets.
+  /// from the upper triangle of its transpose, which begins at `transpose`.
   struct Matrix {
     int first = 0, transpose = first;
-    unsigned bit = 0;
   };
 
   /// Where a vector of C elements begins.
@@ -38,78 +26,22 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
     int first;
   };
 
-  __device__ explicit MatrixEngine(int channels) : channels_(channels), tiles_(tile_rows(channels)) {
-    next_column_ = columns();
-    next_ = next_column_ + int(sizeof(T)) * kVectors * kTile * tiles_;
-    const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, all = tile_count(channels), rest = all % warps;
-    count_ = all / warps + int(warp < rest);
-    first_ = Place::after(all / warps * warp + (warp < rest ? warp : rest), tiles_);
-    if constexpr (kInCluster)
-      for (Matrix& spare : spare_) spare = matrix();
-  }
+  /// alpha I + beta A, which is only written.
+  template <class M> struct ResultOf {
+    T alpha, beta;
+    M A;
+  };
 
-  __device__ Matrix matrix() {
-    const Matrix m{next_, next_, next_bit_};
-    next_ += tile_count(channels_) * Tiles::kBytes;
-    next_bit_ *= 2;
-    return m;
+  __device__ explicit BlockMatrices(int channels)
+      : channels_(channels), tiles_(tile_rows(channels)), warp_(__shfl_sync(0xffffffffu, int(threadIdx.x / kWarp), 0)) {
+    next_column_ = columns();
+    next_ = matrices();
   }
 
   __device__ Column column() {
     const Column u{next_column_};
     next_column_ += kTile * tiles_ * int(sizeof(T));
     return u;
-  }
-
-  template <class Source> __device__ void load(Matrix A, const Source& source) {
-    begin_alone();
-    for_own_tiles([&](const Place& own) {
-      WarpTile<T> tile = symmetric_tile<T>(source, own);
-      write_tile(A, own, tile);
-    });
-    __syncthreads();
-  }
-
-  __device__ T trace(Matrix A) {
-    begin_alone();
-    T sum = 0;
-    for_own_tiles([&](const Place& own) {
-      if (own.I != own.J) return;
-      WarpTile<T> tile = read_tile(A, own);
-      tile.for_each([&](T a, int r, int c) { sum += r == c ? a : T(0); });
-    });
-    return block_sum(sum, shared_memory<T>());
-  }
-
-  /// <factor sym(source), A>
-  template <class Source> __device__ T inner(const Source& source, Matrix A, T factor = 1) {
-    begin_alone();
-    T sum = 0;
-    for_own_tiles([&](const Place& own) { add_inner(sum, source, read_tile(A, own), own, factor); });
-    return block_sum(sum, shared_memory<T>());
-  }
-
-  __device__ void divide(Matrix A, T s) {
-    map(A, A, [&](T a, int, int) { return a / s; });
-  }
-  __device__ void scale(Matrix D, T alpha, Matrix A) {
-    map(D, A, [&](T a, int, int) { return alpha * a; });
-  }
-  __device__ void identity_plus(Matrix D, T alpha, T beta, Matrix A) {
-    map(D, A, [&](T a, int i, int j) { return beta * a + (i == j && i < channels_ ? alpha : T(0)); });
-  }
-
-  __device__ void product(Matrix& D, T alpha, T beta, Matrix A, Matrix B) {
-    combine<true>(D, alpha, beta, A, B, A, B, 1);
-  }
-  __device__ void products(Matrix& D, T alpha, T beta, Matrix A1, Matrix B1, Matrix A2, Matrix B2) {
-    combine<true>(D, alpha, beta, A1, B1, A2, B2, 2);
-  }
-  __device__ Matrix product(Matrix& D, Matrix& E, Matrix A, Matrix B, bool in_full) {
-    return combine_pair(D, E, A, B, A, B, 1, in_full);
-  }
-  __device__ Matrix products(Matrix& D, Matrix& E, Matrix A1, Matrix B1, Matrix A2, Matrix B2, bool in_full) {
-    return combine_pair(D, E, A1, B1, A2, B2, 2, in_full);
   }
 
   template <class Source> __device__ void load(Column u, const Source& source) const {
@@ -123,59 +55,32 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
     for (int i = threadIdx.x; i < channels_; i += blockDim.x) sum += element(u, i) * element(v, i);
     return block_sum(sum, shared_memory<T>());
   }
-  __device__ void sums(Column u, Matrix A) {
-    sum_rows(u, A, [](int) { return T(1); });
-  }
-  __device__ void multiply(Column u, Matrix A, Column v) {
-    sum_rows(u, A, [&](int j) { return element(v, j); });
-  }
-  __device__ void rank_two(Matrix D, T alpha, T beta, Column u, Column v, Column w) {
-    map(D, D, [&](T d, int i, int j) {
-      if (i >= channels_ || j >= channels_) return T(0);
-      return alpha * d +
-             beta * (element(u, i) * element(v, j) + element(v, i) * element(u, j) + element(w, i) + element(w, j));
-    });
-  }
 
   /// Copies factor u out.
-  template <class Result> __device__ void write(Column u, const Result& result, T factor = 1) {
-    if (kInCluster && cluster_rank() > 0) return;
+  template <class Result> __device__ void write(Column u, const Result& result, T factor = 1) const {
     for (int i = threadIdx.x; i < channels_; i += blockDim.x) store_number(result.data + i, factor * element(u, i));
   }
 
-  /// The means of the columns of factor A.
-  template <class Result> __device__ void write_means(Matrix A, const Result& result, T factor) {
-    const Column u{columns()};
-    sums(u, A);
-    add(u, T(1) / T(channels_), T(0), u);
-    write(u, result, factor);
-  }
-
-  /// The whole of factor A, or its upper triangle; neighbouring threads write neighbouring elements.
-  template <class Result> __device__ void write(Matrix A, const Result& result, T factor = 1) {
-    begin_alone();
-    if (kInCluster && cluster_rank() > 0) return;
-    const bool upper = result.output == Output::kTriu;
-    for (int i = threadIdx.x / kWarp; i < channels_; i += blockDim.x / kWarp) {
-      const auto row = result.data + (upper ? triu_index(i, i, channels_) - i : int64_t(i) * channels_);
-      for (int j = threadIdx.x % kWarp; j < channels_; j += kWarp)
-        if (!upper || j >= i) store_number(row + j, factor * element(A, i, j));
-    }
-  }
-
- private:
+ protected:
   using Place = TilePlace;
   using Tiles = cuda::Tiles<T>;
   using Terms = typename Tiles::Terms;
-  using Sum = typename Tiles::Sum;
 
-  /// Where the vectors begin, and where tile (I, J) does.
-  static __device__ int columns() { return shared_begin() + kSums * int(sizeof(T)); }
-  static __device__ int tile(Matrix A, int I, int J) { return A.first + Place{I, J}.number() * Tiles::kBytes; }
-
-  static __device__ T element(Matrix A, int i, int j) {
-    return element_of<T>([&](const Place& at) { return OwnTile{tile(A, at.I, at.J)}; }, i, j);
+  __device__ Matrix new_matrix() {
+    const Matrix m{next_};
+    next_ += tile_count(channels_) * Tiles::kBytes;
+    return m;
   }
+
+  /// This warp's number: nvcc knows that it is the same in all lanes, and all that follows from it.
+  __device__ int warp() const { return warp_; }
+  static __device__ int warps() { return int(blockDim.x / kWarp); }
+
+  /// Where the vectors begin, and the matrices, and tile (I, J) of one.
+  static __device__ int columns() { return shared_begin() + kSums * int(sizeof(T)); }
+  __device__ int matrices() const { return columns() + int(sizeof(T)) * kVectors * kTile * tiles_; }
+  static __device__ int tile(int first, int I, int J) { return first + Place{I, J}.number() * Tiles::kBytes; }
+  static __device__ OwnTile tile(const Matrix& A, const Place& at) { return {tile(A.first, at.I, at.J)}; }
 
   static __device__ T& element(Column u, int i) { return at_shared<T>(u.first + int(sizeof(T)) * i); }
 
@@ -185,14 +90,101 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
     __syncthreads();
   }
 
+  /// f(own) for each of this warp's tiles, one after the other: what runs once is not worth its instructions' way to
+  /// the multiprocessor several times. Each warp has at least one.
+  template <class F> __device__ __forceinline__ void for_own_tiles(const F& f) const {
+#pragma unroll 1
+    for (int t = warp(); t < tile_count(channels_); t += warps()) f(Place::numbered(t));
+  }
+
+  /// Of a symmetric matrix' tile on the diagonal the upper triangle counts, so that both sides are the same bits.
+  static __device__ __forceinline__ void write_tile(const Matrix& D, const Place& own, WarpTile<T>& result) {
+    Tiles::write(tile(D, own), Tiles::pack(result), own.I == own.J && D.transpose == D.first);
+  }
+
+  /// A = sym(source)
+  template <class Source> __device__ __forceinline__ void load_tiles(const Matrix& A, const Source& source) const {
+    for_own_tiles([&](const Place& own) {
+      WarpTile<T> tile = symmetric_tile<T>(source, own);
+      write_tile(A, own, tile);
+    });
+  }
+
+  /// A = sym(source) / t; returns t, the trace, which each warp adds up for itself while its first tile is on its way.
+  template <class Source>
+  __device__ __forceinline__ T load_normalized_tiles(const Matrix& A, const Source& source) const {
+    constexpr int kMost = (kMostMatrixChannels + kWarp - 1) / kWarp;
+    T diagonal[kMost], t = 0;
+#pragma unroll
+    for (int n = 0; n < kMost; ++n) {
+      const int i = kWarp * n + int(threadIdx.x) % kWarp;
+      diagonal[n] = i < channels_ ? source.data[int64_t(i) * channels_ + i] : T(0);
+    }
+    Place own = Place::numbered(warp());
+    WarpTile<T> tile = symmetric_tile<T>(source, own);
+#pragma unroll
+    for (int n = 0; n < kMost; ++n) t += diagonal[n];
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) t += __shfl_xor_sync(0xffffffffu, t, distance);
+    const T divisor = nonzero(t);
+#pragma unroll 1
+    for (int n = warp();;) {
+      Tiles::write(BlockMatrices::tile(A, own), Tiles::pack_divided(tile, divisor), own.I == own.J);
+      n += warps();
+      if (n >= tile_count(channels_)) return t;
+      own = Place::numbered(n);
+      tile = symmetric_tile<T>(source, own);
+    }
+  }
+
+  /// This thread's part of <factor sym(source), A>.
+  template <class Source>
+  __device__ __forceinline__ T inner_part(const Source& source, const Matrix& A, T factor) const {
+    T sum = 0;
+    for_own_tiles(
+        [&](const Place& own) { add_inner(sum, source, Tiles::read(tile(A, own)), own, factor); });
+    return sum;
+  }
+
+  /// D = f(A, i, j) elementwise, where the same warp may have written A.
+  template <class F> __device__ __forceinline__ void map_tiles(const Matrix& D, const Matrix& A, const F& f) const {
+    __syncwarp();
+    for_own_tiles([&](const Place& own) {
+      WarpTile<T> result = Tiles::read(tile(A, own));
+      result.for_each([&](T& a, int r, int c) { a = f(a, own.i(r), own.j(c)); });
+      __syncwarp();  // D may be A, whose scale others read
+      write_tile(D, own, result);
+    });
+  }
+  __device__ void identity_plus_tiles(const Matrix& D, T alpha, T beta, const Matrix& A) const {
+    map_tiles(D, A, [&](T a, int i, int j) { return beta * a + (i == j && i < channels_ ? alpha : T(0)); });
+  }
+  __device__ void rank_two_tiles(const Matrix& D, T alpha, T beta, Column u, Column v, Column w) const {
+    map_tiles(D, D, [&](T d, int i, int j) {
+      if (i >= channels_ || j >= channels_) return T(0);
+      return alpha * d +
+             beta * (element(u, i) * element(v, j) + element(v, i) * element(u, j) + element(w, i) + element(w, j));
+    });
+  }
+
+  /// Copies a tile of factor times `result` out.
+  template <class M, class View>
+  __device__ __forceinline__ void write_tile(const ResultOf<M>& result, const Place& own, const View& view,
+                                             T factor) const {
+    WarpTile<T> values = Tiles::read(tile(result.A, own));
+    values.for_each([&](T& a, int r, int c) {
+      a = factor * (result.beta * a + (own.i(r) == own.j(c) ? result.alpha : T(0)));
+    });
+    store_tile(view, values, own);
+  }
+
   /// u_i = sum_j A_ij factor(j). Each warp takes 16 rows, which its lanes read as for a product.
-  template <class F> __device__ __forceinline__ void sum_rows(Column u, Matrix A, const F& factor) {
-    begin_alone();
+  template <class F> __device__ __forceinline__ void sum_rows(Column u, const Matrix& A, const F& factor) const {
     const Lane lane;
-    for (int I = threadIdx.x / kWarp; I < tiles_; I += blockDim.x / kWarp) {
+    for (int I = warp(); I < tiles_; I += warps()) {
       T sum[2] = {};
       for (int J = 0; J < tiles_; ++J) {
-        Terms terms = read_A(A, I, J);
+        Terms terms = read_A(A.first, I, J);
         terms.for_each([&](int h, int term, T a) {
           const int j = kTile * J + term;
           if (j < channels_) sum[h] += a * factor(j);
@@ -209,6 +201,101 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
     __syncthreads();
   }
 
+  /// Terms [16 K, 16 K + 16) of A's rows in tile row I, A being symmetric, and of B's columns in tile column J.
+  static __device__ __forceinline__ Terms read_A(int A, int I, int K) {
+    return Tiles::left(K < I ? tile(A, K, I) : tile(A, I, K), K < I);
+  }
+  static __device__ __forceinline__ Terms read_B(int B, int transpose, int K, int J) {
+    return Tiles::right(K <= J ? tile(B, K, J) : tile(transpose, J, K), K > J);
+  }
+
+  int channels_, tiles_;
+
+ private:
+  int warp_, next_, next_column_;
+};
+
+/// With some products in full, which takes registers that the usual few steps do without.
+template <class T, int kSlots, bool kInFull = false> class MatrixEngine : public BlockMatrices<T> {
+  using Base = BlockMatrices<T>;
+  using Base::channels_, Base::tiles_, Base::tile;
+  using typename Base::Place, typename Base::Tiles, typename Base::Terms;
+
+ public:
+  using typename Base::Column, typename Base::Matrix;
+  using Result = typename Base::template ResultOf<Matrix>;
+
+  __device__ explicit MatrixEngine(int channels) : Base(channels) {
+    const int warp = Base::warp(), warps = Base::warps(), all = tile_count(channels), rest = all % warps;
+    count_ = all / warps + int(warp < rest);
+    first_ = Place::after(all / warps * warp + (warp < rest ? warp : rest), tiles_);
+  }
+
+  __device__ Matrix matrix() { return Base::new_matrix(); }
+
+  using Base::load;
+  template <class Source> __device__ void load(Matrix A, const Source& source) const {
+    Base::load_tiles(A, source);
+    __syncthreads();
+  }
+  template <class Source> __device__ T load_normalized(Matrix A, const Source& source) const {
+    const T t = Base::load_normalized_tiles(A, source);
+    __syncthreads();
+    return t;
+  }
+
+  /// <factor sym(source), A>
+  template <class Source> __device__ T inner(const Source& source, Matrix A, T factor = 1) const {
+    return block_sum(Base::inner_part(source, A, factor), shared_memory<T>());
+  }
+
+  __device__ void scale(Matrix D, T alpha, Matrix A) const { identity_plus(D, T(0), alpha, A); }
+  __device__ void identity_plus(Matrix D, T alpha, T beta, Matrix A) const {
+    Base::identity_plus_tiles(D, alpha, beta, A);
+    __syncthreads();
+  }
+  __device__ void rank_two(Matrix D, T alpha, T beta, Column u, Column v, Column w) const {
+    Base::rank_two_tiles(D, alpha, beta, u, v, w);
+    __syncthreads();
+  }
+  __device__ void sums(Column u, Matrix A) const {
+    Base::sum_rows(u, A, [](int) { return T(1); });
+  }
+  __device__ void multiply(Column u, Matrix A, Column v) const {
+    Base::sum_rows(u, A, [&](int j) { return Base::element(v, j); });
+  }
+
+  __device__ void product(Matrix D, T alpha, T beta, Matrix A, Matrix B) const {
+    combine<true>(D, alpha, beta, A, B, A, B, 1);
+  }
+  __device__ void products(Matrix D, T alpha, T beta, Matrix A1, Matrix B1, Matrix A2, Matrix B2) const {
+    combine<true>(D, alpha, beta, A1, B1, A2, B2, 2);
+  }
+  __device__ Matrix product(Matrix& D, Matrix& E, Matrix A, Matrix B, bool in_full) const {
+    return combine_pair(D, E, A, B, A, B, 1, in_full);
+  }
+  __device__ Matrix products(Matrix& D, Matrix& E, Matrix A1, Matrix B1, Matrix A2, Matrix B2, bool in_full) const {
+    return combine_pair(D, E, A1, B1, A2, B2, 2, in_full);
+  }
+
+  __device__ Result result(T beta, Matrix A) const { return {0, beta, A}; }
+  __device__ Result result(T alpha, T beta, Matrix A) const { return {alpha, beta, A}; }
+
+  using Base::write;
+  template <class View> __device__ void write(const Result& result, const View& view, T factor = 1) const {
+    Base::for_own_tiles([&](const Place& own) { Base::write_tile(result, own, view, factor); });
+  }
+
+  /// The means of the columns of factor times the result, whose alpha is 0.
+  template <class View> __device__ void write_means(const Result& result, const View& view, T factor) const {
+    const Column u{Base::columns()};
+    sums(u, result.A);
+    write(u, view, factor * result.beta / T(channels_));
+  }
+
+ private:
+  using Sum = typename Tiles::Sum;
+
   /// f(own, s) for this warp's tiles, the s-th one in slot s: for results in registers. The compiler shall not remember
   /// where they are: kept in registers, all the addresses that follow would stay there throughout the kernel, at the
   /// expense of the products.
@@ -220,48 +307,6 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
       own = own.next();
     }
   }
-  /// f(own) for each of them, one after the other: what runs once is not worth its instructions' way to the
-  /// multiprocessor several times.
-  template <class F> __device__ __forceinline__ void for_own_tiles(const F& f) const {
-    Place own{opaque(first_.I), opaque(first_.J)};
-#pragma unroll 1
-    for (int s = 0; s < count_; ++s) {
-      f(own);
-      own = own.next();
-    }
-  }
-
-  static __device__ __forceinline__ WarpTile<T> read_tile(Matrix A, const Place& own) {
-    return Tiles::read(OwnTile{tile(A, own.I, own.J)});
-  }
-
-  /// Of a symmetric matrix' tile on the diagonal the upper triangle counts, so that both sides are the same bits.
-  static __device__ bool is_symmetric(Matrix D, const Place& own) { return own.I == own.J && D.transpose == D.first; }
-
-  static __device__ __forceinline__ void write_tile(Matrix D, const Place& own, WarpTile<T>& result) {
-    Tiles::write(OwnTile{tile(D, own.I, own.J)}, Tiles::pack(result), is_symmetric(D, own));
-  }
-
-  /// D = f(A, i, j) elementwise.
-  template <class F> __device__ __forceinline__ void map(Matrix D, Matrix A, const F& f) {
-    begin_alone();
-    for_own_tiles([&](const Place& own) {
-      WarpTile<T> result = read_tile(A, own);
-      result.for_each([&](T& a, int r, int c) { a = f(a, own.i(r), own.j(c)); });
-      __syncwarp();  // D may be A, and on the diagonal other lanes' elements are written
-      write_tile(D, own, result);
-    });
-    __syncthreads();
-  }
-
-  /// Terms [16 K, 16 K + 16) of A's rows in tile row I, A being symmetric, and of B's columns in tile column J.
-  static __device__ __forceinline__ Terms read_A(Matrix A, int I, int K) {
-    return K < I ? Tiles::left(tile(A, K, I), true) : Tiles::left(tile(A, I, K), false);
-  }
-  static __device__ __forceinline__ Terms read_B(Matrix B, int K, int J) {
-    return K <= J ? Tiles::right(tile(B, K, J), false) : Tiles::right(tile({B.transpose}, J, K), true);
-  }
-
   /// sum[s] += A B in kCount tiles from `start` on.
   template <int kCount>
   __device__ __forceinline__ void multiply_tiles(Sum* sum, Matrix A, Matrix B, const Place& start) const {
@@ -271,14 +316,14 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
       own[s] = s == 0 ? start : own[s - 1].next();
       own[s] = {opaque(own[s].I), opaque(own[s].J)};
     }
-#pragma unroll(kInCluster ? 2 : 1)  // a warp that is alone on its scheduler asks for the next operands meanwhile
+#pragma unroll 1
     for (int K = 0; K < tiles_; ++K) {
       Terms a[kCount], b;
 #pragma unroll
-      for (int s = 0; s < kCount; ++s) a[s] = read_A(A, own[s].I, K);
+      for (int s = 0; s < kCount; ++s) a[s] = Base::read_A(A.first, own[s].I, K);
 #pragma unroll
       for (int s = 0; s < kCount; ++s) {
-        if (s == 0 || own[s].I == 0) b = read_B(B, K, own[s].J);  // tiles of a column share it
+        if (s == 0 || own[s].I == 0) b = Base::read_B(B.first, B.transpose, K, own[s].J);  // tiles of a column share it
         sum[s].multiply_add(a[s], b);
       }
     }
@@ -294,22 +339,12 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
       multiply_tiles<kSlots - 1>(sum, A, B, first_);
   }
 
-  /// D = alpha D + beta (A1 B1 + A2 B2), without alpha D where kAddD is false and without A2 B2 where terms = 1.
-  template <bool kAddD>
-  __device__ __forceinline__ void combine(Matrix& D, T alpha, T beta, Matrix A1, Matrix B1, Matrix A2, Matrix B2,
-                                          int terms) {
-    if constexpr (kInCluster)
-      combine_in_cluster<kAddD>(D, alpha, beta, A1, B1, A2, B2, terms);
-    else
-      combine_in_block<kAddD>(D, alpha, beta, A1, B1, A2, B2, terms);
-  }
-
   /// alpha D + beta sum in one tile, or beta sum.
   template <bool kAddD>
   static __device__ __forceinline__ WarpTile<T> finish(const Sum& sum, Matrix D, T alpha, T beta, const Place& own) {
     WarpTile<T> result = sum.total();
     if constexpr (kAddD) {
-      const WarpTile<T> previous = read_tile(D, own);
+      const WarpTile<T> previous = Tiles::read(tile(D, own));
       result.combine(previous, [&](T& a, T d) { a = alpha * d + beta * a; });
     } else {
       result.for_each([&](T& a, int, int) { a *= beta; });
@@ -317,22 +352,23 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
     return result;
   }
 
+  /// D = alpha D + beta (A1 B1 + A2 B2), without alpha D where kAddD is false and without A2 B2 where terms = 1.
   template <bool kAddD>
-  __device__ __forceinline__ void combine_in_block(Matrix D, T alpha, T beta, Matrix A1, Matrix B1, Matrix A2,
-                                                   Matrix B2, int terms) const {
+  __device__ __forceinline__ void combine(Matrix D, T alpha, T beta, Matrix A1, Matrix B1, Matrix A2, Matrix B2,
+                                          int terms) const {
     Sum sum[kSlots];
 #pragma unroll 1
     for (int term = 0; term < terms; ++term) multiply(sum, term == 0 ? A1 : A2, term == 0 ? B1 : B2);
     WarpTile<T> result[kSlots];
     for_slots([&](const Place& own, int s) { result[s] = finish<kAddD>(sum[s], D, alpha, beta, own); });
     __syncthreads();  // D may be an operand
-    for_slots([&](const Place& own, int s) { write_tile(D, own, result[s]); });
+    for_slots([&](const Place& own, int s) { Base::write_tile(D, own, result[s]); });
     __syncthreads();
   }
 
   /// D = A1 B1 + A2 B2; in full also the upper triangle of its transpose E, from the factors exchanged.
   __device__ __forceinline__ Matrix combine_pair(Matrix& D, Matrix& E, Matrix A1, Matrix B1, Matrix A2, Matrix B2,
-                                                 int terms, bool in_full) {
+                                                 int terms, bool in_full) const {
     if constexpr (kInFull) {
       D.transpose = in_full ? E.first : D.first;
       E.transpose = D.first;
@@ -346,68 +382,8 @@ template <class T, int kSlots, Products kProducts = Products::kTriangles, int kS
     }
   }
 
-  /// The same in a cluster. Consecutive tiles, those of consecutive products too, go to different blocks.
-  template <bool kAddD>
-  __device__ __forceinline__ void combine_in_cluster(Matrix& D, T alpha, T beta, Matrix A1, Matrix B1, Matrix A2,
-                                                     Matrix B2, int terms) {
-    const Matrix target = kAddD ? spare_[0] : D;
-    const unsigned operands = A1.bit | B1.bit | A2.bit | B2.bit | (kAddD ? D.bit : 0);
-    if (alone_ || (operands & written_) || (target.bit & (read_ | written_))) meet();
-    read_ |= operands;
-    written_ |= target.bit;
-
-    const int blocks = cluster_size(), workers = blocks * int(blockDim.x / kWarp), tiles = tile_count(channels_);
-    const int worker = int(threadIdx.x / kWarp) * blocks + int(cluster_rank()) - dealt_;
-#pragma unroll 1
-    for (int t = worker < 0 ? worker + workers : worker; t < tiles; t += workers) {
-      const Place own = Place::after(t, tiles_);
-      Sum sum;
-#pragma unroll 1
-      for (int term = 0; term < terms; ++term) multiply_tiles<1>(&sum, term == 0 ? A1 : A2, term == 0 ? B1 : B2, own);
-      WarpTile<T> result = finish<kAddD>(sum, D, alpha, beta, own);
-      write_tile(target, own, result);
-      __syncwarp();
-      const OwnTile mine{tile(target, own.I, own.J)};
-      char* const begin = shared_memory<char>() + (mine.begin - shared_begin());
-      TileCopy<T> copy(mine);
-#pragma unroll 1
-      for (int rank = 0; rank < blocks; ++rank)
-        if (rank != int(cluster_rank())) copy.write(OtherTile{map_shared(begin, rank)});
-    }
-    for (dealt_ += tiles; dealt_ >= workers;) dealt_ -= workers;
-    if constexpr (kAddD) {
-#pragma unroll
-      for (int s = 0; s + 1 < kSpares; ++s) spare_[s] = spare_[s + 1];
-      spare_[kSpares - 1] = D;
-      D = target;
-    }
-  }
-
-  /// All products so far are there, in each block.
-  __device__ void meet() {
-    cluster_sync();
-    alone_ = false;
-    read_ = written_ = 0;
-  }
-  /// Before what each block does for itself, with its own matrices.
-  __device__ void begin_alone() {
-    if constexpr (kInCluster) {
-      if (written_) meet();
-      alone_ = true;
-    }
-  }
-
-  int channels_, tiles_, count_;
+  int count_;
   Place first_;
-  int next_, next_column_;
-  unsigned next_bit_ = 1;
-
-  // In a cluster: whether anything was done alone since the last meeting, or not even the first has been; what products
-  // have read and written since; the worker that has the next tile; and spare matrices.
-  bool alone_ = true;
-  unsigned read_ = 0, written_ = 0;
-  int dealt_ = 0;
-  Matrix spare_[kSpares > 0 ? kSpares : 1];
 };
 
 }  // namespace isqrt::cuda

@@ -29,6 +29,13 @@ struct Caller {
 __device__ __forceinline__ unsigned shared_address(const void* p) {
   return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
+/// mapa: the address, in block `rank` of the cluster, of what lies at `own` in this block's shared memory. That block
+/// must have started and not returned whenever it is used.
+__device__ __forceinline__ unsigned map_shared(const void* own, unsigned rank) {
+  unsigned mapped;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(shared_address(own)), "r"(rank));
+  return mapped;
+}
 #else
 using emulation::Caller;  // the line of the call, which the emulation's reports name
 #endif
@@ -99,20 +106,24 @@ __device__ __forceinline__ void mma_f64(double* d, double a, double b,
 }
 
 /// ldmatrix.x4: four 8 x 8 matrices of 16-bit elements. Lane 8 i + r has the address of row r of matrix i, 16 bytes in
-/// shared memory, aligned to 16. r[i]: elements (g, 2t), (g, 2t + 1) of matrix i.
-__device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row,
+/// shared memory, aligned to 16. r[i]: elements (g, 2t), (g, 2t + 1) of matrix i; with .trans, where `transposed`, (2t, g)
+/// and (2t + 1, g). It is the same in all lanes, and no branch.
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row, bool transposed,
                                                [[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]),
-                         "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory"),
-            emulation::load_matrices(r, row, false, caller));
+  ISQRT_PTX(asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n"
+                         "@p ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                         "@!p ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n}" : "=&r"(r[0]),
+                         "=&r"(r[1]), "=&r"(r[2]), "=&r"(r[3]) : "r"(shared_address(row)), "r"(int(transposed))
+                         : "memory"),
+            emulation::load_matrices(r, row, transposed, caller));
 }
 
-/// ldmatrix.x4.trans: addresses as in load_matrix_x4; r[i]: elements (2t, g), (2t + 1, g) of matrix i.
-__device__ __forceinline__ void load_matrix_x4_trans(uint32_t (&r)[4], const void* row,
-                                                     [[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]),
-                         "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory"),
-            emulation::load_matrices(r, row, true, caller));
+/// movmatrix.trans: the transpose of an 8 x 8 matrix of 16-bit elements, of which each lane has (g, 2t) and (g, 2t + 1).
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t r, [[maybe_unused]] Caller caller = Caller::here()) {
+  uint32_t transposed;
+  ISQRT_PTX(asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(r)),
+            transposed = emulation::transpose_matrix(r, caller));
+  return transposed;
 }
 
 // ---- asynchronous copies of a thread --------------------------------------------------------------------------------
@@ -168,10 +179,11 @@ __device__ __forceinline__ unsigned cluster_size() {
   return size;
 }
 
-/// barrier.cluster.arrive.release: what this thread has written is seen by those that wait.
+/// fence.mbarrier_init and barrier.cluster.arrive.relaxed: of what this thread has written, those that wait see the
+/// mbarriers that it has initialised, and no more than that: .release would wait for the whole device's memory.
 __device__ __forceinline__ void cluster_arrive([[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX_SM90(asm volatile("barrier.cluster.arrive.release.aligned;" :: : "memory"), (void)0,
-                 emulation::cluster_arrive(caller));
+  ISQRT_PTX_SM90(asm volatile("fence.mbarrier_init.release.cluster;\nbarrier.cluster.arrive.relaxed.aligned;" :: : "memory"),
+                 (void)0, emulation::cluster_arrive(caller));
 }
 
 /// barrier.cluster.wait.acquire: all threads of the cluster have arrived; each cluster_arrive() needs one.
@@ -185,16 +197,55 @@ __device__ __forceinline__ void cluster_sync(Caller caller = Caller::here()) {
   cuda::cluster_wait(caller);
 }
 
-/// mapa: the address, in block `rank` of the cluster, of what lies at `own` in this block's shared memory. That block
-/// must have started and not returned whenever it is used: there is a cluster_sync() before the first use and after the
-/// last.
-template <class T>
-__device__ __forceinline__ T* map_shared(T* own, unsigned rank, [[maybe_unused]] Caller caller = Caller::here()) {
-  T* mapped;
-  ISQRT_PTX_SM90(asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(own), "r"(rank)), mapped = own,
-                 mapped = static_cast<T*>(
-                     emulation::shared_of_block(const_cast<void*>(static_cast<const void*>(own)), rank, caller)));
-  return mapped;
+// ---- mbarriers: of 8 bytes, in shared memory ------------------------------------------------------------------------
+
+/// mbarrier.init: a phase takes `count` arrivals. One thread; other blocks may use it after cluster_arrive() in that
+/// thread and cluster_wait() in theirs.
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, unsigned count,
+                                              [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90(
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory"),
+      __trap(), emulation::mbarrier_init(barrier, count, caller));
+}
+
+/// mbarrier.expect_tx: the present phase also takes that many bytes of store_async().
+__device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, unsigned bytes,
+                                                [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90(asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+                              "r"(bytes) : "memory"),
+                 __trap(), emulation::mbarrier_expect(barrier, bytes, caller));
+}
+
+/// mbarrier.arrive at the barrier that lies, in block `rank` of the cluster, where `own` does in this one. What this
+/// thread has written is seen by those of its own block that wait there; to those of others it says that this thread
+/// has read what it has read.
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* own, unsigned rank,
+                                                [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90(asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(map_shared(own, rank)) : "memory"),
+                 __trap(), emulation::mbarrier_arrive(own, rank, caller));
+}
+
+/// mbarrier.try_wait.parity, again and again: the phase of that parity, 0 for the first one, is complete.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, unsigned parity,
+                                              [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90(
+      uint32_t complete; do {
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(complete)
+                     : "r"(shared_address(barrier)), "r"(parity)
+                     : "memory");
+      } while (!complete),
+                         __trap(), emulation::mbarrier_wait(barrier, parity, caller));
+}
+
+/// st.async: 16 bytes to the place that is, in block `rank`, where `own` is in this one, aligned to 16; they count at
+/// the barrier there that is where `barrier` is here, and are seen by those that wait for its phase.
+__device__ __forceinline__ void store_async(void* own, unsigned rank, const uint32_t (&words)[4], uint64_t* barrier,
+                                            [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90(asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];"
+                              ::"r"(map_shared(own, rank)), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]),
+                              "r"(map_shared(barrier, rank)) : "memory"),
+                 __trap(), emulation::store_async(own, rank, words, barrier, caller));
 }
 
 // ---- named barriers -------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 // Kernels and launchers of the matrix root and its gradient: one block a sample, or a cluster of them, and nothing but
 // shared memory.
 #include "../tasks.h"
+#include "cluster_engine.cuh"
 #include "cuda.h"
-#include "matrix_engine.cuh"
 
 namespace isqrt::cuda {
 namespace {
@@ -24,10 +24,6 @@ constexpr int most_threads(int channels) {
   int most = 0;
   for (int c = kTile; c <= channels; c += kTile) most = most < matrix_threads(c) ? matrix_threads(c) : most;
   return most;
-}
-
-constexpr Products products(Variant variant) {
-  return variant == Variant::kInFull ? Products::kInFull : Products::kTriangles;
 }
 
 template <Variant kVariant, class Engine, class T>
@@ -64,7 +60,7 @@ template <class T, int kSlots, Variant kVariant>
 __global__ void __launch_bounds__(most_threads(kMostChannels<T, false, kVariant>), 1)
     root_kernel(const RootTask<T, Elements<T>> task) {
   wait_for_kernels_before();
-  MatrixEngine<T, kSlots, products(kVariant)> e(int(task.sigma.channels));
+  MatrixEngine<T, kSlots, kVariant == Variant::kInFull> e(int(task.sigma.channels));
   run_root<kVariant>(e, task, blockIdx.x);
 }
 
@@ -72,7 +68,7 @@ template <class T, int kSlots, Variant kVariant>
 __global__ void __launch_bounds__(most_threads(kMostChannels<T, true, kVariant>), 1)
     root_backward_kernel(const RootBackwardTask<T, Elements<const T>> task) {
   wait_for_kernels_before();
-  MatrixEngine<T, kSlots, products(kVariant)> e(int(task.sigma.channels));
+  MatrixEngine<T, kSlots, kVariant == Variant::kInFull> e(int(task.sigma.channels));
   run_root_backward<kVariant>(e, task, blockIdx.x);
 }
 
@@ -82,23 +78,20 @@ template <bool kBackward>
 constexpr int kMostClusterChannels = max_matrix_channels(sizeof(float), matrices(kBackward, false) + spares(kBackward));
 
 template <Variant kVariant>
-__global__ void __launch_bounds__(most_threads(kMostClusterChannels<false>), 1)
-    root_cluster_kernel(const RootTask<float, Elements<float>> task) {
+__global__ void __launch_bounds__(kWarp* kMostClusterWarps, 1)
+    root_cluster_kernel(const RootTask<float, Elements<float>> task, const __grid_constant__ Program program) {
+  ClusterEngine<kVariant == Variant::kMean> e(int(task.sigma.channels), program);
   wait_for_kernels_before();
-  if constexpr (kHasClusters) {  // else limits() says so
-    MatrixEngine<float, 1, Products::kInCluster, spares(false)> e(int(task.sigma.channels));
-    run_root<kVariant>(e, task, blockIdx.x / cluster_size());
-  }
+  run_root<kVariant>(e, task, blockIdx.x / cluster_size());
 }
 
 template <Variant kVariant>
-__global__ void __launch_bounds__(most_threads(kMostClusterChannels<true>), 1)
-    root_backward_cluster_kernel(const RootBackwardTask<float, Elements<const float>> task) {
+__global__ void __launch_bounds__(kWarp* kMostClusterWarps, 1)
+    root_backward_cluster_kernel(const RootBackwardTask<float, Elements<const float>> task,
+                                 const __grid_constant__ Program program) {
+  ClusterEngine<kVariant == Variant::kMean> e(int(task.sigma.channels), program);
   wait_for_kernels_before();
-  if constexpr (kHasClusters) {
-    MatrixEngine<float, 1, Products::kInCluster, spares(true)> e(int(task.sigma.channels));
-    run_root_backward<kVariant>(e, task, blockIdx.x / cluster_size());
-  }
+  run_root_backward<kVariant>(e, task, blockIdx.x / cluster_size());
 }
 
 /// One block a sample, of the kernel that choose(slots, variant) returns, both as types; kSlots where two are not
@@ -121,23 +114,32 @@ void launch_blocks(const char* name, const Choose& choose, int64_t channels, boo
   launch(name, kernel, task.batch, matrix_threads(C), shared_bytes, stream, task);
 }
 
-template <class Task>
-void launch_cluster(const char* name, void (*kernel)(Task), int64_t channels, bool backward, void* stream,
-                    const Task& task) {
+template <class Task, class Record>
+void launch_cluster(const char* name, void (*kernel)(Task, Program), int64_t channels, bool backward, bool mean,
+                    const Record& record, void* stream, const Task& task) {
   const int64_t shared_bytes = cluster_shared_bytes(channels, sizeof(float), backward, task.steps.any_in_full());
   if (shared_bytes == 0)
     throw std::runtime_error(std::string(name) + ": a cluster has no such steps, or not so many channels");
-  launch_clusters(name, kernel, task.batch, task.blocks, matrix_threads(int(channels)), shared_bytes, stream, task);
+  const int C = int(channels), threads = cluster_threads(C);
+  const Program program = record(task.steps, task.root, mean, task.blocks * threads / kWarp, C,
+                                 matrices(backward, false), spares(backward));
+  launch_clusters(name, kernel, task.batch, task.blocks, threads, shared_bytes, stream, task, program);
+}
+
+/// One block, too, runs the program of a cluster, faster than it would go through the steps, where it has room for the
+/// spare matrices.
+template <class Task> bool runs_program(const char* name, int64_t channels, bool backward, const Task& task) {
+  const int64_t bytes = cluster_shared_bytes(channels, sizeof(float), backward, task.steps.any_in_full());
+  return task.blocks > 1 || (bytes > 0 && bytes <= most_shared_bytes(name));
 }
 
 template <class T> void launch_root(const RootTask<T, Elements<T>>& task, void* stream) {
   const int64_t C = task.sigma.channels;
+  const bool mean = task.result.output == Output::kMean;
   if constexpr (std::is_same_v<T, float>)
-    if (task.blocks > 1)
-      return launch_cluster("root",
-                            task.result.output == Output::kMean ? root_cluster_kernel<Variant::kMean>
-                                                                : root_cluster_kernel<Variant::kMatrix>,
-                            C, false, stream, task);
+    if (runs_program("root", C, false, task))
+      return launch_cluster("root", mean ? root_cluster_kernel<Variant::kMean> : root_cluster_kernel<Variant::kMatrix>,
+                            C, false, mean, record_root, stream, task);
   const auto choose = [](auto slots, auto variant) { return root_kernel<T, slots, variant>; };
   launch_blocks<kMostSlots<T, false>>("root", choose, C, task.result.output == Output::kMean,
                                       root_shared_bytes(C, sizeof(T), false, task.steps.any_in_full()), stream, task);
@@ -145,12 +147,13 @@ template <class T> void launch_root(const RootTask<T, Elements<T>>& task, void* 
 
 template <class T> void launch_root_backward(const RootBackwardTask<T, Elements<const T>>& task, void* stream) {
   const int64_t C = task.sigma.channels;
+  const bool mean = task.grad.output == Output::kMean;
   if constexpr (std::is_same_v<T, float>)
-    if (task.blocks > 1)
+    if (runs_program("root_backward", C, true, task))
       return launch_cluster("root_backward",
-                            task.grad.output == Output::kMean ? root_backward_cluster_kernel<Variant::kMean>
-                                                              : root_backward_cluster_kernel<Variant::kMatrix>,
-                            C, true, stream, task);
+                            mean ? root_backward_cluster_kernel<Variant::kMean>
+                                 : root_backward_cluster_kernel<Variant::kMatrix>,
+                            C, true, mean, record_root_backward, stream, task);
   const auto choose = [](auto slots, auto variant) { return root_backward_kernel<T, slots, variant>; };
   launch_blocks<kMostSlots<T, true>>("root_backward", choose, C, task.grad.output == Output::kMean,
                                      root_shared_bytes(C, sizeof(T), true, task.steps.any_in_full()), stream, task);

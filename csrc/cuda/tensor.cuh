@@ -10,9 +10,13 @@ namespace isqrt::cuda {
 
 constexpr int kWarp = 32, kTile = 16, kTerms = 8;
 
+/// Found out anew whenever it is asked for: kept, all that follows from it would take registers throughout a kernel.
 struct Lane {
-  int group, quad;
-  __device__ Lane() : group(int(threadIdx.x) % kWarp / 4), quad(int(threadIdx.x) % 4) {}
+  int number, group, quad;
+  __device__ Lane() : Lane(opaque(threadIdx.x) % kWarp) {}
+
+ private:
+  __device__ explicit Lane(unsigned n) : number(int(n)), group(int(n / 4)), quad(int(n % 4)) {}
 };
 
 /// value[h][s]: term quad + 4 s of vector group + 8 h.

@@ -20,9 +20,16 @@ ISQRT_FN constexpr int tile_count(int channels) { return tile_rows(channels) * (
 /// The place (I, J), I <= J, of a tile and the indices in the matrix of its rows and columns.
 struct TilePlace {
   int I, J;
-  __device__ int number() const { return J * (J + 1) / 2 + I; }
+  __device__ int number() const { return int(unsigned(J * (J + 1)) / 2) + I; }
   __device__ int i(int row) const { return kTile * I + row; }
   __device__ int j(int column) const { return kTile * J + column; }
+  /// The one of that number, of at most 8 columns.
+  static __device__ TilePlace numbered(int n) {
+    int J = 0;
+#pragma unroll
+    for (int column = 1; column < 8; ++column) J += n >= column * (column + 1) / 2;
+    return {n - int(unsigned(J * (J + 1)) / 2), J};
+  }
   /// Column by column, from the last one on.
   __device__ TilePlace next() const { return I < J ? TilePlace{I + 1, J} : TilePlace{0, J - 1}; }
   /// The one so many times next() after the first, of so many rows.
@@ -66,6 +73,26 @@ __device__ __forceinline__ void add_inner(T& sum, const Source& source, WarpTile
   tile.combine(symmetric_tile<T>(source, at), [&](T a, T b) { sum += times * (factor * b * a); });
 }
 
+/// Copies a tile of a symmetric matrix out, with its mirror image unless the triangle is wanted.
+template <class T, class Result>
+__device__ __forceinline__ void store_tile(const Result& result, WarpTile<T>& tile, const TilePlace& at) {
+  const int C = int(result.channels);
+  with_pointer(result.data, [&](auto* data) {
+    if (result.output == Output::kTriu)
+      tile.for_each([&](T a, int r, int c) {
+        const int i = at.i(r), j = at.j(c);
+        if (i <= j && j < C) store_number(data + triu_index(i, j, C), a);
+      });
+    else
+      tile.for_each([&](T a, int r, int c) {
+        const int i = at.i(r), j = at.j(c);
+        if (j >= C || i > j) return;
+        store_number(data + (i * C + j), a);
+        if (i < j) store_number(data + (j * C + i), a);
+      });
+  });
+}
+
 /// The most tiles of a warp, and the warps. A product takes as long as that of a multiprocessor's four schedulers which
 /// has the most to do: up to four tiles get a warp each, more of them as many warps for each scheduler as hold them
 /// all, two or three in each.
@@ -94,9 +121,10 @@ ISQRT_FN constexpr int64_t matrix_shared_bytes(int channels, int64_t element_siz
 
 /// The most channels for which that many matrices fit into the shared memory of any device, and their tiles into the
 /// warps of a block.
+constexpr int kMostMatrixChannels = 128;
 constexpr int max_matrix_channels(int64_t element_size, int matrices) {
   constexpr int64_t kLargestSharedBytes = 227 * 1024;
-  int channels = 128;
+  int channels = kMostMatrixChannels;
   while (matrix_shared_bytes(channels, element_size, matrices) > kLargestSharedBytes) channels -= kTile;
   return channels;
 }
@@ -133,6 +161,10 @@ template <class T> class TileCopy {
   }
   __device__ __forceinline__ void write(const OtherTile& to) {
     for_each([&](const Packet& packet, int offset) { to.at<Packet>(offset) = packet; });
+  }
+  /// To where `own` is in another block of the cluster. It counts at the barrier there.
+  __device__ __forceinline__ void send(const OwnTile& own, unsigned rank, uint64_t* barrier) {
+    for_each([&](const Packet& packet, int offset) { store_async(&own.at<Packet>(offset), rank, packet.words, barrier); });
   }
 
  private:
@@ -181,6 +213,10 @@ template <> struct Tiles<double> {
   }
   using Packed = WarpTile<T>;
   static __device__ __forceinline__ const Packed& pack(const WarpTile<T>& result) { return result; }
+  static __device__ __forceinline__ Packed pack_divided(WarpTile<T>& result, T divisor) {
+    result.for_each([&](T& a, int, int) { a /= divisor; });
+    return result;
+  }
   template <class Tile> static __device__ __forceinline__ void write(const Tile& to, Packed packed, bool symmetric) {
     if (!symmetric)
       packed.for_each_pair(
@@ -249,7 +285,7 @@ template <> struct Tiles<double> {
 
 /// A float is a pair of numbers of float16, (high + low) scale: each has 11 bits, as many as tf32 has, and tensor cores
 /// multiply them at twice the rate of that. The scale is a power of two for each tile, by which its largest element is
-/// near 2^15: elements down to 2^-16 of that keep all 22 bits, and smaller ones lose no more than 2^-39 of it. A tile
+/// near 2^15, or what is left of it where all was divided by a number: elements down to 2^-16 of that keep all 22 bits, and smaller ones lose no more than 2^-39 of it. A tile
 /// of NaN, or with an infinite element, has the scale 1. The scale stands there four times: tiles begin at multiples of
 /// 16 bytes, and are copied whole.
 ///
@@ -258,14 +294,16 @@ template <> struct Tiles<double> {
 template <> struct Tiles<float> {
   static constexpr int kLow = 2 * kTileSize, kScale = 4 * kTileSize, kBytes = tile_bytes(sizeof(float));
 
-  static __device__ int place(int row, int column) {
-    return 2 * kTile * row + 16 * ((column / 8) ^ (row / 4 & 1)) + 2 * (column % 8);
+  static __device__ int place(unsigned row, unsigned column) {
+    return int(2 * kTile * row + 16 * ((column / 8) ^ (row / 4 & 1)) + 2 * (column % 8));
   }
 
   /// Of the pairs (high, low) of two neighbours the one that `which` names.
+  static __device__ __forceinline__ float half(uint32_t pair, int which) {
+    return to_number(Half{uint16_t(pair >> 16 * which)});
+  }
   static __device__ __forceinline__ float join(uint32_t high, uint32_t low, int which, float scale) {
-    const auto number = [&](uint32_t pair) { return to_number(Half{uint16_t(pair >> 16 * which)}); };
-    return (number(high) + number(low)) * scale;
+    return (half(high, which) + half(low, which)) * scale;
   }
 
   template <class Tile> static __device__ float element(const Tile& tile, int row, int column) {
@@ -309,31 +347,37 @@ template <> struct Tiles<float> {
       const float first = a[0] * scale, second = a[1] * scale;
       const uint32_t high = pack_halves(first, second);
       packed.high[pair] = high;
-      packed.low[pair++] = pack_halves(first - join(high, 0, 0, 1), second - join(high, 0, 1, 1));
+      packed.low[pair++] = pack_halves(first - half(high, 0), second - half(high, 1));
     });
     return packed;
   }
+  static __device__ __forceinline__ Packed pack_divided(WarpTile<float>& result, float divisor) {
+    Packed packed = pack(result);
+    packed.scale /= divisor;
+    return packed;
+  }
   template <class Tile>
-  static __device__ __forceinline__ void write(const Tile& to, const Packed& packed, bool symmetric) {
+  static __device__ __forceinline__ void write(const Tile& to, Packed packed, bool symmetric) {
+    if (symmetric) mirror(packed.high), mirror(packed.low);
     const Lane lane;
     if (lane.group == 0) to.template at<float>(kScale + int(sizeof(float)) * lane.quad) = packed.scale;
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-      const int r = lane.group + pair % 2 * 8, c = 2 * lane.quad + pair / 2 * 8;
-      const auto put = [&](int offset, uint32_t two) {
-        if (!symmetric) {
-          to.template at<uint32_t>(offset + place(r, c)) = two;
-          return;
-        }
-        if (r <= c)
-          to.template at<uint16_t>(offset + place(r, c)) = to.template at<uint16_t>(offset + place(c, r)) =
-              uint16_t(two);
-        if (r <= c + 1)
-          to.template at<uint16_t>(offset + place(r, c + 1)) = to.template at<uint16_t>(offset + place(c + 1, r)) =
-              uint16_t(two >> 16);
-      };
-      put(0, packed.high[pair]);
-      put(kLow, packed.low[pair]);
+      const int at = place(lane.group + pair % 2 * 8, 2 * lane.quad + pair / 2 * 8);
+      to.template at<uint32_t>(at) = packed.high[pair];
+      to.template at<uint32_t>(at + kLow) = packed.low[pair];
+    }
+  }
+
+  /// What is under the diagonal becomes what is above it, in parts of 8 x 8, column by column.
+  static __device__ __forceinline__ void mirror(uint32_t (&parts)[4]) {
+    const Lane lane;
+    parts[1] = transpose_matrix(parts[2]);
+#pragma unroll
+    for (int part = 0; part < 4; part += 3) {
+      const uint32_t below = transpose_matrix(parts[part]);
+      if (lane.group > 2 * lane.quad) parts[part] = (parts[part] & 0xffff0000u) | (below & 0xffffu);
+      if (lane.group > 2 * lane.quad + 1) parts[part] = (parts[part] & 0xffffu) | (below & 0xffff0000u);
     }
   }
 
@@ -354,25 +398,33 @@ template <> struct Tiles<float> {
   };
   /// Lane l has the address of row l % 8 of part l / 8, whose rows of memory are the tile's own: parts that follow each
   /// other lie below each other, or beside each other.
-  template <bool kTransposed> static __device__ __forceinline__ Terms load(int tile, bool below) {
-    const int lane = int(threadIdx.x) % kWarp, odd = 8 * (lane / 8 % 2), second = 8 * (lane / 16);
-    const int from = tile + place(lane % 8 + (below ? odd : second), below ? second : odd);
-    Terms terms;
-    if constexpr (kTransposed) {
-      load_matrix_x4_trans(terms.high, &at_shared<uint16_t>(from));
-      load_matrix_x4_trans(terms.low, &at_shared<uint16_t>(from + kLow));
-    } else {
-      load_matrix_x4(terms.high, &at_shared<uint16_t>(from));
-      load_matrix_x4(terms.low, &at_shared<uint16_t>(from + kLow));
+  struct Reader {
+    int below, beside;
+    __device__ Reader() {
+      const int lane = Lane().number, odd = 8 * (lane / 8 % 2), second = 8 * (lane / 16);
+      below = place(lane % 8 + odd, second), beside = place(lane % 8 + second, odd);
     }
-    terms.scale = at_shared<float>(tile + kScale);
-    return terms;
-  }
+    __device__ __forceinline__ Terms left(int tile, bool transposed) const {
+      return load(tile, transposed, transposed ? beside : below);
+    }
+    __device__ __forceinline__ Terms right(int tile, bool transposed) const {
+      return load(tile, !transposed, transposed ? beside : below);
+    }
+
+   private:
+    static __device__ __forceinline__ Terms load(int tile, bool transposed, int from) {
+      Terms terms;
+      load_matrix_x4(terms.high, &at_shared<uint16_t>(tile + from), transposed);
+      load_matrix_x4(terms.low, &at_shared<uint16_t>(tile + from + kLow), transposed);
+      terms.scale = at_shared<float>(tile + kScale);
+      return terms;
+    }
+  };
   static __device__ __forceinline__ Terms left(int tile, bool transposed) {
-    return transposed ? load<true>(tile, false) : load<false>(tile, true);
+    return transposed ? Reader().left(tile, true) : Reader().left(tile, false);
   }
   static __device__ __forceinline__ Terms right(int tile, bool transposed) {
-    return transposed ? load<false>(tile, false) : load<true>(tile, true);
+    return transposed ? Reader().right(tile, true) : Reader().right(tile, false);
   }
 
   struct Sum {

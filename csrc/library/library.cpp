@@ -71,9 +71,11 @@ class LibraryEngine {
 
   void load(Matrix& A, const Source& source) const { A.value = torch::stable::clone(source.value); }
 
-  Batch trace(const Matrix& A) const {
-    return per_sample(
-        torch::stable::sum(call("aten::diagonal", "", A.value, int64_t(0), int64_t(1), int64_t(2)), one_));
+  Batch load_normalized(Matrix& A, const Source& source) const {
+    const Batch t = per_sample(
+        torch::stable::sum(call("aten::diagonal", "", source.value, int64_t(0), int64_t(1), int64_t(2)), one_));
+    A.value = divide(source.value, nonzero(t).value);
+    return t;
   }
   Batch inner(const Source& source, const Matrix& A) const {
     return per_sample(torch::stable::sum(multiply(source.value, A.value), both_));
@@ -82,14 +84,14 @@ class LibraryEngine {
     return inner({multiply(source.value, factor.value)}, A);
   }
 
-  void divide(Matrix& A, const Batch& s) const { A.value = library::divide(A.value, s.value); }
   void scale(Matrix& D, double alpha, const Matrix& A) const { D.value = multiply(A.value, number(alpha)); }
-  void scale(Matrix& D, const Batch& alpha, const Matrix& A) const { D.value = multiply(A.value, alpha.value); }
   void identity_plus(Matrix& D, double alpha, double beta, const Matrix& A) const {
     D.value = add(multiply(A.value, number(beta)), multiply(identity_, number(alpha)));
   }
-  void identity_plus(Matrix& D, const Batch& alpha, const Batch& beta, const Matrix& A) const {
-    D.value = add(multiply(A.value, beta.value), multiply(identity_, alpha.value));
+
+  Matrix result(const Batch& beta, const Matrix& A) const { return {multiply(A.value, beta.value)}; }
+  Matrix result(const Batch& alpha, const Batch& beta, const Matrix& A) const {
+    return {add(multiply(A.value, beta.value), multiply(identity_, alpha.value))};
   }
 
   void product(Matrix& D, double alpha, double beta, const Matrix& A, const Matrix& B) {

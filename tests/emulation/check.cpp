@@ -142,7 +142,7 @@ void check_newton_schulz(int64_t channels) {
     newton_schulz.run(3, 0, 0, 1);
     newton_schulz.run(2, 1, 1, 1);
     newton_schulz.run(3, 0, 0, 2);
-    newton_schulz.run(2, 0, 2, 3);
+    newton_schulz.run(2, 0, 2, 4);
     newton_schulz.run(2, 0, 0, 0);
   }
 }

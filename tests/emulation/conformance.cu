@@ -69,10 +69,7 @@ template <bool kTransposed> __global__ void load_matrix_kernel(const uint16_t* x
   for (int e = 0; e < 8; ++e) s[(kWarp - 1 - threadIdx.x) * 8 + e] = x[threadIdx.x * 8 + e];
   __syncthreads();
   uint32_t r[4];
-  if (kTransposed)
-    load_matrix_x4_trans(r, s + (kWarp - 1 - threadIdx.x) * 8);
-  else
-    load_matrix_x4(r, s + (kWarp - 1 - threadIdx.x) * 8);
+  load_matrix_x4(r, s + (kWarp - 1 - threadIdx.x) * 8, kTransposed);
   for (int m = 0; m < 4; ++m) y[threadIdx.x * 4 + m] = r[m];
 }
 
@@ -93,22 +90,39 @@ template <int kBytes> __global__ void copy_async_kernel(const unsigned char* x, 
   for (int e = 0; e < kBytes; ++e) y[kThreads * kBytes + other + e] = second[other + e];
 }
 
-/// Each block writes to the next one and reads from the one before, around the cluster.
+__global__ void transpose_matrix_kernel(const uint16_t* x, uint16_t* y) {
+  const unsigned at = threadIdx.x * 2, transposed = transpose_matrix(x[at] | uint32_t(x[at + 1]) << 16);
+  y[at] = uint16_t(transposed);
+  y[at + 1] = uint16_t(transposed >> 16);
+}
+
+/// Each block writes to the next one, around the cluster, three times: to places that its threads have just read.
 __global__ void cluster_kernel(const int* x, int* y) {
-  int *own = shared_memory<int>(), *mailbox = own + kThreads;
+  int* mailbox = shared_memory<int>();
+  uint64_t* barrier = reinterpret_cast<uint64_t*>(mailbox + kThreads);
   const unsigned rank = cluster_rank(), size = cluster_size(), at = blockIdx.x * kThreads + threadIdx.x;
-  own[threadIdx.x] = x[at];
-  cluster_sync();
-  map_shared(mailbox, (rank + 1) % size)[threadIdx.x] = x[at];
-  const int previous = map_shared(static_cast<const int*>(own), (rank + size - 1) % size)[kThreads - 1 - threadIdx.x];
+  if (threadIdx.x == 0)
+    for (int phase = 0; phase < 2; ++phase) mbarrier_init(barrier + phase, size * kThreads);
   cluster_arrive();
   const int place = int(rank * 1000 + size);
   cluster_wait();
-  y[4 * at] = previous;
-  y[4 * at + 1] = mailbox[threadIdx.x];
-  y[4 * at + 2] = place;
-  y[4 * at + 3] = int(blockIdx.x);
-  cluster_sync();
+  int received = 0;
+  for (unsigned step = 0; step < 3; ++step) {
+    uint64_t* const here = barrier + step % 2;
+    if (threadIdx.x == 0) mbarrier_expect(here, kThreads * sizeof(int));
+    if (threadIdx.x % 4 == 0) {
+      uint32_t words[4];
+      for (unsigned w = 0; w < 4; ++w) words[w] = uint32_t(x[at + w]) + step;
+      store_async(mailbox + threadIdx.x, (rank + 1) % size, words, here);
+    }
+    for (unsigned other = 0; other < size; ++other) mbarrier_arrive(here, other);
+    mbarrier_wait(here, step / 2 % 2);
+    received = 3 * received + mailbox[kThreads - 1 - threadIdx.x];
+    cluster_sync();
+  }
+  y[3 * at] = received;
+  y[3 * at + 1] = place;
+  y[3 * at + 2] = int(blockIdx.x);
 }
 
 /// Two halves of the block, each with a barrier of its own and each its own number of times.
@@ -288,16 +302,24 @@ template <int kBytes> bool check_copy_async() {
   return true;
 }
 
+bool check_transpose_matrix() {
+  const std::vector<uint16_t> x = counting<uint16_t>(64), y = run(transpose_matrix_kernel, x, 64, kWarp);
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < 8; ++j)
+      if (y[8 * i + j] != x[8 * j + i]) return false;
+  return true;
+}
+
 bool check_cluster(unsigned size) {
   const unsigned blocks = 3 * size;
   const std::vector<int> x = counting<int>(blocks * kThreads);
-  const std::vector<int> y = run(cluster_kernel, x, 4 * x.size(), kThreads, blocks, size);
+  const std::vector<int> y = run(cluster_kernel, x, 3 * x.size(), kThreads, blocks, size);
   for (unsigned block = 0; block < blocks; ++block)
     for (int t = 0; t < kThreads; ++t) {
       const unsigned rank = block % size, previous = block - rank + (rank + size - 1) % size;
-      const int expected[] = {int((previous + 1) * kThreads) - 1 - t, int(previous * kThreads) + t,
-                              int(rank * 1000 + size), int(block)};
-      if (std::memcmp(expected, &y[4 * (block * kThreads + t)], sizeof expected) != 0) return false;
+      const int sent = x[(previous + 1) * kThreads - 1 - t];
+      const int expected[] = {9 * sent + 3 * (sent + 1) + sent + 2, int(rank * 1000 + size), int(block)};
+      if (std::memcmp(expected, &y[3 * (block * kThreads + t)], sizeof expected) != 0) return false;
     }
   return true;
 }
@@ -339,6 +361,10 @@ struct Check {
   std::function<bool()> holds;
 };
 
+#define CLUSTER_WRAPPERS                                                                                  \
+  "cluster_rank, cluster_size, cluster_arrive, cluster_wait, cluster_sync, mbarrier_init, mbarrier_expect, " \
+  "mbarrier_arrive, mbarrier_wait, store_async; "
+
 const Check kChecks[] = {
     {"opaque", 8, check_opaque},
     {"wait_for_kernels_before", 8, check_kernels_in_a_row},
@@ -348,16 +374,14 @@ const Check kChecks[] = {
     {"mma_bf16", 8, check_mma<Kind::kBf16, uint16_t>},
     {"mma_f64", 8, check_mma_f64},
     {"load_matrix_x4", 8, check_load_matrix<false>},
-    {"load_matrix_x4_trans", 8, check_load_matrix<true>},
+    {"load_matrix_x4; transposed", 8, check_load_matrix<true>},
+    {"transpose_matrix", 8, check_transpose_matrix},
     {"copy_async<4>, copy_async_commit, copy_async_wait", 8, check_copy_async<4>},
     {"copy_async<8>, copy_async_commit, copy_async_wait", 8, check_copy_async<8>},
     {"copy_async<16>, copy_async_commit, copy_async_wait", 8, check_copy_async<16>},
-    {"cluster_rank, cluster_size, cluster_arrive, cluster_wait, cluster_sync, map_shared; no cluster", 8,
-     [] { return check_cluster(1); }},
-    {"cluster_rank, cluster_size, cluster_arrive, cluster_wait, cluster_sync, map_shared; 2 blocks", 9,
-     [] { return check_cluster(2); }},
-    {"cluster_rank, cluster_size, cluster_arrive, cluster_wait, cluster_sync, map_shared; 8 blocks", 9,
-     [] { return check_cluster(8); }},
+    {CLUSTER_WRAPPERS "no cluster", 9, [] { return check_cluster(1); }},
+    {CLUSTER_WRAPPERS "2 blocks", 9, [] { return check_cluster(2); }},
+    {CLUSTER_WRAPPERS "8 blocks", 9, [] { return check_cluster(8); }},
     {"named_barrier", 8, check_named_barrier},
 };
 

@@ -112,6 +112,14 @@ void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], cons
 void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Caller& caller);
 void mma_f64(double* d, double a, double b, const Caller& caller);
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, const Caller& caller);
+uint32_t transpose_matrix(uint32_t r, const Caller& caller);
+
+// mbarriers, and stores to other blocks, done when a thread there waits for them,
+void mbarrier_init(uint64_t* barrier, unsigned count, const Caller& caller);
+void mbarrier_expect(uint64_t* barrier, unsigned bytes, const Caller& caller);
+void mbarrier_arrive(uint64_t* own, unsigned rank, const Caller& caller);
+void mbarrier_wait(uint64_t* barrier, unsigned parity, const Caller& caller);
+void store_async(void* own, unsigned rank, const uint32_t (&words)[4], uint64_t* barrier, const Caller& caller);
 
 // and cp.async, done when its thread waits for it.
 void copy_async(void* to, const void* from, unsigned bytes, int source_bytes, const Caller& caller);

@@ -110,7 +110,7 @@ template <bool kFault> __global__ void matrix_misaligned(float* y) {
   for (unsigned i = threadIdx.x; i < kThreads + kSpare; i += kThreads) s[i] = 1;
   __syncthreads();
   uint32_t r[4];
-  load_matrix_x4(r, s + threadIdx.x % 8 * 4 + kFault);  // fault: matrix_misaligned
+  load_matrix_x4(r, s + threadIdx.x % 8 * 4 + kFault, false);  // fault: matrix_misaligned
   y[threadIdx.x] = __uint_as_float(r[0]);
 }
 
@@ -181,47 +181,77 @@ template <bool kFault> __global__ void named_for_block(float* y) {
   y[threadIdx.x] = s[kThreads - 1 - threadIdx.x];  // fault: named_for_block
 }
 
-template <bool kFault> __global__ void block_for_cluster(float* y) {
-  float* s = shared_memory<float>();
+/// Where shared memory has room for an mbarrier.
+__device__ uint64_t* own_barrier() { return reinterpret_cast<uint64_t*>(shared_memory<float>() + kThreads); }
+
+__device__ void init_barrier() {
+  if (threadIdx.x == 0) mbarrier_init(own_barrier(), 1);  // fault: block_for_cluster
+}
+
+/// All of the other block's shared memory is written, and this block expects as much of it.
+__device__ void exchange(unsigned other, unsigned expected = kThreads * sizeof(float)) {
+  const uint32_t words[4] = {1, 2, 3, 4};
+  if (threadIdx.x % 4 == 0) store_async(shared_memory<float>() + threadIdx.x, other, words, own_barrier());
+  if (threadIdx.x > 0) return;
+  mbarrier_expect(own_barrier(), expected);
+  mbarrier_arrive(own_barrier(), cluster_rank());
+}
+__device__ void exchange() { exchange(1 - cluster_rank()); }
+
+template <bool kFault> __global__ void store_without_wait(float* y) {
+  init_barrier();
   cluster_sync();
-  s[threadIdx.x] = float(cluster_rank());
+  exchange();
+  if (!kFault) mbarrier_wait(own_barrier(), 0);
+  y[blockIdx.x * kThreads + threadIdx.x] = shared_memory<float>()[threadIdx.x];  // fault: store_without_wait
+  cluster_sync();
+  if (kFault) mbarrier_wait(own_barrier(), 0);
+}
+
+template <bool kFault> __global__ void store_wrong_size(float* y) {
+  init_barrier();
+  cluster_sync();
+  exchange(1 - cluster_rank(), (kThreads + 4 * kFault) * sizeof(float));
+  mbarrier_wait(own_barrier(), 0);  // fault: store_wrong_size
+  y[blockIdx.x * kThreads + threadIdx.x] = 1;
+}
+
+template <bool kFault> __global__ void store_too_early(float* y) {
+  float* s = shared_memory<float>();
+  init_barrier();
+  s[threadIdx.x] = 1;
+  cluster_sync();
+  y[blockIdx.x * kThreads + threadIdx.x] = s[kThreads - 1 - threadIdx.x];  // fault: store_too_early
+  if (!kFault) cluster_sync();
+  exchange();
+  mbarrier_wait(own_barrier(), 0);
+}
+
+template <bool kFault> __global__ void block_for_cluster(float* y) {
+  init_barrier();
   if (kFault)
     __syncthreads();
   else
     cluster_sync();
-  const float* other = map_shared(s, 1 - cluster_rank());
-  y[blockIdx.x * kThreads + threadIdx.x] = other[threadIdx.x];  // fault: block_for_cluster
-  cluster_sync();
+  exchange();
+  mbarrier_wait(own_barrier(), 0);
+  y[blockIdx.x * kThreads + threadIdx.x] = 1;
 }
 
-template <bool kFault> __global__ void other_block_too_early(float* y) {
-  float* s = shared_memory<float>();
-  if (!kFault) cluster_sync();
-  map_shared(s, 1 - cluster_rank())[threadIdx.x] = 1;  // fault: other_block_too_early
+template <bool kFault> __global__ void returns_too_early(float* y) {
+  init_barrier();
   cluster_sync();
-  y[blockIdx.x * kThreads + threadIdx.x] = s[threadIdx.x];
-}
-
-template <bool kFault> __global__ void other_block_too_late(float* y) {
-  float* s = shared_memory<float>();
-  s[threadIdx.x] = 1;
-  cluster_sync();
-  float sum = 0;
-  for (unsigned i = 0; i < kThreads; ++i) {
-    if (cluster_rank() == 0) __syncthreads();                                // this block is the slower one
-    sum += map_shared(s, 1 - cluster_rank())[(threadIdx.x + i) % kThreads];  // fault: other_block_too_late
-  }
-  if (!kFault) cluster_sync();
-  y[blockIdx.x * kThreads + threadIdx.x] = sum;
+  exchange();
+  if (!kFault || cluster_rank() == 0) mbarrier_wait(own_barrier(), 0);
+  y[blockIdx.x * kThreads + threadIdx.x] = 1;
 }
 
 template <bool kFault> __global__ void outside_cluster(float* y) {
-  float* s = shared_memory<float>();
-  s[threadIdx.x] = 1;
+  init_barrier();
   cluster_sync();
-  const float* other = map_shared(s, 1 - cluster_rank() + 2 * kFault);  // fault: outside_cluster
-  y[blockIdx.x * kThreads + threadIdx.x] = other[threadIdx.x];
-  cluster_sync();
+  exchange(1 - cluster_rank() + 2 * kFault);
+  mbarrier_wait(own_barrier(), 0);
+  y[blockIdx.x * kThreads + threadIdx.x] = 1;
 }
 
 template <bool kFault> __global__ void cluster_without_arrival(float* y) {
@@ -287,9 +317,11 @@ template <bool kFault> std::map<std::string, std::function<std::vector<float>()>
       {"copy_too_early", [=] { return run(1, 1, copy_too_early<kFault>, data); }},
       {"copy_bounds", [=] { return run(1, 1, copy_bounds<kFault>, data); }},
       {"copy_misaligned", [=] { return run(1, 1, copy_misaligned<kFault>, data); }},
+      {"store_without_wait", [] { return run(2, 2, store_without_wait<kFault>); }},
+      {"store_wrong_size", [] { return run(2, 2, store_wrong_size<kFault>); }},
+      {"store_too_early", [] { return run(2, 2, store_too_early<kFault>); }},
       {"block_for_cluster", [] { return run(2, 2, block_for_cluster<kFault>); }},
-      {"other_block_too_early", [] { return run(2, 2, other_block_too_early<kFault>); }},
-      {"other_block_too_late", [] { return run(2, 2, other_block_too_late<kFault>); }},
+      {"returns_too_early", [] { return run(2, 2, returns_too_early<kFault>); }},
       {"outside_cluster", [] { return run(2, 2, outside_cluster<kFault>); }},
       {"cluster_without_arrival", [] { return run(2, 2, cluster_without_arrival<kFault>); }},
       {"static_in_cluster", [] { return run(2, 2, static_in_cluster, kFault); }},

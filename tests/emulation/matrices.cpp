@@ -147,4 +147,15 @@ void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, const Cal
                       : element(m, g, 2 * t) | element(m, g, 2 * t + 1) << 16;
 }
 
+uint32_t transpose_matrix(uint32_t r, const Caller& caller) {
+  const Slots& slots = gather(~0u, &r, sizeof r, false, {"transpose_matrix", caller.file, caller.line});
+  const unsigned g = lane() / 4, t = lane() % 4;
+  const auto element = [&](unsigned i, unsigned j) {
+    uint32_t pair;
+    memcpy(&pair, slots[4 * i + j / 2], sizeof pair);
+    return uint32_t(half_of(pair, int(j % 2)));
+  };
+  return element(2 * t, g) | element(2 * t + 1, g) << 16;
+}
+
 }  // namespace emulation

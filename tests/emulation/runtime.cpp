@@ -116,6 +116,7 @@ void begin_in_block(Block& block) {
 void end_in_block(Block& block) {
   release_memory(&block.order_of_end);
   if (block.running > 0 || launch.cluster->blocks.size() == 1) return;
+  if (!block.stores.empty()) fail("returns while this is on its way to it", block.stores.front().site);
   acquire_memory(&block.order_of_end);
   end_block_memory(block.shared, launch.shared_bytes);
 }
@@ -244,6 +245,7 @@ void run(const LaunchShape& shape, const std::function<void()>& body) {
   launch.error.clear();
   launch.error_at = nullptr;
   launch.random = options.seed * 0x9E3779B97F4A7C15u | 1;
+  launch.fruitless = 0;
   describe_main_fiber(launch.main);
   std::vector<char*> kept;
   for (const unsigned c : order_of_clusters(gridDim.x * gridDim.y * gridDim.z / cluster_size)) {
@@ -386,7 +388,7 @@ bool inside(const void* p, size_t bytes, const void* memory, size_t size) {
 }  // namespace
 
 void* shared_of_block(void* address, unsigned rank, const Caller& caller) {
-  const Site site{"map_shared", caller.file, caller.line};
+  const Site site{"shared_of_block", caller.file, caller.line};
   const char* own = launch.running->block->shared;
   if (!inside(address, 1, own, launch.shared_bytes)) fail("maps what is not its block's dynamic shared memory", site);
   if (rank >= blocks_in_cluster())

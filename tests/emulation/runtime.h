@@ -21,6 +21,14 @@ struct AsyncCopy {
   Site site;
 };
 
+/// To a block, at whose mbarrier it counts.
+struct AsyncStore {
+  char* to;
+  uint32_t words[4];
+  uint64_t* barrier;
+  Site site;
+};
+
 struct Thread {
   uint3 index, block_index;
   Fiber fiber;
@@ -64,6 +72,7 @@ struct Block {
   std::vector<std::vector<std::unique_ptr<Collective>>> collectives;  // by warp
   Rendezvous barrier, named_barriers[kNamedBarriers];
   char* shared = nullptr;
+  std::vector<AsyncStore> stores;  // on their way to this block
 };
 
 struct Cluster {
@@ -85,7 +94,8 @@ struct Launch {
   std::string error;
   const void* error_at = nullptr;  // an instruction of the program
   uint64_t random = 1;
-  char begin, end;  // addresses for release_memory: the begin and the end of the threads
+  unsigned fruitless = 0;  // polls of an mbarrier since anything happened
+  char begin, end;         // addresses for release_memory: the begin and the end of the threads
 };
 extern Launch launch;
 

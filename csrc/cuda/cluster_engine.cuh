@@ -1,0 +1,232 @@
+// The Engine of normalization.h on a cluster of thread blocks, or on one block, in float32: each block has all matrices
+// of the sample. The iteration is a Program. The tiles of its products are dealt out to the warps of all blocks, and
+// results go into the matrices of each; what is done elementwise each block does for itself. Each tile is the same sum
+// in any case: results do not depend on who computes them.
+//
+// What takes time is the chain of instructions from one meeting to the next, see compute(), and what the first run
+// through any code waits for instructions.
+#pragma once
+#include "cluster_program.h"
+#include "matrix_engine.cuh"
+
+namespace isqrt::cuda {
+
+/// As many as have a tile each, and more than one tile each where there are many.
+constexpr int kMostClusterWarps = 12, kMostClusterBlocks = 8;
+ISQRT_FN constexpr int cluster_threads(int channels) {
+  const int tiles = tile_count(channels);
+  return kWarp * (tiles < kMostClusterWarps ? tiles : kMostClusterWarps);
+}
+
+template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
+  using T = float;
+  using Base = BlockMatrices<T>;
+
+ public:
+  struct Matrix : Base::Matrix {
+    int dealt = 0;
+  };
+  using Result = ResultOf<Matrix>;
+
+  /// Before it waits for the kernels before it.
+  __device__ ClusterEngine(int channels, const Program& program)
+      : Base(channels), program_(program), blocks_(int(cluster_size())), rank_(int(cluster_rank())), shift_((blocks_ > 1) + (blocks_ > 2) + (blocks_ > 4)),
+        worker_(warp() * blocks_ + rank_),
+        share_((1 << 16) / tile_count(channels) + 1) {
+    // Constant memory takes its time: all of the program is asked for once.
+    constexpr int kLine = 64 / sizeof(uint32_t), kWords = sizeof(Program) / sizeof(uint32_t);
+    if (warp() == warps() - 1)
+      for (int word = kLine * Lane().number; word < kWords; word += kLine * kWarp)
+        opaque(reinterpret_cast<const uint32_t*>(&program)[word]);
+    if constexpr (kHasClusters)
+      if (blocks_ > 1) {
+        if (threadIdx.x == 0)
+          for (int phase = 0; phase < 2; ++phase) mbarrier_init(barrier(phase), unsigned(blocks_ * warps()));
+        cluster_arrive();
+      }
+  }
+
+  __device__ Matrix matrix() { return {new_matrix(), 0}; }
+
+  using Base::load;
+  template <class Source> __device__ void load(const Matrix& A, const Source& source) const { load_tiles(A, source); }
+  template <class Source> __device__ T load_normalized(const Matrix& A, const Source& source) const {
+    return load_normalized_tiles(A, source);
+  }
+
+  /// Runs the program, after its matrices were loaded.
+  __device__ __forceinline__ void run() {
+    const Tiles::Reader reader;
+#pragma unroll 1
+    for (int n = 0; n < program_.stages; ++n) {
+      const Stage stage = program_.stage[n];
+      if (stage.meets) meet();
+      if (stage.kind == Stage::kProducts) {
+        compute(stage, reader);
+        continue;
+      }
+      const Operation o = program_.operation[stage.first];
+      if (stage.kind == Stage::kIdentityPlus) {
+        identity_plus_tiles(at(o.to), o.alpha, o.beta, at(o.A0));
+      } else if constexpr (kColumns) {
+        const Column u{column_at(o.to)}, v{column_at(o.B0)};
+        if (stage.kind == Stage::kRankTwo)
+          rank_two_tiles(at(o.to), o.alpha, o.beta, {column_at(o.A0)}, v, {column_at(o.A1)});
+        else if (stage.kind == Stage::kAdd)
+          add(u, o.alpha, o.beta, v);
+        else
+          sum_rows(u, at(o.A0), [&](int j) { return stage.kind == Stage::kSums ? T(1) : element(v, j); });
+      }
+    }
+    if (program_.maps) __syncthreads();
+    meets_ = program_.meets;
+  }
+  __device__ Matrix at(const Program::Place& place) const { return {at(place.number), place.dealt}; }
+  __device__ const Program& program() const { return program_; }
+
+  /// <factor sym(source), A>
+  template <class Source> __device__ T inner(const Source& source, const Matrix& A, T factor = 1) {
+    if (meets_) meet();
+    return block_sum(inner_part(source, A, factor), shared_memory<T>());
+  }
+
+  __device__ Result result(T beta, const Matrix& A) const { return {0, beta, A}; }
+  __device__ Result result(T alpha, T beta, const Matrix& A) const { return {alpha, beta, A}; }
+
+  /// Each warp writes tiles that it has computed, which it need not wait for.
+  template <class View> __device__ void write(const Result& result, const View& view, T factor = 1) {
+    __syncwarp();
+#pragma unroll 1
+    for (int t = (worker_ < result.A.dealt ? workers() : 0) + worker_ - result.A.dealt; t < tile_count(channels_);
+         t += workers())
+      write_tile(result, Place::numbered(t), view, factor);
+    if (meets_ && blocks_ > 1) meet();  // other blocks still write to this one's memory
+  }
+  template <class View> __device__ void write(Column u, const View& view, T factor = 1) const {
+    if (rank_ == 0) Base::write(u, view, factor);
+  }
+
+ private:
+  __device__ int workers() const { return blocks_ * warps(); }
+
+  __device__ Base::Matrix at(int number) const {
+    const int first = matrices() + number * tile_count(channels_) * Tiles::kBytes;
+    return {first, first};
+  }
+  __device__ int column_at(int number) const { return columns() + number * kTile * tiles_ * int(sizeof(T)); }
+
+  /// The products of a stage, in each block of the cluster. Consecutive tiles go to different blocks.
+  __device__ __forceinline__ void compute(const Stage& stage, const Tiles::Reader& reader) {
+    const int count = tile_count(channels_), all = int(stage.count) * count;
+#pragma unroll 1
+    for (int n = worker_; n < all; n += workers()) {
+      const int product = n * share_ >> 16;  // n / count
+      const Operation o = program_.operation[stage.first + product];
+      const Place own = Place::numbered(n - product * count);
+      WarpTile<T> previous;
+      if (o.added != Operation::kNone) previous = Tiles::read(tile(at(o.added), own));
+      Tiles::Sum sum;
+#pragma unroll 1
+      for (unsigned term = 0; term < o.terms; ++term) {
+        const int A = at(term ? o.A1 : o.A0).first, B = at(term ? o.B1 : o.B0).first;
+#pragma unroll 2  // as many operands as registers hold are asked for before the first of them is there
+        for (int K = 0; K < tiles_; ++K)
+          sum.multiply_add(reader.left(K < own.I ? tile(A, K, own.I) : tile(A, own.I, K), K < own.I),
+                           reader.right(K <= own.J ? tile(B, K, own.J) : tile(B, own.J, K), K > own.J));
+      }
+      WarpTile<T> result = sum.total();
+      result.combine(previous, [&](T& a, T d) { a = o.alpha * d + o.beta * a; });
+      const Base::Matrix to = at(o.to);
+      write_tile(to, own, result);
+      if (blocks_ > 1) send(tile(to, own));
+    }
+    expected_ += (all - int(unsigned(all + blocks_ - 1 - rank_) >> shift_)) * Tiles::kBytes;  // from other blocks
+  }
+
+  /// Copies a tile to all other blocks.
+  __device__ __forceinline__ void send(const OwnTile& tile) const {
+    if constexpr (kHasClusters) {
+      __syncwarp();
+      TileCopy<T> copy(tile);
+#pragma unroll
+      for (int other = 1; other < kMostClusterBlocks; ++other)
+        if (other < blocks_) copy.send(tile, unsigned(rank_ ^ other), barrier(phase_));
+    }
+  }
+
+  /// Two mbarriers, after what block_sum takes of so few warps: one block may have arrived at the next meeting before
+  /// all that belongs to this one has come to another.
+  static __device__ uint64_t* barrier(int phase) {
+    static_assert(kMostClusterWarps * sizeof(T) + 2 * sizeof(uint64_t) <= kSums * sizeof(T));
+    return &at_shared<uint64_t>(shared_begin() + kMostClusterWarps * int(sizeof(T)) + phase % 2 * int(sizeof(uint64_t)));
+  }
+
+  /// All operations so far are done, in each block. No block uses another one's memory before the first meeting.
+  __device__ __forceinline__ void meet() {
+    meets_ = false;
+    if (blocks_ == 1) {
+      __syncthreads();
+    } else if constexpr (kHasClusters) {
+      if (phase_ == 0) cluster_wait();
+      uint64_t* const here = barrier(phase_);
+      if (threadIdx.x == 0) mbarrier_expect(here, unsigned(expected_));
+      __syncwarp();
+      const unsigned lane = threadIdx.x % kWarp;
+      if (lane < unsigned(blocks_)) mbarrier_arrive(here, lane);
+      mbarrier_wait(here, unsigned(phase_ / 2 % 2));
+      ++phase_;
+      expected_ = 0;
+    }
+  }
+
+  const Program& program_;
+  int blocks_, rank_, shift_, worker_, share_;  // 2^shift blocks
+  int phase_ = 0, expected_ = 0;  // meetings so far, and bytes that others send before the next one
+  bool meets_ = false;            // whether there are products that were not met for
+};
+
+/// The iteration as it was recorded.
+template <bool kColumns, class Matrix>
+__device__ void newton_schulz(ClusterEngine<kColumns>& e, Iterates<Matrix>& m, const Steps&, Root) {
+  e.run();
+  m.Y = e.at(e.program().Y), m.Z = e.at(e.program().Z);
+}
+template <bool kColumns, class Matrix>
+__device__ void newton_schulz_tangent(ClusterEngine<kColumns>& e, Iterates<Matrix>& m, Iterates<Matrix>& d,
+                                      const Steps& steps, Root root) {
+  newton_schulz(e, m, steps, root);
+  d.Y = e.at(e.program().dY), d.Z = e.at(e.program().dZ);
+}
+template <class Matrix, class Column>
+__device__ void newton_schulz_sums(ClusterEngine<true>& e, Iterates<Matrix>& m, const Steps& steps, Column&, Column&,
+                                   Column&) {
+  newton_schulz(e, m, steps, Root::kSquare);
+}
+template <class Matrix, class Column>
+__device__ void newton_schulz_tangent_sums(ClusterEngine<true>& e, Iterates<Matrix>& m, Iterates<Matrix>& d,
+                                           const Steps& steps, const Column&, double, Column&, Column&, Column&) {
+  newton_schulz_tangent(e, m, d, steps, Root::kSquare);
+}
+
+/// What such a kernel runs for this task.
+inline Program record_root(const Steps& steps, Root root, bool mean, int workers, int channels,
+                           int matrices, int spares) {
+  ProgramRecorder e(workers, tile_count(channels), matrices, spares);
+  auto m = make_iterates(e, steps);
+  auto sums = e.column(), u = e.column(), v = e.column();
+  e.load(m.Y);
+  mean ? newton_schulz_sums(e, m, steps, sums, u, v) : newton_schulz(e, m, steps, root);
+  return e.finish(m, m);
+}
+inline Program record_root_backward(const Steps& steps, Root root, bool mean, int workers, int channels,
+                           int matrices, int spares) {
+  ProgramRecorder e(workers, tile_count(channels), matrices, spares);
+  auto m = make_iterates(e, steps), d = make_iterates(e, steps);
+  auto g = e.column(), sums = e.column(), u = e.column(), v = e.column();
+  e.load(m.Y), e.load(d.Y);
+  mean ? newton_schulz_tangent_sums(e, m, d, steps, g, 0.5 / channels, sums, u, v)
+       : newton_schulz_tangent(e, m, d, steps, root);
+  return e.finish(m, d);
+}
+
+}  // namespace isqrt::cuda

@@ -1,0 +1,152 @@
+// What a cluster of blocks does with a sample's matrices between loading and writing them: the operations of
+// newton_schulz.h as a list, which the host records and the kernel runs in a loop, so that the code of each kind of
+// operation is there once; and when the blocks have to meet.
+#pragma once
+#include <stdexcept>
+
+#include "../newton_schulz.h"
+
+namespace isqrt::cuda {
+
+/// to = alpha added + beta (A0 B0 + A1 B1), without A1 B1 where terms = 1, for matrices. Other operations have names of
+/// their own for what they use: alpha I + beta A0; columns A0 1, A0 B0 and alpha to + beta B0; and the matrix
+/// alpha to + beta (A0 B0' + B0 A0' + A1 1' + 1 A1') of columns. Matrices and columns are numbers, in the order in which
+/// they were asked for.
+struct alignas(16) Operation {
+  static constexpr uint32_t kNone = 0xff;
+  uint32_t to : 8 = 0, added : 8 = 0, terms : 16 = 0;
+  uint32_t A0 : 8 = 0, B0 : 8 = 0, A1 : 8 = 0, B1 : 8 = 0;
+  float alpha = 0, beta = 0;
+};
+
+/// Products that can be computed at the same time; or one operation that each block does for itself.
+struct Stage {
+  enum Kind : uint32_t { kProducts, kIdentityPlus, kSums, kMultiply, kAdd, kRankTwo };
+  uint32_t kind : 8;
+  uint32_t meets : 8;  // all stages so far are done, in each block, before this one begins
+  uint32_t first : 8, count : 8;
+};
+
+struct Program {
+  static constexpr int kMost = 56;  // 4 and 6 for each of at most 8 further steps: later ones would be in full
+  /// A matrix; and the worker that has the first of its tiles, if the stage that it comes from was not met for.
+  struct Place {
+    uint8_t number, dealt;
+  };
+  int operations = 0, stages = 0;
+  bool meets = false, maps = false;  // since the last meeting there were products, or what is done elementwise
+  Place Y, Z, dY, dZ;
+  Operation operation[kMost];
+  Stage stage[kMost];
+};
+
+/// The Engine of newton_schulz.h that makes the list. Operations need no meeting between them as long as none reads or
+/// overwrites what other warps have read or written since the last one: what a product changes is written to a spare
+/// matrix, which takes its place. So a step of the iteration has two meetings, and all products between them are
+/// computed at the same time.
+class ProgramRecorder {
+ public:
+  struct Matrix {
+    uint8_t number = 0, dealt = 0;
+    unsigned bit() const { return 1u << number; }
+  };
+  struct Column {
+    uint8_t number;
+  };
+
+  /// For so many workers, tiles of a matrix, matrices that will be asked for, and spare ones.
+  ProgramRecorder(int workers, int tiles, int matrices, int spares)
+      : workers_(workers), tiles_(tiles), spares_(spares) {
+    for (int s = 0; s < spares; ++s) spare_[s].number = uint8_t(matrices + s);
+  }
+
+  Matrix matrix() { return {next_matrix_++, 0}; }
+  Column column() { return {next_column_++}; }
+
+  /// Each block has this matrix in all of its warps' tiles.
+  void load(const Matrix& A) { mapped_ |= A.bit(); }
+
+  void product(Matrix& D, double alpha, double beta, Matrix A, Matrix B) { products(D, alpha, beta, A, B, A, B, 1); }
+  void products(Matrix& D, double alpha, double beta, Matrix A1, Matrix B1, Matrix A2, Matrix B2, int terms = 2) {
+    const Matrix previous = D;
+    D = spare_[0];
+    for (int s = 0; s + 1 < spares_; ++s) spare_[s] = spare_[s + 1];
+    spare_[spares_ - 1] = previous;
+    add_products(D, &previous, alpha, beta, A1, B1, A2, B2, terms);
+  }
+  Matrix product(Matrix& D, Matrix, Matrix A, Matrix B, bool) {
+    add_products(D, nullptr, 0, 1, A, B, A, B, 1);
+    return D;
+  }
+  Matrix products(Matrix& D, Matrix, Matrix A1, Matrix B1, Matrix A2, Matrix B2, bool) {
+    add_products(D, nullptr, 0, 1, A1, B1, A2, B2, 2);
+    return D;
+  }
+
+  void scale(Matrix D, double alpha, Matrix A) { identity_plus(D, 0, alpha, A); }
+  void identity_plus(Matrix D, double alpha, double beta, Matrix A) {
+    map(Stage::kIdentityPlus, {.to = D.number, .A0 = A.number, .alpha = float(alpha), .beta = float(beta)}, D, A);
+  }
+  void rank_two(Matrix D, double alpha, double beta, Column u, Column v, Column w) {
+    map(Stage::kRankTwo,
+        {.to = D.number, .A0 = u.number, .B0 = v.number, .A1 = w.number, .alpha = float(alpha), .beta = float(beta)}, D,
+        D);
+  }
+  void sums(Column u, Matrix A) { rows(Stage::kSums, {.to = u.number, .A0 = A.number}, A); }
+  void multiply(Column u, Matrix A, Column v) {
+    rows(Stage::kMultiply, {.to = u.number, .A0 = A.number, .B0 = v.number}, A);
+  }
+  void add(Column u, double alpha, double beta, Column v) {
+    append(Stage::kAdd, {.to = u.number, .B0 = v.number, .alpha = float(alpha), .beta = float(beta)}, false);
+  }
+
+  Program finish(const Iterates<Matrix>& m, const Iterates<Matrix>& d) {
+    const auto place = [](const Matrix& A) { return Program::Place{A.number, A.dealt}; };
+    program_.meets = written_ != 0, program_.maps = mapped_ != 0;
+    program_.Y = place(m.Y), program_.Z = place(m.Z), program_.dY = place(d.Y), program_.dZ = place(d.Z);
+    return program_;
+  }
+
+ private:
+  Stage& last() { return program_.stage[program_.stages - 1]; }
+
+  void append(Stage::Kind kind, const Operation& operation, bool meets) {
+    if (program_.operations == Program::kMost) throw std::logic_error("ProgramRecorder: too many operations");
+    if (meets) read_ = written_ = mapped_ = 0;
+    const bool joins = !meets && kind == Stage::kProducts && program_.stages > 0 && last().kind == kind;
+    if (!joins) program_.stage[program_.stages++] = {kind, meets, uint32_t(program_.operations), 0};
+    program_.operation[program_.operations++] = operation;
+    ++last().count;
+  }
+  void add_products(Matrix& D, const Matrix* added, double alpha, double beta, Matrix A1, Matrix B1, Matrix A2,
+                    Matrix B2, int terms) {
+    const unsigned operands = A1.bit() | B1.bit() | A2.bit() | B2.bit() | (added ? added->bit() : 0);
+    append(Stage::kProducts,
+           {D.number, added ? added->number : Operation::kNone, uint32_t(terms), A1.number, B1.number, A2.number,
+            B2.number, float(alpha), float(beta)},
+           (operands & (written_ | mapped_)) || (D.bit() & (read_ | written_ | mapped_)));
+    read_ |= operands;
+    written_ |= D.bit();
+    D.dealt = uint8_t((last().count - 1) * tiles_ % workers_);
+  }
+  /// D = f(A) elementwise: each block for itself, a warp its own tiles of both.
+  void map(Stage::Kind kind, const Operation& operation, Matrix D, Matrix A) {
+    append(kind, operation, (A.bit() & written_) || (D.bit() & (read_ | written_)));
+    read_ |= A.bit();
+    mapped_ |= D.bit();
+  }
+  /// What reads whole rows of A, in each block.
+  void rows(Stage::Kind kind, const Operation& operation, Matrix A) {
+    append(kind, operation, A.bit() & (written_ | mapped_));
+    read_ |= A.bit();
+  }
+
+  static constexpr int kMostSpares = 4;
+  int workers_, tiles_, spares_;
+  uint8_t next_matrix_ = 0, next_column_ = 0;
+  Matrix spare_[kMostSpares];
+  unsigned read_ = 0, written_ = 0, mapped_ = 0;  // since the last meeting: mapped is written elementwise
+  Program program_;
+};
+
+}  // namespace isqrt::cuda
