@@ -18,6 +18,17 @@ namespace isqrt {
 ISQRT_FN float nonzero(float t) { return t == 0.0f ? 1.0f : t; }
 ISQRT_FN double nonzero(double t) { return t == 0.0 ? 1.0 : t; }
 
+/// <G, P> and <s Sigma, D>. Engines that can do both at once have functions of this name.
+template <class Scalar> struct InnerProducts {
+  Scalar of_gradient, of_sigma;
+};
+template <class Engine, class Matrix, class SigmaSource, class GradSource, class Scalar>
+ISQRT_FN InnerProducts<Scalar> inner_products(Engine& e, const GradSource& grad, const Matrix& P,
+                                              const SigmaSource& sigma, const Matrix& D, const Scalar& s) {
+  const Scalar of_gradient = e.inner(grad, P);
+  return {of_gradient, e.inner(sigma, D, s)};
+}
+
 /// What multiplies Y_N or Z_N, as a function of the trace: sqrt(t) or 1 / sqrt(t), and 0 for t = 0. There Sigma
 /// vanishes, so that any divisor makes A = 0, and the root and its gradient are defined as 0.
 template <class Scalar> ISQRT_FN Scalar compensation(const Scalar& t, Root root) {
@@ -49,15 +60,13 @@ ISQRT_FN auto matrix_root_mean(Engine& e, const Source& sigma, const Steps& step
 /// gradient and P = Y_N or Z_N; with s(t) the compensation, t s'(t) = s / 2 or -s / 2, and
 ///     dL/dSigma = s / t D + (s / t <G, P> t s'(t) / s - <s / t Sigma, D> / t) I
 /// Nothing is divided by t^2, nor summed that is as small as Sigma: both would leave the range of float32 long before
-/// the result does.
-template <class Engine, class Matrix, class Source, class Scalar>
-ISQRT_FN auto normalization_backward(Engine& e, Matrix& D, const Source& sigma, const Scalar& t,
-                                     const Scalar& inner_product, Root root) {
-  const auto divisor = nonzero(t);
-  const auto factor = compensation(t, root) / divisor;
-  const auto of_compensation = (root == Root::kSquare ? 0.5 : -0.5) * inner_product;  // Eq. 5
-  const auto of_trace = e.inner(sigma, D, factor) / divisor;                          // <s / t D, A>
-  return e.result(factor * of_compensation - of_trace, factor, D);                    // Eq. 8
+/// the result does. `factor` is s / t.
+template <class Engine, class Matrix, class Scalar>
+ISQRT_FN auto normalization_backward(Engine& e, const Matrix& D, const Scalar& t, const Scalar& factor,
+                                     const InnerProducts<Scalar>& inner, Root root) {
+  const auto of_compensation = (root == Root::kSquare ? 0.5 : -0.5) * inner.of_gradient;  // Eq. 5
+  const auto of_trace = inner.of_sigma / nonzero(t);                                      // <s / t D, A>
+  return e.result(factor * of_compensation - of_trace, factor, D);                        // Eq. 8
 }
 
 /// Eqs. 4-8 for the upstream gradient G = dL/dYhat. Returns the result that is dL/dSigma, symmetric.
@@ -68,9 +77,9 @@ ISQRT_FN auto matrix_root_backward(Engine& e, const SigmaSource& sigma, const Gr
   const auto t = e.load_normalized(m.Y, sigma);  // A = Sigma / t
   e.load(d.Y, grad);
   newton_schulz_tangent(e, m, d, steps, root);  // Eqs. 6-7
-  const auto P = root == Root::kSquare ? m.Y : m.Z;
-  auto D = root == Root::kSquare ? d.Y : d.Z;
-  return normalization_backward(e, D, sigma, t, e.inner(grad, P), root);
+  const auto P = root == Root::kSquare ? m.Y : m.Z, D = root == Root::kSquare ? d.Y : d.Z;
+  const auto factor = compensation(t, root) / nonzero(t);
+  return normalization_backward(e, D, t, factor, inner_products(e, grad, P, sigma, D, factor), root);
 }
 
 /// The same for the upstream gradient g of the mean of Yhat.
@@ -83,7 +92,9 @@ ISQRT_FN auto matrix_root_mean_backward(Engine& e, const SigmaSource& sigma, con
   e.load(d.Y, grad);
   e.load(g, grad);
   newton_schulz_tangent_sums(e, m, d, steps, g, 0.5 / channels, sums, u, v);
-  return normalization_backward(e, d.Y, sigma, t, e.dot(g, sums) / channels, Root::kSquare);  // <G, Y_N> = g' Y_N 1 / C
+  const auto factor = compensation(t, Root::kSquare) / nonzero(t);
+  const auto of_gradient = e.dot(g, sums) / channels;  // <G, Y_N> = g' Y_N 1 / C
+  return normalization_backward(e, d.Y, t, factor, {of_gradient, e.inner(sigma, d.Y, factor)}, Root::kSquare);
 }
 
 }  // namespace isqrt

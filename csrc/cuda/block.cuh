@@ -5,16 +5,28 @@
 
 namespace isqrt::cuda {
 
-/// Sum over all threads of the block in a fixed order, the same bits in each of them. `scratch` holds one element a
-/// warp, in shared memory.
+/// Sums over all threads of the block in a fixed order, the same bits in each of them. `scratch` holds kCount elements
+/// a warp, in shared memory.
+template <int kCount, class T> __device__ void block_sums(T (&values)[kCount], T* scratch) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+#pragma unroll
+    for (T& value : values) value += __shfl_xor_sync(0xffffffffu, value, distance);
+#pragma unroll
+  for (int n = 0; n < kCount; ++n)
+    if (threadIdx.x % kWarp == 0) scratch[kCount * (threadIdx.x / kWarp) + n] = values[n];
+  __syncthreads();
+#pragma unroll
+  for (T& value : values) value = 0;
+  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp)
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) values[n] += scratch[kCount * warp + n];
+  __syncthreads();
+}
 template <class T> __device__ T block_sum(T value, T* scratch) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
-  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  T sum = 0;
-  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) sum += scratch[warp];
-  __syncthreads();
-  return sum;
+  T values[1] = {value};
+  block_sums(values, scratch);
+  return values[0];
 }
 
 }  // namespace isqrt::cuda

@@ -90,6 +90,24 @@ template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
     return block_sum(inner_part(source, A, factor), shared_memory<T>());
   }
 
+  /// <grad, P> and <factor sigma, D>: sources are on their way while products are waited for.
+  template <class GradSource, class SigmaSource>
+  __device__ InnerProducts<T> inner_products(const GradSource& grad, const Matrix& P, const SigmaSource& sigma,
+                                             const Matrix& D, T factor) {
+    T sums[2] = {};
+    const Place first = Place::numbered(warp());
+    WarpTile<T> of_grad = symmetric_tile<T>(grad, first), of_sigma = symmetric_tile<T>(sigma, first);
+    if (meets_) meet();
+    for_own_tiles([&](const Place& own) {
+      if (own.number() != first.number())
+        of_grad = symmetric_tile<T>(grad, own), of_sigma = symmetric_tile<T>(sigma, own);
+      add_inner(sums[0], of_grad, Tiles::read(tile(P, own)), own, T(1));
+      add_inner(sums[1], of_sigma, Tiles::read(tile(D, own)), own, factor);
+    });
+    block_sums(sums, shared_memory<T>());
+    return {sums[0], sums[1]};
+  }
+
   __device__ Result result(T beta, const Matrix& A) const { return {0, beta, A}; }
   __device__ Result result(T alpha, T beta, const Matrix& A) const { return {alpha, beta, A}; }
 
@@ -154,11 +172,12 @@ template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
     }
   }
 
-  /// Two mbarriers, after what block_sum takes of so few warps: one block may have arrived at the next meeting before
+  /// Two mbarriers, after what block_sums takes of so few warps: one block may have arrived at the next meeting before
   /// all that belongs to this one has come to another.
   static __device__ uint64_t* barrier(int phase) {
-    static_assert(kMostClusterWarps * sizeof(T) + 2 * sizeof(uint64_t) <= kSums * sizeof(T));
-    return &at_shared<uint64_t>(shared_begin() + kMostClusterWarps * int(sizeof(T)) + phase % 2 * int(sizeof(uint64_t)));
+    constexpr int kBegin = 2 * kMostClusterWarps * int(sizeof(T));
+    static_assert(kBegin + 2 * sizeof(uint64_t) <= kSums * sizeof(T));
+    return &at_shared<uint64_t>(shared_begin() + kBegin + phase % 2 * int(sizeof(uint64_t)));
   }
 
   /// All operations so far are done, in each block. No block uses another one's memory before the first meeting.
@@ -185,7 +204,7 @@ template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
   bool meets_ = false;            // whether there are products that were not met for
 };
 
-/// The iteration as it was recorded.
+/// Of newton_schulz.h and normalization.h, in the way of this engine.
 template <bool kColumns, class Matrix>
 __device__ void newton_schulz(ClusterEngine<kColumns>& e, Iterates<Matrix>& m, const Steps&, Root) {
   e.run();
@@ -206,6 +225,12 @@ template <class Matrix, class Column>
 __device__ void newton_schulz_tangent_sums(ClusterEngine<true>& e, Iterates<Matrix>& m, Iterates<Matrix>& d,
                                            const Steps& steps, const Column&, double, Column&, Column&, Column&) {
   newton_schulz_tangent(e, m, d, steps, Root::kSquare);
+}
+
+template <bool kColumns, class Matrix, class SigmaSource, class GradSource>
+__device__ InnerProducts<float> inner_products(ClusterEngine<kColumns>& e, const GradSource& grad, const Matrix& P,
+                                               const SigmaSource& sigma, const Matrix& D, const float& factor) {
+  return e.inner_products(grad, P, sigma, D, factor);
 }
 
 /// What such a kernel runs for this task.

@@ -66,11 +66,16 @@ __device__ __forceinline__ WarpTile<T> symmetric_tile(const Source& source, cons
   tile.combine(mirrored, [](T& a, T b) { a = symmetric_part(a, b); });
   return tile;
 }
+template <class T>
+__device__ __forceinline__ void add_inner(T& sum, const WarpTile<T>& source, WarpTile<T> tile, const TilePlace& at,
+                                          T factor) {
+  const T times = at.I < at.J ? 2 : 1;
+  tile.combine(source, [&](T a, T b) { sum += times * (factor * b * a); });
+}
 template <class T, class Source>
 __device__ __forceinline__ void add_inner(T& sum, const Source& source, WarpTile<T> tile, const TilePlace& at,
                                           T factor) {
-  const T times = at.I < at.J ? 2 : 1;
-  tile.combine(symmetric_tile<T>(source, at), [&](T a, T b) { sum += times * (factor * b * a); });
+  add_inner(sum, symmetric_tile<T>(source, at), tile, at, factor);
 }
 
 /// Copies a tile of a symmetric matrix out, with its mirror image unless the triangle is wanted.
