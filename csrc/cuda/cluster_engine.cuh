@@ -30,9 +30,9 @@ template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
 
   /// Before it waits for the kernels before it.
   __device__ ClusterEngine(int channels, const Program& program)
-      : Base(channels), program_(program), blocks_(int(cluster_size())), rank_(int(cluster_rank())), shift_((blocks_ > 1) + (blocks_ > 2) + (blocks_ > 4)),
+      : Base(channels), program_(program), blocks_(int(cluster_size())), rank_(int(cluster_rank())), block_share_(opaque((1 << 16) / blocks_)),
         worker_(warp() * blocks_ + rank_),
-        share_((1 << 16) / tile_count(channels) + 1) {
+        share_(opaque((1 << 16) / tile_count(channels) + 1)) {
     // Constant memory takes its time: all of the program is asked for once.
     constexpr int kLine = 64 / sizeof(uint32_t), kWords = sizeof(Program) / sizeof(uint32_t);
     if (warp() == warps() - 1)
@@ -60,11 +60,11 @@ template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
 #pragma unroll 1
     for (int n = 0; n < program_.stages; ++n) {
       const Stage stage = program_.stage[n];
-      if (stage.meets) meet();
       if (stage.kind == Stage::kProducts) {
         compute(stage, reader);
         continue;
       }
+      if (stage.meets) meet();
       const Operation o = program_.operation[stage.first];
       if (stage.kind == Stage::kIdentityPlus) {
         identity_plus_tiles(at(o.to), o.alpha, o.beta, at(o.A0));
@@ -133,32 +133,52 @@ template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
   }
   __device__ int column_at(int number) const { return columns() + number * kTile * tiles_ * int(sizeof(T)); }
 
+  /// A tile of a product.
+  struct Work {
+    Operation o;
+    Place own;
+  };
+  __device__ __forceinline__ Work work(const Stage& stage, int n) const {
+    const int product = n * share_ >> 16;  // n / count
+    return {program_.operation[stage.first + product], Place::numbered(n - product * tile_count(channels_))};
+  }
+
   /// The products of a stage, in each block of the cluster. Consecutive tiles go to different blocks.
   __device__ __forceinline__ void compute(const Stage& stage, const Tiles::Reader& reader) {
-    const int count = tile_count(channels_), all = int(stage.count) * count;
+    const int all = int(stage.count) * tile_count(channels_);
+    Work next = work(stage, worker_ < all ? worker_ : 0);  // found out before it is waited for the other warps
+    if (stage.meets) meet();
 #pragma unroll 1
-    for (int n = worker_; n < all; n += workers()) {
-      const int product = n * share_ >> 16;  // n / count
-      const Operation o = program_.operation[stage.first + product];
-      const Place own = Place::numbered(n - product * count);
+    for (int n = worker_; n < all;) {
+      const Operation o = next.o;
+      const Place own = next.own;
       WarpTile<T> previous;
       if (o.added != Operation::kNone) previous = Tiles::read(tile(at(o.added), own));
       Tiles::Sum sum;
 #pragma unroll 1
-      for (unsigned term = 0; term < o.terms; ++term) {
-        const int A = at(term ? o.A1 : o.A0).first, B = at(term ? o.B1 : o.B0).first;
-#pragma unroll 2  // as many operands as registers hold are asked for before the first of them is there
-        for (int K = 0; K < tiles_; ++K)
-          sum.multiply_add(reader.left(K < own.I ? tile(A, K, own.I) : tile(A, own.I, K), K < own.I),
-                           reader.right(K <= own.J ? tile(B, K, own.J) : tile(B, own.J, K), K > own.J));
-      }
+      for (unsigned term = 0; term < o.terms; ++term)
+        multiply(sum, at(term ? o.A1 : o.A0).first, at(term ? o.B1 : o.B0).first, own, reader);
       WarpTile<T> result = sum.total();
       result.combine(previous, [&](T& a, T d) { a = o.alpha * d + o.beta * a; });
       const Base::Matrix to = at(o.to);
       write_tile(to, own, result);
       if (blocks_ > 1) send(tile(to, own));
+      n += workers();
+      if (n < all) next = work(stage, n);
     }
-    expected_ += (all - int(unsigned(all + blocks_ - 1 - rank_) >> shift_)) * Tiles::kBytes;  // from other blocks
+    expected_ += (all - ((all + blocks_ - 1 - rank_) * block_share_ >> 16)) * Tiles::kBytes;  // from other blocks
+  }
+
+  /// sum += A B in one tile.
+  __device__ __forceinline__ void multiply(Tiles::Sum& sum, int A, int B, const Place& own,
+                                           const Tiles::Reader& reader) const {
+    int left = tile(A, 0, own.I), right = tile(B, 0, own.J);
+#pragma unroll 2  // while two products are computed, the operands of the next ones are on their way
+    for (int K = 0; K < tiles_; ++K) {
+      sum.multiply_add(reader.left(left, K < own.I), reader.right(right, K > own.J));
+      left += (K < own.I ? 1 : K + 1) * Tiles::kBytes;  // along a column as far as the diagonal, then along its row
+      right += (K < own.J ? 1 : K + 1) * Tiles::kBytes;
+    }
   }
 
   /// Copies a tile to all other blocks.
@@ -199,7 +219,7 @@ template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
   }
 
   const Program& program_;
-  int blocks_, rank_, shift_, worker_, share_;  // 2^shift blocks
+  int blocks_, rank_, block_share_, worker_, share_;  // shares: 2^16 / blocks, and 2^16 / tiles of a matrix
   int phase_ = 0, expected_ = 0;  // meetings so far, and bytes that others send before the next one
   bool meets_ = false;            // whether there are products that were not met for
 };
