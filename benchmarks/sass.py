@@ -26,6 +26,8 @@ COUNTED = {
     "SHFL": r"SHFL",
     "BAR": r"BAR",
     "cluster": r"UCGABAR_ARV|UCGABAR_WAIT",  # barrier.cluster
+    "STAS": r"STAS",  # st.async
+    "MEMBAR": r"MEMBAR",  # a fence: of the whole device where it orders what other blocks see
     "wait": r"ACQBULK",  # griddepcontrol.wait
 }
 # Whatever uses global memory, among them generic accesses.

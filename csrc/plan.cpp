@@ -41,17 +41,16 @@ Plan plan_cpu(const Problem& p, EngineKind requested) {
 }
 
 #ifdef ISQRT_WITH_CUDA
-/// A cluster for each sample where the samples leave multiprocessors idle: as large a one as all samples can have at
-/// the same time, those of eight in half of the device, for they leave gaps. With fewer channels there are too few
-/// tiles, and products are too short for the barriers of a cluster; those of a root too short for a cluster of two.
+/// A cluster for each sample where the samples leave multiprocessors idle, as large a one as all samples can have at the
+/// same time and as is of use: what blocks send each other takes time. Eight, which leave gaps, in half of the device.
 int blocks_of_sample(const Problem& p, const cuda::Limits& device, bool backward) {
-  constexpr int64_t kFewestChannels = 49;
+  const int64_t fewest = backward ? 17 : 49, fewest_for_eight = 65;
   const int64_t bytes = cuda::cluster_shared_bytes(p.channels, p.element_size, backward, p.in_full);
-  if (!device.clusters || bytes == 0 || bytes > device.shared_bytes || p.channels < kFewestChannels) return 1;
-  if (8 * p.batch <= device.multiprocessors / 2) return 8;
+  if (!device.clusters || bytes == 0 || bytes > device.shared_bytes || p.channels < fewest) return 1;
+  if (backward && p.channels >= fewest_for_eight && 8 * p.batch <= device.multiprocessors / 2) return 8;
   // Of the groups of multiprocessors that clusters lie in some have two left over: 30 of four find room on an H200.
   if (4 * p.batch <= device.multiprocessors * 10 / 11) return 4;
-  return backward && 2 * p.batch <= device.multiprocessors ? 2 : 1;
+  return 2 * p.batch <= device.multiprocessors ? 2 : 1;
 }
 
 Plan plan_cuda(const Problem& p, EngineKind requested) {

@@ -435,10 +435,10 @@ def test_plan_shares_samples_between_idle_multiprocessors(kernels):
     def blocks(*problem):
         return kernels.plan(*problem)[4:]
 
-    assert blocks(8, 64, 2304, 4) == (8, 8) and blocks(9, 64, 2304, 4) == (4, 4)
-    assert blocks(30, 64, 2304, 4) == (4, 4) and blocks(31, 64, 2304, 4) == (1, 2)
-    assert blocks(66, 64, 2304, 4) == (1, 2) and blocks(67, 64, 2304, 4) == (1, 1)
-    assert blocks(16, 48, 2304, 4) == (1, 1)  # too few tiles
+    assert blocks(8, 64, 2304, 4) == blocks(30, 64, 2304, 4) == (4, 4)
+    assert blocks(31, 64, 2304, 4) == blocks(66, 64, 2304, 4) == (2, 2) and blocks(67, 64, 2304, 4) == (1, 1)
+    assert blocks(8, 80, 2304, 4) == (4, 8) and blocks(9, 80, 2304, 4) == (4, 4)
+    assert blocks(16, 48, 2304, 4) == (1, 4) and blocks(16, 16, 2304, 4) == (1, 1)  # too few tiles
     assert blocks(16, 96, 2304, 4) == (4, 4) and blocks(16, 128, 2304, 4) == (4, 1)  # too much shared memory
     assert blocks(16, 64, 2304, 8) == (1, 1)  # float64
     assert blocks(16, 64, 2304, 4, 12) == (1, 1)  # steps in full

@@ -56,7 +56,7 @@ template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
 
   /// Runs the program, after its matrices were loaded.
   __device__ __forceinline__ void run() {
-    const Tiles::Reader reader;
+    const Reader reader;
 #pragma unroll 1
     for (int n = 0; n < program_.stages; ++n) {
       const Stage stage = program_.stage[n];
@@ -144,7 +144,7 @@ template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
   }
 
   /// The products of a stage, in each block of the cluster. Consecutive tiles go to different blocks.
-  __device__ __forceinline__ void compute(const Stage& stage, const Tiles::Reader& reader) {
+  __device__ __forceinline__ void compute(const Stage& stage, const Reader& reader) {
     const int all = int(stage.count) * tile_count(channels_);
     Work next = work(stage, worker_ < all ? worker_ : 0);  // found out before it is waited for the other warps
     if (stage.meets) meet();
@@ -171,7 +171,7 @@ template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
 
   /// sum += A B in one tile.
   __device__ __forceinline__ void multiply(Tiles::Sum& sum, int A, int B, const Place& own,
-                                           const Tiles::Reader& reader) const {
+                                           const Reader& reader) const {
     int left = tile(A, 0, own.I), right = tile(B, 0, own.J);
 #pragma unroll 2  // while two products are computed, the operands of the next ones are on their way
     for (int K = 0; K < tiles_; ++K) {

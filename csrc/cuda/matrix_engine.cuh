@@ -65,6 +65,7 @@ template <class T> class BlockMatrices {
   using Place = TilePlace;
   using Tiles = cuda::Tiles<T>;
   using Terms = typename Tiles::Terms;
+  using Reader = typename Tiles::Reader;
 
   __device__ Matrix new_matrix() {
     const Matrix m{next_};
@@ -181,10 +182,11 @@ template <class T> class BlockMatrices {
   /// u_i = sum_j A_ij factor(j). Each warp takes 16 rows, which its lanes read as for a product.
   template <class F> __device__ __forceinline__ void sum_rows(Column u, const Matrix& A, const F& factor) const {
     const Lane lane;
+    const Reader reader;
     for (int I = warp(); I < tiles_; I += warps()) {
       T sum[2] = {};
       for (int J = 0; J < tiles_; ++J) {
-        Terms terms = read_A(A.first, I, J);
+        Terms terms = read_A(reader, A, I, J);
         terms.for_each([&](int h, int term, T a) {
           const int j = kTile * J + term;
           if (j < channels_) sum[h] += a * factor(j);
@@ -201,12 +203,13 @@ template <class T> class BlockMatrices {
     __syncthreads();
   }
 
-  /// Terms [16 K, 16 K + 16) of A's rows in tile row I, A being symmetric, and of B's columns in tile column J.
-  static __device__ __forceinline__ Terms read_A(int A, int I, int K) {
-    return Tiles::left(K < I ? tile(A, K, I) : tile(A, I, K), K < I);
+  /// Terms [16 K, 16 K + 16) of A's rows in tile row I, A being symmetric, and of B's columns in tile column J. Branches:
+  /// where a warp reads several operands, choosing without them takes registers that there are not.
+  static __device__ __forceinline__ Terms read_A(const Reader& reader, const Matrix& A, int I, int K) {
+    return K < I ? reader.left(tile(A.first, K, I), true) : reader.left(tile(A.first, I, K), false);
   }
-  static __device__ __forceinline__ Terms read_B(int B, int transpose, int K, int J) {
-    return Tiles::right(K <= J ? tile(B, K, J) : tile(transpose, J, K), K > J);
+  static __device__ __forceinline__ Terms read_B(const Reader& reader, const Matrix& B, int K, int J) {
+    return K <= J ? reader.right(tile(B.first, K, J), false) : reader.right(tile(B.transpose, J, K), true);
   }
 
   int channels_, tiles_;
@@ -219,7 +222,7 @@ template <class T> class BlockMatrices {
 template <class T, int kSlots, bool kInFull = false> class MatrixEngine : public BlockMatrices<T> {
   using Base = BlockMatrices<T>;
   using Base::channels_, Base::tiles_, Base::tile;
-  using typename Base::Place, typename Base::Tiles, typename Base::Terms;
+  using typename Base::Place, typename Base::Tiles, typename Base::Terms, typename Base::Reader;
 
  public:
   using typename Base::Column, typename Base::Matrix;
@@ -316,14 +319,15 @@ template <class T, int kSlots, bool kInFull = false> class MatrixEngine : public
       own[s] = s == 0 ? start : own[s - 1].next();
       own[s] = {opaque(own[s].I), opaque(own[s].J)};
     }
+    const Reader reader;
 #pragma unroll 1
     for (int K = 0; K < tiles_; ++K) {
       Terms a[kCount], b;
 #pragma unroll
-      for (int s = 0; s < kCount; ++s) a[s] = Base::read_A(A.first, own[s].I, K);
+      for (int s = 0; s < kCount; ++s) a[s] = Base::read_A(reader, A, own[s].I, K);
 #pragma unroll
       for (int s = 0; s < kCount; ++s) {
-        if (s == 0 || own[s].I == 0) b = Base::read_B(B.first, B.transpose, K, own[s].J);  // tiles of a column share it
+        if (s == 0 || own[s].I == 0) b = Base::read_B(reader, B, K, own[s].J);  // tiles of a column share it
         sum[s].multiply_add(a[s], b);
       }
     }

@@ -271,12 +271,16 @@ template <> struct Tiles<double> {
       }
     return terms;
   }
-  static __device__ __forceinline__ Terms left(int tile, bool transposed) {
-    return transposed ? columns(tile) : rows(tile);
-  }
-  static __device__ __forceinline__ Terms right(int tile, bool transposed) {
-    return transposed ? rows(tile) : columns(tile);
-  }
+  struct Reader {
+    __device__ __forceinline__ Terms left(int tile, bool transposed) const {
+      return transposed ? columns(tile) : rows(tile);
+    }
+    __device__ __forceinline__ Terms right(int tile, bool transposed) const {
+      return transposed ? rows(tile) : columns(tile);
+    }
+  };
+  static __device__ __forceinline__ Terms left(int tile, bool transposed) { return Reader().left(tile, transposed); }
+  static __device__ __forceinline__ Terms right(int tile, bool transposed) { return Reader().right(tile, transposed); }
 
   struct Sum {
     Accumulator<T> sum;
