@@ -429,8 +429,7 @@ template <class T> class GridEngine {
   }
   template <bool kDual> void launch_products() {
     using Block = GridProductBlock<T, kDual>;
-    const int64_t sides = Block::sides(shape_), places = sides * (sides + 1) / 2;
-    launch("product", product_kernel<T, kDual>, places * waiting_.count * shape_.batch, kProductThreads,
+    launch("product", product_kernel<T, kDual>, Block::places(shape_) * waiting_.count * shape_.batch, Block::kThreads,
            Block::kSharedBytes, stream_, waiting_, shape_);
   }
 

@@ -114,10 +114,12 @@ static_assert([] {
 struct OwnTile {
   int begin;
   template <class U> __device__ U& at(int offset) const { return at_shared<U>(begin + offset); }
+  __device__ OwnTile operator+(int offset) const { return {begin + offset}; }
 };
 struct OtherTile {
   char* begin;
   template <class U> __device__ U& at(int offset) const { return *reinterpret_cast<U*>(begin + offset); }
+  __device__ OtherTile operator+(int offset) const { return {begin + offset}; }
 };
 
 /// A tile of this block's shared memory in the registers of a warp, as it lies there, to be written elsewhere.
@@ -171,15 +173,19 @@ template <> struct Tiles<double> {
     return tile.template at<T>(place(row, column));
   }
 
-  template <class Tile> static __device__ __forceinline__ WarpTile<T> read(const Tile& tile) {
-    WarpTile<T> result;
+  using Packed = WarpTile<T>;
+  template <class Tile> static __device__ __forceinline__ Packed read_packed(const Tile& tile) {
+    Packed result;
     result.for_each_pair([&](T* a, int r, int c) {
       const auto pair = tile.template at<Pair<T>>(place(r, c));
       a[0] = pair.value[0], a[1] = pair.value[1];
     });
     return result;
   }
-  using Packed = WarpTile<T>;
+  static __device__ __forceinline__ const WarpTile<T>& unpack(const Packed& packed) { return packed; }
+  template <class Tile> static __device__ __forceinline__ WarpTile<T> read(const Tile& tile) {
+    return read_packed(tile);
+  }
   static __device__ __forceinline__ const Packed& pack(const WarpTile<T>& result) { return result; }
   template <class Tile> static __device__ __forceinline__ void write(const Tile& to, Packed packed, bool symmetric) {
     if (!symmetric)
@@ -237,6 +243,18 @@ template <> struct Tiles<double> {
     return transposed ? rows(tile) : columns(tile);
   }
 
+  /// The same of tiles that follow each other, `above` the diagonal or below it, where their transposes are stored.
+  struct Reader {
+    template <int kCount> __device__ __forceinline__ void left(Terms (&terms)[kCount], int tile, bool above) const {
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) terms[n] = Tiles::left(tile + n * kBytes, above);
+    }
+    template <int kCount> __device__ __forceinline__ void right(Terms (&terms)[kCount], int tile, bool above) const {
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) terms[n] = Tiles::right(tile + n * kBytes, !above);
+    }
+  };
+
   struct Sum {
     Accumulator<T> sum;
     __device__ __forceinline__ void multiply_add(const Terms& a, const Terms& b) {
@@ -264,8 +282,7 @@ template <> struct Tiles<float> {
 
   /// Of the pairs (high, low) of two neighbours the one that `which` names.
   static __device__ __forceinline__ float join(uint32_t high, uint32_t low, int which, float scale) {
-    const auto number = [&](uint32_t pair) { return to_number(Half{uint16_t(pair >> 16 * which)}); };
-    return (number(high) + number(low)) * scale;
+    return (half_of(high, which) + half_of(low, which)) * scale;
   }
 
   template <class Tile> static __device__ float element(const Tile& tile, int row, int column) {
@@ -274,22 +291,33 @@ template <> struct Tiles<float> {
                 tile.template at<float>(kScale));
   }
 
-  template <class Tile> static __device__ __forceinline__ WarpTile<float> read(const Tile& tile) {
-    WarpTile<float> result;
-    const float scale = tile.template at<float>(kScale);
-    result.for_each_pair([&](float* a, int r, int c) {
-      const uint32_t high = tile.template at<uint32_t>(place(r, c)),
-                     low = tile.template at<uint32_t>(place(r, c) + kLow);
-      a[0] = join(high, low, 0, scale), a[1] = join(high, low, 1, scale);
-    });
-    return result;
-  }
-
   /// The pairs of a lane's four pairs of neighbours.
   struct Packed {
     uint32_t high[4], low[4];
     float scale;
   };
+  template <class Tile> static __device__ __forceinline__ Packed read_packed(const Tile& tile) {
+    Packed packed;
+    packed.scale = tile.template at<float>(kScale);
+    for_each_pair(tile, [&](int pair, const Tile& at, int offset) {
+      packed.high[pair] = at.template at<uint32_t>(offset);
+      packed.low[pair] = at.template at<uint32_t>(offset + kLow);
+    });
+    return packed;
+  }
+  static __device__ __forceinline__ WarpTile<float> unpack(const Packed& packed) {
+    WarpTile<float> result;
+    int pair = 0;
+    result.for_each_pair([&](float* a, int, int) {
+      a[0] = join(packed.high[pair], packed.low[pair], 0, packed.scale);
+      a[1] = join(packed.high[pair], packed.low[pair], 1, packed.scale);
+      ++pair;
+    });
+    return result;
+  }
+  template <class Tile> static __device__ __forceinline__ WarpTile<float> read(const Tile& tile) {
+    return unpack(read_packed(tile));
+  }
   static __device__ __forceinline__ Packed pack(WarpTile<float>& result) {
     uint32_t largest = 0;
     result.for_each([&](float a, int, int) {
@@ -309,7 +337,7 @@ template <> struct Tiles<float> {
       const float first = a[0] * scale, second = a[1] * scale;
       const uint32_t high = pack_halves(first, second);
       packed.high[pair] = high;
-      packed.low[pair++] = pack_halves(first - join(high, 0, 0, 1), second - join(high, 0, 1, 1));
+      packed.low[pair++] = pack_halves(first - half_of(high, 0), second - half_of(high, 1));
     });
     return packed;
   }
@@ -317,24 +345,38 @@ template <> struct Tiles<float> {
   static __device__ __forceinline__ void write(const Tile& to, const Packed& packed, bool symmetric) {
     const Lane lane;
     if (lane.group == 0) to.template at<float>(kScale + int(sizeof(float)) * lane.quad) = packed.scale;
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
+    if (!symmetric) {
+      for_each_pair(to, [&](int pair, const Tile& at, int offset) {
+        at.template at<uint32_t>(offset) = packed.high[pair];
+        at.template at<uint32_t>(offset + kLow) = packed.low[pair];
+      });
+      return;
+    }
+    const int first = place(2 * lane.quad, lane.group);
+    const Tile half[2] = {to + first, to + (first ^ 16)};
+    for_each_pair(to, [&](int pair, const Tile& at, int offset) {
       const int r = lane.group + pair % 2 * 8, c = 2 * lane.quad + pair / 2 * 8;
-      const auto put = [&](int offset, uint32_t two) {
-        if (!symmetric) {
-          to.template at<uint32_t>(offset + place(r, c)) = two;
-          return;
-        }
+      const Tile& mirror = half[pair % 2];
+      const int mirrored = 16 * kTile * (pair / 2);
+      const auto put = [&](int part, uint32_t two) {
         if (r <= c)
-          to.template at<uint16_t>(offset + place(r, c)) = to.template at<uint16_t>(offset + place(c, r)) =
-              uint16_t(two);
+          at.template at<uint16_t>(part + offset) = mirror.template at<uint16_t>(part + mirrored) = uint16_t(two);
         if (r <= c + 1)
-          to.template at<uint16_t>(offset + place(r, c + 1)) = to.template at<uint16_t>(offset + place(c + 1, r)) =
+          at.template at<uint16_t>(part + offset + 2) = mirror.template at<uint16_t>(part + mirrored + 2 * kTile) =
               uint16_t(two >> 16);
       };
       put(0, packed.high[pair]);
       put(kLow, packed.low[pair]);
-    }
+    });
+  }
+
+  /// f(pair, tile, offset): where a lane's pairs of neighbours are, in the order of WarpTile's; offsets are constants.
+  template <class Tile, class F> static __device__ __forceinline__ void for_each_pair(const Tile& tile, const F& f) {
+    const Lane lane;
+    const int first = place(lane.group, 2 * lane.quad);
+    const Tile half[2] = {tile + first, tile + (first ^ 16)};
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) f(pair, half[pair / 2], 16 * kTile * (pair % 2));
   }
 
   /// Of each of a tile's four parts of 8 x 8 a pair of neighbours in the direction of the terms: (g, 2 q) and
@@ -374,6 +416,44 @@ template <> struct Tiles<float> {
   static __device__ __forceinline__ Terms right(int tile, bool transposed) {
     return transposed ? load<false>(tile, false) : load<true>(tile, true);
   }
+
+  /// The same of tiles that follow each other, `above` the diagonal or below it, where their transposes are stored.
+  class Reader {
+    int below_, beside_;  // where parts that follow each other lie
+
+   public:
+    __device__ Reader() {
+      const int lane = int(threadIdx.x) % kWarp, odd = 8 * (lane / 8 % 2), second = 8 * (lane / 16);
+      below_ = opaque(place(lane % 8 + odd, second)), beside_ = opaque(place(lane % 8 + second, odd));
+    }
+    template <int kCount> __device__ __forceinline__ void left(Terms (&terms)[kCount], int tile, bool above) const {
+      read(terms, tile, above ? beside_ : below_, above);
+    }
+    template <int kCount> __device__ __forceinline__ void right(Terms (&terms)[kCount], int tile, bool above) const {
+      read(terms, tile, above ? below_ : beside_, above);
+    }
+
+   private:
+    template <int kCount>
+    __device__ __forceinline__ void read(Terms (&terms)[kCount], int tile, int place, bool transposed) const {
+      const int from = tile + place;
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) terms[n].scale = at_shared<float>(tile + n * kBytes + kScale);
+      if (transposed) {
+#pragma unroll
+        for (int n = 0; n < kCount; ++n) {
+          load_matrix_x4_trans(terms[n].high, &at_shared<uint16_t>(from + n * kBytes));
+          load_matrix_x4_trans(terms[n].low, &at_shared<uint16_t>(from + n * kBytes + kLow));
+        }
+      } else {
+#pragma unroll
+        for (int n = 0; n < kCount; ++n) {
+          load_matrix_x4(terms[n].high, &at_shared<uint16_t>(from + n * kBytes));
+          load_matrix_x4(terms[n].low, &at_shared<uint16_t>(from + n * kBytes + kLow));
+        }
+      }
+    }
+  };
 
   struct Sum {
     WarpTile<float> sum;
