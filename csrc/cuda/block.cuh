@@ -5,10 +5,16 @@
 
 namespace isqrt::cuda {
 
+/// Sum over a warp in a fixed order, the same bits in each lane.
+template <class T> __device__ __forceinline__ T warp_sum(T value) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  return value;
+}
+
 /// Sum over all threads of the block in a fixed order, the same bits in each of them. `scratch` holds one element a
 /// warp, in shared memory.
 template <class T> __device__ T block_sum(T value, T* scratch) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  value = warp_sum(value);
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
   __syncthreads();
   T sum = 0;
