@@ -67,7 +67,7 @@ template <class T, bool kDual> class GridProductBlock {
   static constexpr int kNumbers = kDual ? 2 : 1;              // of an operand, and of the result
   static constexpr int kSide = 4, kWarpSide = 2;              // tiles
   static constexpr int kOperand = kNumbers * kSide;           // vectors of tiles
-  static constexpr int kVectors = 2 * kOperand, kStages = 3;  // rows of the left operand, columns of the right one
+  static constexpr int kVectors = 2 * kOperand, kStages = 2;  // rows of the left operand, columns of the right one
 
  public:
   static constexpr int kThreads = kWarp * (kSide / kWarpSide) * (kSide / kWarpSide);
@@ -143,10 +143,12 @@ template <class T, bool kDual> class GridProductBlock {
   __device__ Share find_share() const {
     const unsigned batch = unsigned(shape_.batch), each = products_.count * batch, work = blockIdx.x % each;
     const int place = int(blockIdx.x / each), count = sides(shape_), above = count * (count - 1) / 2;
-    const int p = place - above;
-    const TilePlace upper = TilePlace::after(p < 0 ? place : 0, count - 1);
-    return {int(work / batch), int(work % batch),
-            p < 0 ? TilePlace{kSide * upper.I, kSide * (upper.J + 1)} : TilePlace{kSide * p, kSide * p}};
+    TilePlace first{place - above, place - above};
+    if (place < above) {
+      first = TilePlace::after(place, count - 1);
+      ++first.J;
+    }
+    return {int(work / batch), int(work % batch), {kSide * first.I, kSide * first.J}};
   }
 
   __device__ void prepare() const {
@@ -188,8 +190,8 @@ template <class T, bool kDual> class GridProductBlock {
   }
 
   __device__ __forceinline__ void multiply(Sum (&sum)[kNumbers][kWarpSide][kWarpSide], int K, int stage) const {
-    constexpr int kValue = kNumbers - 1;  // L R, to which all others are derivatives
-    const bool left_above = is_above(K, row_), right_above = is_above(K, column_);
+    constexpr int kValue = kNumbers - 1;                            // L R, to which all others are derivatives
+    const bool left_above = K <= row_, right_above = K <= column_;  // as is_above(), for both vectors
     const int left = left_ + stage, right = right_ + stage;
     Terms a[kWarpSide], b[kWarpSide];
     const auto add = [&](int number) {

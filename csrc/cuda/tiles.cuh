@@ -291,6 +291,19 @@ template <> struct Tiles<float> {
                 tile.template at<float>(kScale));
   }
 
+  /// Where a lane's four pairs of neighbours are of which the first one is (row, column), in the order of WarpTile's:
+  /// at constant offsets from two places.
+  template <class Tile> class Pairs {
+    Tile half_[2];
+
+   public:
+    __device__ Pairs(const Tile& tile, int row, int column)
+        : half_{tile + place(row, column), tile + (place(row, column) ^ 16)} {}
+    template <class U> __device__ U& at(int pair, int offset) const {
+      return half_[pair / 2].template at<U>(offset + 16 * kTile * (pair % 2));
+    }
+  };
+
   /// The pairs of a lane's four pairs of neighbours.
   struct Packed {
     uint32_t high[4], low[4];
@@ -299,10 +312,13 @@ template <> struct Tiles<float> {
   template <class Tile> static __device__ __forceinline__ Packed read_packed(const Tile& tile) {
     Packed packed;
     packed.scale = tile.template at<float>(kScale);
-    for_each_pair(tile, [&](int pair, const Tile& at, int offset) {
-      packed.high[pair] = at.template at<uint32_t>(offset);
-      packed.low[pair] = at.template at<uint32_t>(offset + kLow);
-    });
+    const Lane lane;
+    const Pairs<Tile> pairs(tile, lane.group, 2 * lane.quad);
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      packed.high[pair] = pairs.template at<uint32_t>(pair, 0);
+      packed.low[pair] = pairs.template at<uint32_t>(pair, kLow);
+    }
     return packed;
   }
   static __device__ __forceinline__ WarpTile<float> unpack(const Packed& packed) {
@@ -345,38 +361,29 @@ template <> struct Tiles<float> {
   static __device__ __forceinline__ void write(const Tile& to, const Packed& packed, bool symmetric) {
     const Lane lane;
     if (lane.group == 0) to.template at<float>(kScale + int(sizeof(float)) * lane.quad) = packed.scale;
+    const Pairs<Tile> pairs(to, lane.group, 2 * lane.quad);
     if (!symmetric) {
-      for_each_pair(to, [&](int pair, const Tile& at, int offset) {
-        at.template at<uint32_t>(offset) = packed.high[pair];
-        at.template at<uint32_t>(offset + kLow) = packed.low[pair];
-      });
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        pairs.template at<uint32_t>(pair, 0) = packed.high[pair];
+        pairs.template at<uint32_t>(pair, kLow) = packed.low[pair];
+      }
       return;
     }
-    const int first = place(2 * lane.quad, lane.group);
-    const Tile half[2] = {to + first, to + (first ^ 16)};
-    for_each_pair(to, [&](int pair, const Tile& at, int offset) {
-      const int r = lane.group + pair % 2 * 8, c = 2 * lane.quad + pair / 2 * 8;
-      const Tile& mirror = half[pair % 2];
-      const int mirrored = 16 * kTile * (pair / 2);
+    const Pairs<Tile> mirrored(to, 2 * lane.quad, lane.group);
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const int r = lane.group + pair % 2 * 8, c = 2 * lane.quad + pair / 2 * 8, mirror = pair / 2 + pair % 2 * 2;
       const auto put = [&](int part, uint32_t two) {
         if (r <= c)
-          at.template at<uint16_t>(part + offset) = mirror.template at<uint16_t>(part + mirrored) = uint16_t(two);
+          pairs.template at<uint16_t>(pair, part) = mirrored.template at<uint16_t>(mirror, part) = uint16_t(two);
         if (r <= c + 1)
-          at.template at<uint16_t>(part + offset + 2) = mirror.template at<uint16_t>(part + mirrored + 2 * kTile) =
+          pairs.template at<uint16_t>(pair, part + 2) = mirrored.template at<uint16_t>(mirror, part + 2 * kTile) =
               uint16_t(two >> 16);
       };
       put(0, packed.high[pair]);
       put(kLow, packed.low[pair]);
-    });
-  }
-
-  /// f(pair, tile, offset): where a lane's pairs of neighbours are, in the order of WarpTile's; offsets are constants.
-  template <class Tile, class F> static __device__ __forceinline__ void for_each_pair(const Tile& tile, const F& f) {
-    const Lane lane;
-    const int first = place(lane.group, 2 * lane.quad);
-    const Tile half[2] = {tile + first, tile + (first ^ 16)};
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) f(pair, half[pair / 2], 16 * kTile * (pair % 2));
+    }
   }
 
   /// Of each of a tile's four parts of 8 x 8 a pair of neighbours in the direction of the terms: (g, 2 q) and
