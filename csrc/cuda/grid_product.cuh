@@ -1,7 +1,7 @@
 // Products of a batch of matrices in global memory, on the whole device.
 //
 // Matrices are tiles, as in a block's shared memory. A block computes 4 x 4 of the upper triangle of a result, from
-// panels of tiles that it copies as they are, two stages ahead.
+// panels of tiles that it copies as they are while it multiplies the ones before.
 #pragma once
 #include "launch.cuh"
 #include "number.cuh"
@@ -91,7 +91,7 @@ template <class T, bool kDual> class GridProductBlock {
  public:
   static constexpr int kSharedBytes = kStages * kStageBytes + int(sizeof(Share)) + kVectors * int(sizeof(Source));
   /// As many as have room, in shared memory and in registers, on a multiprocessor of sm_90.
-  static constexpr int kBlocks = sizeof(T) == 8 ? 2 : kDual ? 3 : 4;
+  static constexpr int kBlocks = sizeof(T) == 8 ? 2 : kDual ? 3 : 5;
 
   /// Blocks in each direction, and of a product of a sample.
   static ISQRT_FN int sides(const GridShape& shape) { return (shape.rows() + kSide - 1) / kSide; }
@@ -172,8 +172,9 @@ template <class T, bool kDual> class GridProductBlock {
 
   /// Terms from K on, the first packets of all tiles, then the second ones.
   __device__ __forceinline__ void start_loading(int K, int stage) const {
-    const int slot = int(threadIdx.x) / kCopyLanes, packet = int(threadIdx.x) % kCopyLanes * kPacketBytes;
-    const int k = K + slot / kVectors;
+    const unsigned thread = opaque(threadIdx.x), slot = thread / kCopyLanes,
+                   packet = thread % kCopyLanes * kPacketBytes;
+    const int k = K + int(slot / kVectors);
     if (k < shape_.rows()) {
       const Source of = source(slot % kVectors);
       const bool above = is_above(k, of.vector);
