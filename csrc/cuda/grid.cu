@@ -17,7 +17,7 @@ int matrices(bool backward, bool in_full) { return ((in_full ? 4 : 3) + 2) * (ba
 int64_t slice(int64_t batch, int64_t channels, int64_t element_size, int matrices) {
   constexpr int64_t kCache = int64_t(44) << 20;
   const int64_t most =
-      std::max<int64_t>(1, kCache / (int64_t(tile_count(int(channels))) * tile_bytes(element_size) * matrices));
+      std::max<int64_t>(1, kCache / (int64_t(tile_count(int(channels))) * grid_tile_bytes(element_size) * matrices));
   const int64_t slices = std::max<int64_t>(1, (batch + most - 1) / most);
   return (batch + slices - 1) / slices;
 }

@@ -6,6 +6,7 @@
 // it, and shares its operands, see GridProduct. What is done elementwise waits, too, for the launch of all of it that
 // the next products want, or is done on the way out; and so do sums.
 #pragma once
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -21,10 +22,10 @@ constexpr int kGridThreads = 256;
 // ---- elementwise kernels --------------------------------------------------------------------------------------------
 
 /// A number for each sample, in postfix notation: what uses it computes it, once in each warp, which takes less time
-/// than a launch for each operation.
+/// than a launch for each operation. Of a sum there are parts, one for each lane of whoever adds them up.
 template <class T> class GridScalar {
  public:
-  GridScalar(T number, const T* each = nullptr) : steps_{kOperand}, operands_{{number, each}} {}
+  GridScalar(T number, const T* each = nullptr, int parts = 1) : steps_{kOperand}, operands_{{number, each, parts}} {}
 
   /// Whether it is this number for all samples, as is known without them.
   bool is(T number) const { return steps_count_ == 1 && !operands_[0].each && operands_[0].number == number; }
@@ -37,6 +38,7 @@ template <class T> class GridScalar {
   friend GridScalar nonzero(const GridScalar& a) { return a.then(kNonzero); }
 
   __device__ T operator()(int64_t sample) const {
+    if (steps_count_ == 1 && !operands_[0].each) return operands_[0].number;
     T stack[kDepth] = {};  // the last one first
     int operand = 0;
 #pragma unroll 1
@@ -46,7 +48,7 @@ template <class T> class GridScalar {
 #pragma unroll
         for (int d = kDepth - 1; d > 0; --d) stack[d] = stack[d - 1];
         const Operand& o = operands_[operand++];
-        stack[0] = o.each ? o.number * o.each[sample] : o.number;
+        stack[0] = o.each ? o.number * total(o.each + sample * o.parts, o.parts) : o.number;
       } else if (step == kSquareRoot) {
         stack[0] = sqrt(stack[0]);
       } else if (step == kNonzero) {
@@ -63,11 +65,16 @@ template <class T> class GridScalar {
 
  private:
   enum Step : uint8_t { kOperand, kMultiply, kDivide, kSubtract, kSquareRoot, kNonzero };
-  /// One number for all samples, times one for each where `each` is not null.
+  /// One number for all samples, times one for each where `each` is not null, which is the sum of so many.
   struct Operand {
     T number;
     const T* each;
+    int parts;
   };
+  static __device__ T total(const T* part, int parts) {
+    const int lane = int(threadIdx.x) % kWarp;
+    return warp_sum(lane < parts ? part[lane] : T(0));
+  }
   static constexpr int kDepth = 4, kMostSteps = 20, kMostOperands = 10;  // normalization.h has 17 and 8
 
   GridScalar then(Step step) const {
@@ -97,6 +104,11 @@ template <class T> class GridScalar {
   Operand operands_[kMostOperands];
 };
 
+/// By 1 most often, without all those divisions.
+template <class T> __device__ __forceinline__ void divide(WarpTile<T>& tile, T divisor) {
+  if (divisor != T(1)) tile.for_each([&](T& m, int, int) { m /= divisor; });
+}
+
 /// alpha I + beta M / divisor of a matrix M in the workspace or, where that is null, of sym(source).
 template <class T> struct GridMap {
   using Source = RootView<const T, Elements<const T>>;
@@ -106,12 +118,13 @@ template <class T> struct GridMap {
 
   /// A tile of it, for a warp.
   __device__ WarpTile<T> tile(const GridShape& shape, int64_t sample, const TilePlace& at) const {
-    const T a = alpha(sample), b = beta(sample), d = divisor(sample);
-    WarpTile<T> result =
+    WarpTile<T> result =  // is on its way while the numbers are computed
         M ? Tiles<T>::read(shape.tile<T>(M, sample, at)) : symmetric_tile<T>(source.sample(sample), at);
+    const T a = alpha(sample), b = beta(sample);
+    divide(result, divisor(sample));
     result.for_each([&](T& m, int r, int c) {
-      const T scaled = d == T(1) ? b * m : b * m / d;
-      m = at.i(r) == at.j(c) && at.i(r) < shape.channels ? scaled + a : scaled;
+      m *= b;
+      if (at.i(r) == at.j(c) && at.i(r) < shape.channels) m += a;
     });
     return result;
   }
@@ -141,10 +154,11 @@ template <class T> struct GridMaps {
 
 template <class T>
 __global__ void __launch_bounds__(kGridThreads, 1) map_kernel(const GridMaps<T> maps, const GridShape shape) {
-  wait_for_kernels_before();
+  wait_for_kernels_before(false);  // products follow
   const GridWork own(shape);
-  const int64_t map = own.sample / shape.batch, sample = own.sample % shape.batch;
-  if (map >= maps.count) return;
+  const unsigned map = unsigned(own.sample) / unsigned(shape.batch),
+                 sample = unsigned(own.sample) % unsigned(shape.batch);
+  if (map >= unsigned(maps.count)) return;
   WarpTile<T> result = maps.map[map].tile(shape, sample, own.at);
   write_tile(shape, maps.result[map], sample, own.at, result, own.at.I == own.at.J);
 }
@@ -157,16 +171,17 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   wait_for_kernels_before();
   const GridWork own(shape);
   if (own.sample >= shape.batch) return;
+  WarpTile<T> tile = map.tile(shape, own.sample, own.at);
+  divide(tile, divisor(own.sample));
   const int64_t C = shape.channels;
-  const auto to = result.sample(own.sample).data;
-  const T d = divisor(own.sample);
-  map.tile(shape, own.sample, own.at).for_each([&](T a, int r, int c) {
-    const int64_t i = own.at.i(r), j = own.at.j(c);
-    if (j >= C || i > j) return;
-    const T value = a / d;
-    if (result.output == Output::kTriu) return store_number(to + triu_index(i, j, C), value);
-    store_number(to + (i * C + j), value);
-    if (i < j) store_number(to + (j * C + i), value);
+  with_pointer(result.sample(own.sample).data, [&](auto* to) {
+    tile.for_each([&](T a, int r, int c) {
+      const int64_t i = own.at.i(r), j = own.at.j(c);
+      if (j >= C || i > j) return;
+      if (result.output == Output::kTriu) return store_number(to + triu_index(i, j, C), a);
+      store_number(to + (i * C + j), a);
+      if (i < j) store_number(to + (j * C + i), a);
+    });
   });
 }
 
@@ -185,26 +200,27 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   for (int i = threadIdx.x % kWarp / kTile; i < shape.channels; i += kWarp / kTile)
     sum += map.M ? shape.element<T>(map.M, sample, i, j) : symmetric<T>(source, i, j);
   sum += __shfl_xor_sync(0xffffffffu, sum, kTile);
-  const T mean = map.beta(sample) * (sum / T(shape.channels)) / map.divisor(sample);
-  if (threadIdx.x % kWarp < kTile && j < shape.channels)
-    store_number(result.sample(sample).data + j, mean / divisor(sample));
+  const T mean = map.beta(sample) * (sum / T(shape.channels)) / map.divisor(sample) / divisor(sample);
+  if (threadIdx.x % kWarp < kTile && j < shape.channels) store_number(result.sample(sample).data + j, mean);
 }
 
-/// What one sample adds up: <factor sym(source), A>, or the trace of the source where A is null.
+/// What one sample adds up: <factor sym(source), A>, or the trace of the source where A is null; in so many parts.
 template <class T> struct GridSum {
   typename GridMap<T>::Source source = {};
   char* A = nullptr;
   GridScalar<T> factor = T(1);
   T* result = nullptr;
-  __device__ T operator()(const GridShape& shape, int64_t sample) const {
+  int parts = 1;
+  __device__ T operator()(const GridShape& shape, int64_t sample, int part) const {
     const auto from = source.sample(sample);
     T sum = 0;
     if (!A) {
-      for (int i = threadIdx.x; i < shape.channels; i += blockDim.x) sum += from.symmetric(i, i);
+      for (int i = threadIdx.x; i < shape.channels; i += kGridThreads) sum += from.symmetric(i, i);
       return sum;
     }
     const T f = factor(sample);
-    for (int tile = threadIdx.x / kWarp; tile < shape.tiles(); tile += blockDim.x / kWarp) {
+    constexpr int kWarps = kGridThreads / kWarp;
+    for (int tile = part * kWarps + threadIdx.x / kWarp; tile < shape.tiles(); tile += parts * kWarps) {
       const TilePlace at = TilePlace::after(tile, shape.rows());
       add_inner(sum, from, Tiles<T>::read(shape.tile<T>(A, sample, at)), at, f);
     }
@@ -217,15 +233,23 @@ template <class T> struct GridSums {
   static constexpr int kMost = 2;
   int count = 0;
   GridSum<T> sum[kMost];
+
+  /// Blocks of two tiles a warp, no more than there are lanes to add up what they find.
+  static int parts(const GridShape& shape) {
+    constexpr int kTiles = 2 * kGridThreads / kWarp;
+    return std::min(kWarp, (shape.tiles() + kTiles - 1) / kTiles);
+  }
 };
 
 template <class T>
 __global__ void __launch_bounds__(kGridThreads, 1) sum_kernel(const GridSums<T> sums, const GridShape shape) {
   wait_for_kernels_before();
-  const GridSum<T>& own = sums.sum[blockIdx.x % sums.count];
-  const int64_t sample = blockIdx.x / sums.count;
-  const T sum = block_sum(own(shape, sample), shared_memory<T>());
-  if (threadIdx.x == 0) own.result[sample] = sum;
+  const unsigned batch = unsigned(shape.batch), which = blockIdx.x / batch, sample = blockIdx.x % batch;
+  const GridSum<T>& own = sums.sum[which % sums.count];
+  const int part = int(which) / sums.count;
+  if (part >= own.parts) return;
+  const T sum = block_sum(own(shape, sample, part), shared_memory<T>());
+  if (threadIdx.x == 0) own.result[sample * int64_t(own.parts) + part] = sum;
 }
 
 // ---- the engine -----------------------------------------------------------------------------------------------------
@@ -243,7 +267,7 @@ template <class T> class GridEngine {
   static constexpr int kMostScalars = 4;  // sums: a trace and two inner products
   /// Elements of T, at multiples of 16 bytes.
   static int64_t workspace_size(const GridShape& shape, int matrices) {
-    return shape.bytes<T>() / int64_t(sizeof(T)) * matrices + shape.batch * kMostScalars;
+    return shape.bytes<T>() / int64_t(sizeof(T)) * matrices + shape.batch * kMostScalars * GridSums<T>::parts(shape);
   }
 
   GridEngine(const GridShape& shape, int matrices, T* workspace, void* stream) : shape_(shape), stream_(stream) {
@@ -344,9 +368,10 @@ template <class T> class GridEngine {
 
   Scalar sum(const typename GridMap<T>::Source& source, char* A, const Scalar& factor) {
     if (sums_.count == GridSums<T>::kMost) launch_sums();
-    T* result = std::exchange(scalars_, scalars_ + shape_.batch);
-    sums_.sum[sums_.count++] = {source, A, factor, result};
-    return {T(1), result};
+    const int parts = A ? GridSums<T>::parts(shape_) : 1;
+    T* result = std::exchange(scalars_, scalars_ + shape_.batch * parts);
+    sums_.sum[sums_.count++] = {source, A, factor, result, parts};
+    return {T(1), result, parts};
   }
 
   static GridProduct::Operand operand(const Matrix& A) { return {A.data, A.transpose}; }
@@ -425,14 +450,15 @@ template <class T> class GridEngine {
     retired_.clear();
   }
   void launch_sums() {
-    launch("sum", sum_kernel<T>, sums_.count * shape_.batch, kGridThreads, kGridThreads / kWarp * sizeof(T), stream_,
-           sums_, shape_);
+    int parts = 0;
+    for (int s = 0; s < sums_.count; ++s) parts = std::max(parts, sums_.sum[s].parts);
+    launch("sum", sum_kernel<T>, sums_.count * shape_.batch * parts, kGridThreads, kGridThreads / kWarp * sizeof(T),
+           stream_, sums_, shape_);
     sums_.count = 0;
   }
   template <bool kDual> void launch_products() {
     using Block = GridProductBlock<T, kDual>;
-    const int64_t sides = Block::sides(shape_), places = sides * (sides + 1) / 2;
-    launch("product", product_kernel<T, kDual>, places * waiting_.count * shape_.batch, kProductThreads,
+    launch("product", product_kernel<T, kDual>, Block::places(shape_) * waiting_.count * shape_.batch, Block::kThreads,
            Block::kSharedBytes, stream_, waiting_, shape_);
   }
 

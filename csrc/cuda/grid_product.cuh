@@ -1,13 +1,16 @@
 // Products of a batch of matrices in global memory, on the whole device.
 //
 // Matrices are tiles, as in a block's shared memory. A block computes 4 x 4 of the upper triangle of a result, from
-// panels of tiles that it copies as they are.
+// panels of tiles that it copies as they are while it multiplies the ones before.
 #pragma once
 #include "launch.cuh"
 #include "number.cuh"
 #include "tiles.cuh"
 
 namespace isqrt::cuda {
+
+/// From tile to tile in global memory, whose sectors have 32 bytes: what lies across them is read twice.
+ISQRT_FN constexpr int grid_tile_bytes(int64_t element_size) { return (tile_bytes(element_size) + 31) / 32 * 32; }
 
 /// Symmetric matrices of a batch, one after the other: the tiles of their upper triangles, zero outside C x C.
 struct GridShape {
@@ -16,10 +19,10 @@ struct GridShape {
 
   ISQRT_FN int rows() const { return tile_rows(channels); }  // of tiles
   ISQRT_FN int tiles() const { return tile_count(channels); }
-  template <class T> ISQRT_FN int64_t bytes() const { return batch * tiles() * tile_bytes(sizeof(T)); }
+  template <class T> ISQRT_FN int64_t bytes() const { return batch * tiles() * grid_tile_bytes(sizeof(T)); }
 
   template <class T> __device__ OtherTile tile(char* A, int64_t sample, const TilePlace& at) const {
-    return {A + (sample * tiles() + at.number()) * tile_bytes(sizeof(T))};
+    return {A + (sample * tiles() + at.number()) * grid_tile_bytes(sizeof(T))};
   }
   template <class T> __device__ T element(char* A, int64_t sample, int i, int j) const {
     return element_of<T>([&](const TilePlace& at) { return tile<T>(A, sample, at); }, i, j);
@@ -56,220 +59,208 @@ struct GridProducts {
   GridProduct product[kMost];
 };
 
-constexpr int kProductThreads = 128;
-
 /// 4 x 4 tiles of one product of one sample, 2 x 2 in each of four warps.
 template <class T, bool kDual> class GridProductBlock {
   using Tiles = cuda::Tiles<T>;
   using Terms = typename Tiles::Terms;
   using Sum = typename Tiles::Sum;
-  static constexpr int kWarps = kProductThreads / kWarp;
-  static constexpr int kNumbers = kDual ? 2 : 1;         // of an operand, and of the result
-  static constexpr int kSide = 4, kWarpSide = 2;         // tiles
-  static constexpr int kDepth = sizeof(T) == 8 ? 1 : 2;  // of a panel: tiles of terms
-  static constexpr int kStageTiles = 2 * kNumbers * kSide * kDepth, kStages = 2;
+  static constexpr int kNumbers = kDual ? 2 : 1;              // of an operand, and of the result
+  static constexpr int kSide = 4, kWarpSide = 2;              // tiles
+  static constexpr int kOperand = kNumbers * kSide;           // vectors of tiles
+  static constexpr int kVectors = 2 * kOperand, kStages = 2;  // rows of the left operand, columns of the right one
 
-  /// Of what is copied to a slot of the panels: the vectors' tile row v, and where tiles (0, v) and (v, 0) are.
+ public:
+  static constexpr int kThreads = kWarp * (kSide / kWarpSide) * (kSide / kWarpSide);
+
+ private:
+  /// So many lanes copy a tile, each thread of one tile for each stage: so deep, in terms, is a stage.
+  static constexpr int kCopyLanes = 8, kDepth = kThreads / kCopyLanes / kVectors;
+  static constexpr int kStageBytes = kVectors * kDepth * Tiles::kBytes, kLastStage = (kStages - 1) * kStageBytes;
+
+  /// What is this block's to compute, and what a vector of tiles is copied from. They lie after the stages: products
+  /// need the registers.
+  struct Share {
+    int product, sample;
+    TilePlace first;
+  };
   struct Source {
-    const char *above, *below;
-    int64_t vector;
+    const char *upper, *transpose;
+    int vector;
   };
 
  public:
-  static constexpr int kPanelBytes = kStageTiles * Tiles::kBytes;
-  static constexpr int kSharedBytes = kStages * kPanelBytes + kStageTiles * int(sizeof(Source));
+  static constexpr int kSharedBytes = kStages * kStageBytes + int(sizeof(Share)) + kVectors * int(sizeof(Source));
   /// As many as have room, in shared memory and in registers, on a multiprocessor of sm_90.
-  static constexpr int kBlocks = sizeof(T) == 8 ? 2 : kDual ? 3 : 4;
+  static constexpr int kBlocks = sizeof(T) == 8 ? 2 : kDual ? 3 : 5;
 
-  /// Blocks in each direction.
+  /// Blocks in each direction, and of a product of a sample.
   static ISQRT_FN int sides(const GridShape& shape) { return (shape.rows() + kSide - 1) / kSide; }
+  static ISQRT_FN int places(const GridShape& shape) { return sides(shape) * (sides(shape) + 1) / 2; }
 
   __device__ GridProductBlock(const GridProducts& products, const GridShape& shape)
       : products_(products), shape_(shape) {
-    const int warp = threadIdx.x / kWarp;
+    prepare();
     const Share own = share();
-    row_ = kSide * own.place.I + warp / 2 * kWarpSide;
-    column_ = kSide * own.place.J + warp % 2 * kWarpSide;
+    row_ = own.first.I + warp_row(), column_ = own.first.J + warp_column();
+    left_ = opaque(shared_begin() + warp_row() * Tiles::kBytes);
+    right_ = opaque(shared_begin() + (kOperand + warp_column()) * Tiles::kBytes);
   }
 
   __device__ void run() {
-    Sum sum[kNumbers][kWarpSide][kWarpSide];
-    const bool idle = row_ > column_ + 1 || column_ >= shape_.rows();
-    prepare();
-    start_loading(0);
+    Sum sum[kNumbers][kWarpSide][kWarpSide];  // not of a type that is an array: nvcc 13.0 would not initialise them
+    const bool idle = row_ > column_ || column_ >= shape_.rows();
 #pragma unroll 1
-    for (int K = 0; K < shape_.rows(); ++K) {
-      if (K % kDepth == 0) {
-        wait_for_panels();
-        if (K + kDepth < shape_.rows()) start_loading(K + kDepth);
+    for (int stage = 0; stage < kStages - 1; ++stage) start_loading(stage * kDepth, stage * kStageBytes);
+    int stage = 0;
+#pragma unroll 1
+    for (int K = 0; K < shape_.rows(); K += kDepth) {
+      copy_async_wait<kStages - 2>();
+      __syncthreads();  // what was asked for first is there, and nobody reads the stage before any more
+      start_loading(K + (kStages - 1) * kDepth, stage > 0 ? stage - kStageBytes : kLastStage);
+      if (!idle) {
+#pragma unroll
+        for (int k = 0; k < kDepth; ++k)
+          if (k == 0 || K + k < shape_.rows()) multiply(sum, K + k, stage + k * kVectors * Tiles::kBytes);
       }
-      if (!idle) multiply(sum, K);
+      stage = stage < kLastStage ? stage + kStageBytes : 0;
     }
-    __syncthreads();
+    // Not before: those of the next kernel that came would sit on some multiprocessors, and leave too few for the rest.
+    let_next_kernel_come();
     if (!idle) store(sum);
   }
 
  private:
-  /// What is this block's to compute; `place` counts in blocks. As all that is opaque here found out anew where it is
-  /// wanted: products need the registers.
-  struct Share {
-    const GridProduct& product;
-    int sample;
-    TilePlace place;
-  };
-  __device__ Share share() const {
-    const int sides = opaque(GridProductBlock::sides(shape_)), places = sides * (sides + 1) / 2;
-    const int block = int(opaque(blockIdx.x)), product = block / places;
-    return {products_.product[product % products_.count], product / products_.count,
-            TilePlace::after(block % places, sides)};
+  static __device__ Share& share() { return *reinterpret_cast<Share*>(shared_memory<char>() + kStages * kStageBytes); }
+  static __device__ Source& source(int vector) {
+    return reinterpret_cast<Source*>(shared_memory<char>() + kStages * kStageBytes + sizeof(Share))[vector];
   }
 
-  /// Where term tile K of a vector is, counted in the block's tiles: panels have first the left operand, of each its
-  /// numbers, of each number the vectors, of each vector the terms.
-  static __device__ int tile(bool right, int number, int vector, int K) {
-    const int slot = ((int(right) * kNumbers + number) * kSide + vector) * kDepth + K % kDepth;
-    return shared_begin() + stage(K) * kPanelBytes + slot * Tiles::kBytes;
-  }
-  static __device__ int stage(int K) { return K / kDepth % kStages; }
-  static __device__ char* panels(int K) { return shared_memory<char>() + stage(K) * kPanelBytes; }
+  /// This warp's tiles in the block; anew wherever they are wanted.
+  static __device__ int warp_row() { return int(opaque(threadIdx.x)) / kWarp / 2 * kWarpSide; }
+  static __device__ int warp_column() { return int(opaque(threadIdx.x)) / kWarp % 2 * kWarpSide; }
 
-  /// After the panels there are the sources, which would take registers that products need.
-  static __device__ Source& source(int slot) {
-    return reinterpret_cast<Source*>(shared_memory<char>() + kStages * kPanelBytes)[slot];
+  /// The most work first: blocks on the diagonal, where a warp is idle, come last.
+  __device__ Share find_share() const {
+    const unsigned batch = unsigned(shape_.batch), each = products_.count * batch, work = blockIdx.x % each;
+    const int place = int(blockIdx.x / each), count = sides(shape_), above = count * (count - 1) / 2;
+    TilePlace first{place - above, place - above};
+    if (place < above) {
+      first = TilePlace::after(place, count - 1);
+      ++first.J;
+    }
+    return {int(work / batch), int(work % batch), {kSide * first.I, kSide * first.J}};
   }
+
   __device__ void prepare() const {
-    if (threadIdx.x < kStageTiles) {
-      const Share own = share();
-      const int t = int(threadIdx.x), number = t / (kSide * kDepth) % kNumbers, last = shape_.rows() - 1;
-      const bool right = t >= kStageTiles / 2;
-      const int wanted = (right ? column_ : row_) / kSide * kSide + t / kDepth % kSide,
-                v = wanted < last ? wanted : last;
-      const auto& operand = right ? own.product.right[number] : own.product.left[number];
-      source(t) = {shape_.tile<T>(operand.upper, own.sample, {0, v}).begin,
-                   shape_.tile<T>(operand.transpose, own.sample, {v, 0}).begin, v};
+    if (threadIdx.x < kVectors) {
+      const Share own = find_share();
+      if (threadIdx.x == 0) share() = own;
+      const int t = int(threadIdx.x), number = t / kSide % kNumbers, last = shape_.rows() - 1;
+      const bool right = t >= kOperand;
+      const int wanted = (right ? own.first.J : own.first.I) + t % kSide;
+      const GridProduct& product = products_.product[own.product];
+      const auto& operand = right ? product.right[number] : product.left[number];
+      source(t) = {shape_.tile<T>(operand.upper, own.sample, {0, 0}).begin,
+                   shape_.tile<T>(operand.transpose, own.sample, {0, 0}).begin, wanted < last ? wanted : last};
     }
     __syncthreads();
   }
 
-  /// What is copied to slot t of the panels that begin at term tile K; beyond the last tile, which one does not matter.
-  __device__ const char* tile_for(int t, int K) const {
-    const int wanted = K + t % kDepth, last = shape_.rows() - 1, k = wanted < last ? wanted : last;
-    const Source from = source(t);
-    return k <= from.vector ? from.above + k * Tiles::kBytes : from.below + int64_t(k) * (k + 1) / 2 * Tiles::kBytes;
-  }
+  /// Whether of a vector's term K the tile above the diagonal is copied, not the transpose of the one below: the same
+  /// for both vectors of a warp, which read it accordingly. On the diagonal either does.
+  static __device__ bool is_above(int K, int vector) { return K <= vector / kWarpSide * kWarpSide; }
 
-  /// Each lane finds out where a tile is, each warp copies whole ones.
-  __device__ void start_loading(int K) const {
-    static_assert(kStageTiles <= kWarp);
-    const int lane = opaque(threadIdx.x) % kWarp;
-    const long long begin = reinterpret_cast<long long>(tile_for(lane % kStageTiles, K));
+  /// Terms from K on, the first packets of all tiles, then the second ones.
+  __device__ __forceinline__ void start_loading(int K, int stage) const {
+    const unsigned thread = opaque(threadIdx.x), slot = thread / kCopyLanes,
+                   packet = thread % kCopyLanes * kPacketBytes;
+    const int k = K + int(slot / kVectors);
+    if (k < shape_.rows()) {
+      const Source of = source(slot % kVectors);
+      const bool above = is_above(k, of.vector);
+      const TilePlace at = above ? TilePlace{k, of.vector} : TilePlace{of.vector, k};
+      const char* from = (above ? of.upper : of.transpose) + at.number() * int64_t(grid_tile_bytes(sizeof(T))) + packet;
+      char* to = shared_memory<char>() + stage + slot * Tiles::kBytes + packet;
+      constexpr int kRound = kCopyLanes * kPacketBytes;
 #pragma unroll
-    for (int own = 0; own < kStageTiles / kWarps; ++own) {
-      const int t = kWarps * own + threadIdx.x / kWarp;
-      const char* from = reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, begin, t));
-#pragma unroll
-      for (int at = 0; at < Tiles::kBytes; at += kWarp * kPacketBytes) {
-        const int byte = at + lane * kPacketBytes;
-        if (byte < Tiles::kBytes) copy_async<kPacketBytes>(panels(K) + t * Tiles::kBytes + byte, from + byte);
-      }
+      for (int first = 0; first < Tiles::kBytes; first += kRound)
+        if (first + kRound <= Tiles::kBytes || first + packet < Tiles::kBytes)
+          copy_async<kPacketBytes>(to + first, from + first);
     }
     copy_async_commit();
   }
 
-  /// Those that were asked for last are there, and nobody reads the ones before them any more.
-  static __device__ void wait_for_panels() {
-    copy_async_wait<0>();
-    __syncthreads();
-  }
-
-  /// On the other side of the diagonal it is the transpose that was copied.
-  __device__ __forceinline__ Terms left(int number, int r, int K) const {
-    const int row = opaque(row_);
-    return Tiles::left(tile(false, number, row % kSide + r, K), K < row + r);
-  }
-  __device__ __forceinline__ Terms right(int number, int c, int K) const {
-    const int column = opaque(column_);
-    return Tiles::right(tile(true, number, column % kSide + c, K), K > column + c);
-  }
-
-  __device__ __forceinline__ void multiply(Sum (&sum)[kNumbers][kWarpSide][kWarpSide], int K) const {
-    constexpr int kValue = kNumbers - 1;  // L R, to which all others are derivatives
+  __device__ __forceinline__ void multiply(Sum (&sum)[kNumbers][kWarpSide][kWarpSide], int K, int stage) const {
+    constexpr int kValue = kNumbers - 1;                            // L R, to which all others are derivatives
+    const bool left_above = K <= row_, right_above = K <= column_;  // as is_above(), for both vectors
+    const int left = left_ + stage, right = right_ + stage;
     Terms a[kWarpSide], b[kWarpSide];
+    const auto add = [&](int number) {
 #pragma unroll
-    for (int r = 0; r < kWarpSide; ++r) a[r] = left(kValue, r, K);
+      for (int r = 0; r < kWarpSide; ++r)
 #pragma unroll
-    for (int c = 0; c < kWarpSide; ++c) {
-      b[c] = right(0, c, K);
-#pragma unroll
-      for (int r = 0; r < kWarpSide; ++r) sum[kValue][r][c].multiply_add(a[r], b[c]);
-    }
+        for (int c = 0; c < kWarpSide; ++c) sum[number][r][c].multiply_add(a[r], b[c]);
+    };
+    reader_.left(a, left + kValue * kSide * Tiles::kBytes, left_above);
     if constexpr (kDual) {
-#pragma unroll
-      for (int c = 0; c < kWarpSide; ++c) {
-        const Terms derivative = right(1, c, K);
-#pragma unroll
-        for (int r = 0; r < kWarpSide; ++r) sum[0][r][c].multiply_add(a[r], derivative);
-      }
-#pragma unroll
-      for (int r = 0; r < kWarpSide; ++r) {
-        const Terms derivative = left(0, r, K);
-#pragma unroll
-        for (int c = 0; c < kWarpSide; ++c) sum[0][r][c].multiply_add(derivative, b[c]);
-      }
+      reader_.right(b, right + kSide * Tiles::kBytes, !right_above);
+      add(0);
+    }
+    reader_.right(b, right, !right_above);
+    add(kValue);
+    if constexpr (kDual) {
+      reader_.left(a, left, left_above);
+      add(0);
     }
   }
 
-  /// By way of shared memory: one after the other, where registers cannot be counted through, and in whole packets.
   __device__ __forceinline__ void store(const Sum (&sum)[kNumbers][kWarpSide][kWarpSide]) const {
-    constexpr int kOfNumber = kWarpSide * kWarpSide, kResults = kNumbers * kOfNumber;
-    static_assert(kWarps * kResults <= kStages * kStageTiles);
-    const int first = shared_begin() + kResults * int(threadIdx.x / kWarp) * Tiles::kBytes;
-#pragma unroll
-    for (int t = 0; t < kResults; ++t)
-      keep(first + t * Tiles::kBytes, sum[t / kOfNumber][t / kWarpSide % kWarpSide][t % kWarpSide].total());
     const Share own = share();
-#pragma unroll 1
-    for (int t = 0; t < kResults; ++t)
-      finish(first + t * Tiles::kBytes, own, t / kOfNumber,
-             {row_ + t / kWarpSide % kWarpSide, column_ + t % kWarpSide});
-  }
-
-  static __device__ __forceinline__ Pair<T>& kept(int begin, int pair) {
-    return at_shared<Pair<T>>(begin + (kWarp * pair + int(threadIdx.x) % kWarp) * int(sizeof(Pair<T>)));
-  }
-  static __device__ __forceinline__ void keep(int begin, WarpTile<T> total) {
-    int pair = 0;
-    total.for_each_pair([&](const T* a, int, int) { kept(begin, pair++) = Pair<T>{a[0], a[1]}; });
-  }
-
-  __device__ __forceinline__ void finish(int begin, const Share& own, int number, const TilePlace& at) const {
-    if (at.I > at.J || at.J >= shape_.rows() || !own.product.result[number]) return;
-    const T alpha = T(own.product.alpha), beta = T(own.product.beta);
-    WarpTile<T> result;
-    int pair = 0;
-    result.for_each_pair([&](T* a, int, int) {
-      const Pair<T> total = kept(begin, pair++);
-      a[0] = beta * total.value[0], a[1] = beta * total.value[1];
-    });
-    if (own.product.added[number]) {
-      const WarpTile<T> added = Tiles::read(shape_.tile<T>(own.product.added[number], own.sample, at));
-      result.combine(added, [&](T& a, T d) { a += alpha * d; });
+    const GridProduct& product = products_.product[own.product];
+    const T alpha = T(product.alpha), beta = T(product.beta);
+    const int row = own.first.I + warp_row(), column = own.first.J + warp_column();
+#pragma unroll
+    for (int number = 0; number < kNumbers; ++number) {
+      if (!product.result[number]) return;
+      const bool adds = product.added[number];
+      typename Tiles::Packed added[kWarpSide][kWarpSide] = {};
+      if (adds) {  // all of it is asked for before the first is waited for
+#pragma unroll
+        for (int r = 0; r < kWarpSide; ++r)
+#pragma unroll
+          for (int c = 0; c < kWarpSide; ++c) {
+            const TilePlace at{row + r, column + c}, from = is_wanted(at) ? at : TilePlace{row, column};
+            added[r][c] = Tiles::read_packed(shape_.tile<T>(product.added[number], own.sample, from));
+          }
+      }
+#pragma unroll
+      for (int r = 0; r < kWarpSide; ++r)
+#pragma unroll
+        for (int c = 0; c < kWarpSide; ++c) {
+          const TilePlace at{row + r, column + c};
+          WarpTile<T> result = sum[number][r][c].total();
+          result.for_each([&](T& a, int, int) { a *= beta; });
+          if (adds) result.combine(Tiles::unpack(added[r][c]), [&](T& a, T d) { a += alpha * d; });
+          const auto packed = Tiles::pack(result);
+          if (is_wanted(at))
+            Tiles::write(shape_.tile<T>(product.result[number], own.sample, at), packed,
+                         r == c && at.I == at.J && product.symmetric);
+        }
     }
-    __syncwarp();
-    Tiles::write(OwnTile{begin}, Tiles::pack(result), at.I == at.J && own.product.symmetric);
-    __syncwarp();
-    TileCopy<T>(OwnTile{begin}).write(shape_.tile<T>(own.product.result[number], own.sample, at));
   }
+  __device__ bool is_wanted(const TilePlace& at) const { return at.I <= at.J && at.J < shape_.rows(); }
 
   const GridProducts& products_;
   const GridShape& shape_;
   int row_, column_;  // of the first of this warp's tiles
+  int left_, right_;  // where its vectors are in the first stage
+  typename Tiles::Reader reader_;
 };
 
 template <class T, bool kDual>
-__global__ void __launch_bounds__(kProductThreads, (GridProductBlock<T, kDual>::kBlocks))
+__global__ void __launch_bounds__((GridProductBlock<T, kDual>::kThreads), (GridProductBlock<T, kDual>::kBlocks))
     product_kernel(const GridProducts products, const GridShape shape) {
-  wait_for_kernels_before();
+  wait_for_kernels_before(false);
   GridProductBlock<T, kDual>(products, shape).run();
 }
 

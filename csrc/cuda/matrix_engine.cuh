@@ -125,8 +125,7 @@ template <class T> class BlockMatrices {
     WarpTile<T> tile = symmetric_tile<T>(source, own);
 #pragma unroll
     for (int n = 0; n < kMost; ++n) t += diagonal[n];
-#pragma unroll
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) t += __shfl_xor_sync(0xffffffffu, t, distance);
+    t = warp_sum(t);
     const T divisor = nonzero(t);
 #pragma unroll 1
     for (int n = warp();;) {

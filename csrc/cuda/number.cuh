@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstring>
 #include <type_traits>
 
 #include "../tasks.h"
@@ -24,6 +25,13 @@ __device__ inline void store_number(BFloat16* to, float x) { to->bits = __bfloat
 __device__ inline uint32_t pack_halves(float first, float second) {
   const __half2 pair = __floats2half2_rn(first, second);
   return __half_as_ushort(pair.x) | uint32_t(__half_as_ushort(pair.y)) << 16;
+}
+
+/// One of them.
+__device__ inline float half_of(uint32_t pair, int which) {
+  __half2 halves;
+  memcpy(&halves, &pair, sizeof halves);
+  return which ? __high2float(halves) : __low2float(halves);
 }
 
 /// A pointer to elements that are computed as T, const or not, and may lie in memory as 16 bits. The kernels of roots

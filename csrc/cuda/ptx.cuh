@@ -50,12 +50,19 @@ template <class Word> __device__ __forceinline__ Word opaque(Word i) {
 
 // ---- kernels after kernels ------------------------------------------------------------------------------------------
 
-/// griddepcontrol.wait and griddepcontrol.launch_dependents, the first thing that a kernel does: all kernels before it
-/// have finished, and what they wrote is seen; the next one may come to the multiprocessors, where it waits here. See
-/// launch().
-__device__ __forceinline__ void wait_for_kernels_before([[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX_SM90(asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" :: : "memory"), (void)0,
+/// griddepcontrol.launch_dependents: once all blocks have said so, or returned, the next kernel may come to the
+/// multiprocessors, where it waits. See launch().
+__device__ __forceinline__ void let_next_kernel_come() {
+  ISQRT_PTX_SM90(asm volatile("griddepcontrol.launch_dependents;" :: : "memory"), (void)0, (void)0);
+}
+
+/// griddepcontrol.wait, the first thing that a kernel does: all kernels before it have finished, and what they wrote is
+/// seen; the next one may come, unless that is said later.
+__device__ __forceinline__ void wait_for_kernels_before(bool next_may_come = true,
+                                                        [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90(asm volatile("griddepcontrol.wait;" :: : "memory"), (void)0,
                  emulation::wait_for_kernels_before(caller));
+  if (next_may_come) let_next_kernel_come();
 }
 
 // ---- tensor cores ---------------------------------------------------------------------------------------------------

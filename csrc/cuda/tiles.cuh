@@ -147,10 +147,12 @@ static_assert([] {
 struct OwnTile {
   int begin;
   template <class U> __device__ U& at(int offset) const { return at_shared<U>(begin + offset); }
+  __device__ OwnTile operator+(int offset) const { return {begin + offset}; }
 };
 struct OtherTile {
   char* begin;
   template <class U> __device__ U& at(int offset) const { return *reinterpret_cast<U*>(begin + offset); }
+  __device__ OtherTile operator+(int offset) const { return {begin + offset}; }
 };
 
 /// A tile of this block's shared memory in the registers of a warp, as it lies there, to be written elsewhere.
@@ -208,15 +210,19 @@ template <> struct Tiles<double> {
     return tile.template at<T>(place(row, column));
   }
 
-  template <class Tile> static __device__ __forceinline__ WarpTile<T> read(const Tile& tile) {
-    WarpTile<T> result;
+  using Packed = WarpTile<T>;
+  template <class Tile> static __device__ __forceinline__ Packed read_packed(const Tile& tile) {
+    Packed result;
     result.for_each_pair([&](T* a, int r, int c) {
       const auto pair = tile.template at<Pair<T>>(place(r, c));
       a[0] = pair.value[0], a[1] = pair.value[1];
     });
     return result;
   }
-  using Packed = WarpTile<T>;
+  static __device__ __forceinline__ const WarpTile<T>& unpack(const Packed& packed) { return packed; }
+  template <class Tile> static __device__ __forceinline__ WarpTile<T> read(const Tile& tile) {
+    return read_packed(tile);
+  }
   static __device__ __forceinline__ const Packed& pack(const WarpTile<T>& result) { return result; }
   static __device__ __forceinline__ Packed pack_divided(WarpTile<T>& result, T divisor) {
     result.for_each([&](T& a, int, int) { a /= divisor; });
@@ -278,9 +284,18 @@ template <> struct Tiles<double> {
     __device__ __forceinline__ Terms right(int tile, bool transposed) const {
       return transposed ? rows(tile) : columns(tile);
     }
+    /// Of tiles that follow each other, all of them transposed or none.
+    template <int kCount>
+    __device__ __forceinline__ void left(Terms (&terms)[kCount], int tile, bool transposed) const {
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) terms[n] = left(tile + n * kBytes, transposed);
+    }
+    template <int kCount>
+    __device__ __forceinline__ void right(Terms (&terms)[kCount], int tile, bool transposed) const {
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) terms[n] = right(tile + n * kBytes, transposed);
+    }
   };
-  static __device__ __forceinline__ Terms left(int tile, bool transposed) { return Reader().left(tile, transposed); }
-  static __device__ __forceinline__ Terms right(int tile, bool transposed) { return Reader().right(tile, transposed); }
 
   struct Sum {
     Accumulator<T> sum;
@@ -308,11 +323,8 @@ template <> struct Tiles<float> {
   }
 
   /// Of the pairs (high, low) of two neighbours the one that `which` names.
-  static __device__ __forceinline__ float half(uint32_t pair, int which) {
-    return to_number(Half{uint16_t(pair >> 16 * which)});
-  }
   static __device__ __forceinline__ float join(uint32_t high, uint32_t low, int which, float scale) {
-    return (half(high, which) + half(low, which)) * scale;
+    return (half_of(high, which) + half_of(low, which)) * scale;
   }
 
   template <class Tile> static __device__ float element(const Tile& tile, int row, int column) {
@@ -321,22 +333,49 @@ template <> struct Tiles<float> {
                 tile.template at<float>(kScale));
   }
 
-  template <class Tile> static __device__ __forceinline__ WarpTile<float> read(const Tile& tile) {
-    WarpTile<float> result;
-    const float scale = tile.template at<float>(kScale);
-    result.for_each_pair([&](float* a, int r, int c) {
-      const uint32_t high = tile.template at<uint32_t>(place(r, c)),
-                     low = tile.template at<uint32_t>(place(r, c) + kLow);
-      a[0] = join(high, low, 0, scale), a[1] = join(high, low, 1, scale);
-    });
-    return result;
-  }
+  /// Where a lane's four pairs of neighbours are of which the first one is (row, column), in the order of WarpTile's:
+  /// at constant offsets from two places.
+  template <class Tile> class Pairs {
+    Tile half_[2];
+
+   public:
+    __device__ Pairs(const Tile& tile, int row, int column)
+        : half_{tile + place(row, column), tile + (place(row, column) ^ 16)} {}
+    template <class U> __device__ U& at(int pair, int offset) const {
+      return half_[pair / 2].template at<U>(offset + 16 * kTile * (pair % 2));
+    }
+  };
 
   /// The pairs of a lane's four pairs of neighbours.
   struct Packed {
     uint32_t high[4], low[4];
     float scale;
   };
+  template <class Tile> static __device__ __forceinline__ Packed read_packed(const Tile& tile) {
+    Packed packed;
+    packed.scale = tile.template at<float>(kScale);
+    const Lane lane;
+    const Pairs<Tile> pairs(tile, lane.group, 2 * lane.quad);
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      packed.high[pair] = pairs.template at<uint32_t>(pair, 0);
+      packed.low[pair] = pairs.template at<uint32_t>(pair, kLow);
+    }
+    return packed;
+  }
+  static __device__ __forceinline__ WarpTile<float> unpack(const Packed& packed) {
+    WarpTile<float> result;
+    int pair = 0;
+    result.for_each_pair([&](float* a, int, int) {
+      a[0] = join(packed.high[pair], packed.low[pair], 0, packed.scale);
+      a[1] = join(packed.high[pair], packed.low[pair], 1, packed.scale);
+      ++pair;
+    });
+    return result;
+  }
+  template <class Tile> static __device__ __forceinline__ WarpTile<float> read(const Tile& tile) {
+    return unpack(read_packed(tile));
+  }
   static __device__ __forceinline__ Packed pack(WarpTile<float>& result) {
     uint32_t largest = 0;
     result.for_each([&](float a, int, int) {
@@ -356,7 +395,7 @@ template <> struct Tiles<float> {
       const float first = a[0] * scale, second = a[1] * scale;
       const uint32_t high = pack_halves(first, second);
       packed.high[pair] = high;
-      packed.low[pair++] = pack_halves(first - half(high, 0), second - half(high, 1));
+      packed.low[pair++] = pack_halves(first - half_of(high, 0), second - half_of(high, 1));
     });
     return packed;
   }
@@ -370,11 +409,11 @@ template <> struct Tiles<float> {
     if (symmetric) mirror(packed.high), mirror(packed.low);
     const Lane lane;
     if (lane.group == 0) to.template at<float>(kScale + int(sizeof(float)) * lane.quad) = packed.scale;
+    const Pairs<Tile> pairs(to, lane.group, 2 * lane.quad);
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-      const int at = place(lane.group + pair % 2 * 8, 2 * lane.quad + pair / 2 * 8);
-      to.template at<uint32_t>(at) = packed.high[pair];
-      to.template at<uint32_t>(at + kLow) = packed.low[pair];
+      pairs.template at<uint32_t>(pair, 0) = packed.high[pair];
+      pairs.template at<uint32_t>(pair, kLow) = packed.low[pair];
     }
   }
 
@@ -407,34 +446,45 @@ template <> struct Tiles<float> {
   };
   /// Lane l has the address of row l % 8 of part l / 8, whose rows of memory are the tile's own: parts that follow each
   /// other lie below each other, or beside each other.
-  struct Reader {
-    int below, beside;
+  class Reader {
+    int below_, beside_;
+
+   public:
     __device__ Reader() {
       const int lane = Lane().number, odd = 8 * (lane / 8 % 2), second = 8 * (lane / 16);
-      below = place(lane % 8 + odd, second), beside = place(lane % 8 + second, odd);
+      below_ = opaque(place(lane % 8 + odd, second)), beside_ = opaque(place(lane % 8 + second, odd));
     }
     __device__ __forceinline__ Terms left(int tile, bool transposed) const {
-      return load(tile, transposed, transposed ? beside : below);
+      return load(tile, transposed ? beside_ : below_, transposed);
     }
     __device__ __forceinline__ Terms right(int tile, bool transposed) const {
-      return load(tile, !transposed, transposed ? beside : below);
+      return load(tile, transposed ? beside_ : below_, !transposed);
+    }
+    /// Of tiles that follow each other, all of them transposed or none: branches, for several operands are chosen
+    /// without them at the expense of registers.
+    template <int kCount>
+    __device__ __forceinline__ void left(Terms (&terms)[kCount], int tile, bool transposed) const {
+      transposed ? load(terms, tile, beside_, true) : load(terms, tile, below_, false);
+    }
+    template <int kCount>
+    __device__ __forceinline__ void right(Terms (&terms)[kCount], int tile, bool transposed) const {
+      transposed ? load(terms, tile, beside_, false) : load(terms, tile, below_, true);
     }
 
    private:
-    static __device__ __forceinline__ Terms load(int tile, bool transposed, int from) {
+    static __device__ __forceinline__ Terms load(int tile, int place, bool by_columns) {
       Terms terms;
-      load_matrix_x4(terms.high, &at_shared<uint16_t>(tile + from), transposed);
-      load_matrix_x4(terms.low, &at_shared<uint16_t>(tile + from + kLow), transposed);
+      load_matrix_x4(terms.high, &at_shared<uint16_t>(tile + place), by_columns);
+      load_matrix_x4(terms.low, &at_shared<uint16_t>(tile + place + kLow), by_columns);
       terms.scale = at_shared<float>(tile + kScale);
       return terms;
     }
+    template <int kCount>
+    static __device__ __forceinline__ void load(Terms (&terms)[kCount], int tile, int place, bool by_columns) {
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) terms[n] = load(tile + n * kBytes, place, by_columns);
+    }
   };
-  static __device__ __forceinline__ Terms left(int tile, bool transposed) {
-    return transposed ? Reader().left(tile, true) : Reader().left(tile, false);
-  }
-  static __device__ __forceinline__ Terms right(int tile, bool transposed) {
-    return transposed ? Reader().right(tile, true) : Reader().right(tile, false);
-  }
 
   struct Sum {
     WarpTile<float> sum;

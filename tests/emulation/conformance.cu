@@ -32,9 +32,10 @@ __global__ void opaque_kernel(const int* x, int* y) { y[threadIdx.x] = opaque(x[
 
 /// y = 1 + x backwards, of the whole grid; a block takes the longer the higher its number.
 __global__ void follower_kernel(const int* x, int* y) {
-  wait_for_kernels_before();
+  wait_for_kernels_before(false);
   const unsigned at = blockIdx.x * kThreads + threadIdx.x;
   int value = 0;
+  if (blockIdx.x % 2) let_next_kernel_come();
   for (unsigned turn = 0; turn <= 8 * blockIdx.x; ++turn) value = opaque(x[gridDim.x * kThreads - 1 - at]);
   y[at] = value + 1;
 }
@@ -367,7 +368,7 @@ struct Check {
 
 const Check kChecks[] = {
     {"opaque", 8, check_opaque},
-    {"wait_for_kernels_before", 8, check_kernels_in_a_row},
+    {"wait_for_kernels_before, let_next_kernel_come", 8, check_kernels_in_a_row},
     {"to_tf32", 8, check_to_tf32},
     {"mma_tf32", 8, check_mma<Kind::kTf32, uint32_t>},
     {"mma_f16", 8, check_mma<Kind::kF16, uint16_t>},
