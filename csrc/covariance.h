@@ -48,8 +48,8 @@ struct Chunks {
 template <class Engine> ISQRT_FN void accumulate_covariance(Engine& e, int64_t first, int64_t last) {
   for (int64_t m = first; m < last; m += e.tile_positions()) {
     const int64_t n_a = m - first, n_b = last - m < e.tile_positions() ? last - m : e.tile_positions();
-    const auto weights = chan_weights<typename Engine::Weight>(n_a, n_b);
     e.load_tile(m, n_b);
+    const auto weights = chan_weights<typename Engine::Weight>(n_a, n_b);
     if (n_a == 0) e.center_tile(n_b);
     e.accumulate(n_b, weights.shift);
     e.move_mean(weights.mean);

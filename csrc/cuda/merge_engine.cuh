@@ -7,19 +7,29 @@
 
 namespace isqrt::cuda {
 
-/// Merges the chunks of one sample for tile (I, J) of Sigma, I <= J. Of the means each warp has some channels and each
-/// of its lanes some chunks. Of the elements each thread has kRows in a column and every kGroups-th chunk: one group
-/// where there are few chunks, then in larger tiles, for blocks that have little to do take their time, too.
-template <class X, int kGroups> class MergeEngine {
+/// Merges the chunks of one sample for tile (I, J) of Sigma, I <= J. Each thread has kRows elements in a column; where
+/// there are many chunks tiles are small, and groups of threads have every so many chunks each. Blocks live for about
+/// as long as it takes to ask memory twice: for means and moments first, and for means again, which are near by then.
+template <class X, bool kMany> class MergeEngine {
   using T = Compute<X>;
-  static constexpr int kElements = 256, kSide = kGroups == 1 ? 32 : 16, kPitch = kSide + 1;
-  static constexpr int kRows = kSide * kSide / kElements, kStep = kSide / kRows;
+  static constexpr int kSide = kMany ? 8 : 32, kPitch = kSide + 1, kRows = kMany ? 1 : 4, kStep = kSide / kRows;
+  static constexpr int kElements = kSide * kStep;     // threads of a group
+  static constexpr int kAhead = kMany ? 8 : 2;        // chunks whose moments are asked for at once
+  static constexpr int kMostGroups = kMany ? 16 : 1;
 
  public:
-  static constexpr int kThreads = kGroups * kElements, kTile = kSide;
-  static constexpr int64_t kSharedBytes = (2 * kSide + kGroups * kSide * kPitch) * sizeof(T);
+  static constexpr int kTile = kSide, kMostThreads = kMostGroups * kElements;
+  /// Groups, a power of two of them, that have no more chunks each than are asked for at once.
+  static ISQRT_FN int threads(int64_t chunks) {
+    int groups = kMany ? 2 : 1;
+    while (groups < kMostGroups && groups * kAhead < chunks) groups *= 2;
+    return kElements * groups;
+  }
+  static ISQRT_FN int64_t shared_bytes(int threads) {
+    return (2 * kSide + threads / kElements * kSide * kPitch) * int64_t(sizeof(T));
+  }
 
-  __device__ MergeEngine(const PoolTask<X>& task, int64_t sample, int64_t I, int64_t J)
+  __device__ MergeEngine(const PoolTask<X>& task, int64_t sample, int I, int J)
       : C_(task.x.channels),
         chunks_(task.chunks),
         partial_mean_(task.partial_mean + sample * chunks_.count * C_),
@@ -27,35 +37,47 @@ template <class X, int kGroups> class MergeEngine {
         mean_(task.mean + sample * C_),
         sigma_(task.sigma + sample * C_ * C_),
         first_row_(I * kSide),
-        first_column_(J * kSide) {}
+        first_column_(J * kSide) {
+    load_ahead(group());
+  }
 
+  /// Of the rows' and the columns' means each is that of some lanes, which have some chunks each.
   __device__ void average() const {
-    const int lane = threadIdx.x % kWarp;
-    for (int vector = threadIdx.x / kWarp; vector < 2 * kSide; vector += kThreads / kWarp) {  // rows, then columns
-      const int64_t channel = vector < kSide ? first_row_ + vector : first_column_ + vector - kSide;
-      if (channel >= C_) continue;
-      const T first = partial_mean_[channel];
+    const int lanes = int(blockDim.x) / (2 * kSide) < kWarp ? int(blockDim.x) / (2 * kSide) : kWarp;
+    const int vector = int(threadIdx.x) / lanes, lane = int(threadIdx.x) % lanes;
+    if (vector < 2 * kSide) {
+      const int own = vector < kSide ? first_row_ + vector : first_column_ + vector - kSide;
+      const T* mean = partial_mean_ + (own < C_ ? own : C_ - 1);
+      const T first = *mean;
       T sum = 0;
-      for (int64_t c = lane; c < chunks_.count; c += kWarp)
-        sum += T(chunks_.size(c)) * (partial_mean_[c * C_ + channel] - first);
-      for (int distance = kWarp / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+#pragma unroll 4
+      for (int c = lane; c < count(); c += lanes) sum += size(c) * (mean[c * C_] - first);
+      for (int other = lanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
       if (lane == 0) means()[vector] = first + sum / T(chunks_.positions);
     }
     __syncthreads();
   }
 
-  __device__ void add_moments() const {
+  __device__ void add_moments() {
     T sum[kRows] = {};
-    const T* mean = partial_mean_ + group() * C_;
-    const T* moment = partial_moment_ + group() * C_ * C_;
-#pragma unroll(4 / kRows)  // so many chunks are asked for before the first of them is there
-    for (int64_t c = group(); c < chunks_.count; c += kGroups, mean += kGroups * C_, moment += kGroups * C_ * C_) {
-      const T size = T(chunks_.size(c));
+    for (int c = group();; load_ahead(c)) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        if (upper(r))
-          sum[r] +=
-              moment[i(r) * C_ + j()] + size * (mean[i(r)] - means()[row(r)]) * (mean[j()] - means()[kSide + column()]);
+      for (int a = 0; a < kAhead; ++a)
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) sum[r] += ahead_[a][r];
+      c += kAhead * groups();
+      if (c >= count()) break;
+    }
+    if (count() > 1) {
+      const T mean_j = means()[kSide + column()];
+#pragma unroll 4
+      for (int c = group(); c < count(); c += groups()) {
+        const T* mean = partial_mean_ + c * C_;
+        const T distance = size(c) * (j() < C_ ? mean[j()] - mean_j : T(0));
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+          if (i(r) < C_) sum[r] += (mean[i(r)] - means()[row(r)]) * distance;
+      }
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) sums(group())[row(r) * kPitch + column()] = sum[r];
@@ -64,42 +86,54 @@ template <class X, int kGroups> class MergeEngine {
 
   __device__ void finish(double alpha) const {
     const bool in_place = partial_mean_ == mean_;  // of a single chunk
-    if (!in_place && first_row_ == first_column_ && threadIdx.x < kSide && first_row_ + threadIdx.x < C_)
+    if (!in_place && first_row_ == first_column_ && threadIdx.x < kSide && first_row_ + int(threadIdx.x) < C_)
       mean_[first_row_ + threadIdx.x] = means()[threadIdx.x];
     if (group() > 0) return;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (upper(r)) sigma_[i(r) * C_ + j()] = T(alpha) * total(row(r), column());
       // Element (j', i') below the diagonal, i' along the threads.
-      const int64_t row_below = first_column_ + row(r), column_below = first_row_ + column();
+      const int row_below = first_column_ + row(r), column_below = first_row_ + column();
       if (column_below < row_below && row_below < C_)
         sigma_[row_below * C_ + column_below] = T(alpha) * total(column(), row(r));
     }
   }
 
  private:
-  __device__ static int group() { return threadIdx.x / kElements; }
-  __device__ static int row(int r) { return threadIdx.x % kElements / kSide + r * kStep; }
-  __device__ static int column() { return threadIdx.x % kSide; }
-  __device__ int64_t i(int r) const { return first_row_ + row(r); }
-  __device__ int64_t j() const { return first_column_ + column(); }
+  __device__ int count() const { return int(chunks_.count); }
+  __device__ T size(int c) const { return T(int(c + 1 < count() ? chunks_.length : chunks_.size(c))); }
+  __device__ static int groups() { return int(blockDim.x) / kElements; }
+  __device__ static int group() { return int(threadIdx.x) / kElements; }
+  __device__ static int row(int r) { return int(threadIdx.x) % kElements / kSide + r * kStep; }
+  __device__ static int column() { return int(threadIdx.x) % kSide; }
+  __device__ int i(int r) const { return first_row_ + row(r); }
+  __device__ int j() const { return first_column_ + column(); }
   __device__ bool upper(int r) const { return i(r) <= j() && j() < C_; }
+
+  /// The moments of kAhead of this group's chunks, from c on.
+  __device__ __forceinline__ void load_ahead(int c) {
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a, c += groups())
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        ahead_[a][r] = c < count() && upper(r) ? partial_moment_[c * C_ * C_ + i(r) * C_ + j()] : T(0);
+  }
 
   /// mu of the tile's rows and columns; what each group has of its elements, and all of them together.
   __device__ static T* means() { return shared_memory<T>(); }
   __device__ static T* sums(int group) { return means() + 2 * kSide + group * kSide * kPitch; }
   __device__ static T total(int row, int column) {
     T sum = 0;
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) sum += sums(group)[row * kPitch + column];
+    for (int group = 0; group < groups(); ++group) sum += sums(group)[row * kPitch + column];
     return sum;
   }
 
   int64_t C_;
-  Chunks chunks_;
+  const Chunks& chunks_;
   const T *partial_mean_, *partial_moment_;
   T *mean_, *sigma_;
-  int64_t first_row_, first_column_;
+  int first_row_, first_column_;
+  T ahead_[kAhead][kRows];
 };
 
 /// The second pass of one sample, where it needs one: a block, and no haste. A warp has an entry of Sigma at a time.

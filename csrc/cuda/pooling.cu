@@ -12,14 +12,14 @@ constexpr int64_t tiles_along(int64_t channels, int64_t side) { return (channels
 constexpr int64_t triangle(int64_t n) { return n * (n + 1) / 2; }
 
 /// Blocks that a multiprocessor's registers shall hold, so that some multiply while others wait for memory.
-template <class X> constexpr int kBlocks = sizeof(X) == 8 ? 1 : 2;
+template <class X> constexpr int kBlocks = sizeof(X) == 8 ? 1 : 3;
 
 /// Which tile (I, J), I <= J, of which chunk and sample a block has. Grids are flat: only x may exceed 65535.
 struct BlockOfTriangle {
-  int64_t I, J, chunk, sample;
+  unsigned I, J, chunk, sample;
 
-  __device__ BlockOfTriangle(int64_t tiles, int64_t chunks) : J(0) {
-    const int64_t pairs = tiles * (tiles + 1) / 2, block = blockIdx.x, pair = block % pairs;
+  __device__ BlockOfTriangle(unsigned tiles, unsigned chunks) : J(0) {
+    const unsigned pairs = tiles * (tiles + 1) / 2, block = blockIdx.x, pair = block % pairs;
     while ((J + 1) * (J + 2) / 2 <= pair) ++J;
     I = pair - J * (J + 1) / 2;
     chunk = block / pairs % chunks;
@@ -28,22 +28,22 @@ struct BlockOfTriangle {
 };
 
 template <class X, bool kPositionsInRows>
-__global__ void __launch_bounds__(kPanelThreads, kBlocks<X>) pool_kernel(const PoolTask<X> task, int64_t tiles) {
+__global__ void __launch_bounds__(kPanelThreads, kBlocks<X>) pool_kernel(const PoolTask<X> task, unsigned tiles, bool packets) {
   wait_for_kernels_before();
-  const BlockOfTriangle block(tiles, task.chunks.count);
-  const int64_t C = task.x.channels, part = block.sample * task.chunks.count + block.chunk;
+  const BlockOfTriangle block(tiles, unsigned(task.chunks.count));
+  const int64_t C = task.x.channels, part = int64_t(block.sample) * task.chunks.count + block.chunk;
   const int64_t first = task.chunks.first(block.chunk), last = task.chunks.last(block.chunk);
-  PoolEngine<X, kPositionsInRows> engine(task.x, block.sample, block.I, block.J, first, last);
+  PoolEngine<X, kPositionsInRows> engine(task.x, block.sample, int(block.I), int(block.J), first, packets);
   accumulate_covariance(engine, first, last);
   engine.write(task.partial_mean + part * C, task.partial_moment + part * C * C);
 }
 
-template <class X, int kGroups>
-__global__ void __launch_bounds__((MergeEngine<X, kGroups>::kThreads))
-    merge_kernel(const PoolTask<X> task, int64_t tiles) {
+template <class X, bool kMany>
+__global__ void __launch_bounds__((MergeEngine<X, kMany>::kMostThreads))
+    merge_kernel(const PoolTask<X> task, unsigned tiles) {
   wait_for_kernels_before();
   const BlockOfTriangle block(tiles, 1);
-  MergeEngine<X, kGroups> engine(task, block.sample, block.I, block.J);
+  MergeEngine<X, kMany> engine(task, block.sample, int(block.I), int(block.J));
   merge_covariances(engine, task.chunks);
 }
 
@@ -56,11 +56,12 @@ __global__ void __launch_bounds__(RescueEngine<X>::kThreads, 1) rescue_kernel(co
 
 template <class X, bool kPositionsInRows>
 __global__ void __launch_bounds__(kPanelThreads, kBlocks<X>)
-    pool_backward_kernel(const PoolBackwardTask<X> task, int64_t tiles) {
+    pool_backward_kernel(const PoolBackwardTask<X> task, unsigned tiles, bool packets, bool packets_out) {
   wait_for_kernels_before();
-  const int64_t block = blockIdx.x, chunk = block / tiles % task.chunks.count;
+  const unsigned chunks = unsigned(task.chunks.count), block = blockIdx.x, chunk = block / tiles % chunks;
   const int64_t first = task.chunks.first(chunk), last = task.chunks.last(chunk);
-  PoolBackwardEngine<X, kPositionsInRows> engine(task, block / tiles / task.chunks.count, block % tiles, first, last);
+  PoolBackwardEngine<X, kPositionsInRows> engine(task, block / tiles / chunks, int(block % tiles), packets,
+                                                 packets_out);
   covariance_backward(engine, first, last);
 }
 
@@ -74,39 +75,32 @@ template <class X> bool positions_in_rows(const FeatureMaps<const X>& x) {
 template <class X> void pool(const PoolTask<X>& task, void* stream) {
   const int64_t batch = task.x.batch, C = task.x.channels;
   const int64_t pool_tiles = tiles_along(C, kPanelVectors);
-  const auto run = [&](auto kernel, int64_t shared_bytes) {
-    launch("pool", kernel, triangle(pool_tiles) * task.chunks.count * batch, kPanelThreads, shared_bytes, stream, task,
-           pool_tiles);
+  const auto run = [&](auto in_rows) {
+    launch("pool", pool_kernel<X, in_rows>, triangle(pool_tiles) * task.chunks.count * batch, kPanelThreads,
+           PoolEngine<X, in_rows>::shared_bytes(pool_tiles == 1), stream, task, unsigned(pool_tiles),
+           in_packets<in_rows>(task.x, task.chunks));
   };
-  const bool diagonal = pool_tiles == 1;
-  if (positions_in_rows(task.x))
-    run(pool_kernel<X, true>, PoolEngine<X, true>::shared_bytes(diagonal));
-  else
-    run(pool_kernel<X, false>, PoolEngine<X, false>::shared_bytes(diagonal));
-  const auto merge = [&](auto groups) {
-    using Engine = MergeEngine<X, groups>;
+  positions_in_rows(task.x) ? run(std::true_type()) : run(std::false_type());
+  const auto merge = [&](auto many) {
+    using Engine = MergeEngine<X, many>;
     const int64_t tiles = tiles_along(C, Engine::kTile);
-    launch("merge", merge_kernel<X, groups>, triangle(tiles) * batch, Engine::kThreads, Engine::kSharedBytes, stream,
-           task, tiles);
+    const int threads = Engine::threads(task.chunks.count);
+    launch("merge", merge_kernel<X, many>, triangle(tiles) * batch, threads, Engine::shared_bytes(threads), stream, task,
+           unsigned(tiles));
   };
   constexpr int64_t kFewChunks = 4;
-  if (task.chunks.count <= kFewChunks)
-    merge(std::integral_constant<int, 1>());
-  else
-    merge(std::integral_constant<int, 4>());
+  task.chunks.count <= kFewChunks ? merge(std::false_type()) : merge(std::true_type());
   launch("rescue", rescue_kernel<X>, batch, RescueEngine<X>::kThreads, RescueEngine<X>::kSharedBytes, stream, task);
 }
 
 template <class X> void pool_backward(const PoolBackwardTask<X>& task, void* stream) {
   const int64_t channel_tiles = tiles_along(task.x.channels, kPanelVectors);
-  const auto run = [&](auto kernel, int64_t shared_bytes) {
-    launch("pool_backward", kernel, channel_tiles * task.chunks.count * task.x.batch, kPanelThreads, shared_bytes,
-           stream, task, channel_tiles);
+  const auto run = [&](auto in_rows) {
+    launch("pool_backward", pool_backward_kernel<X, in_rows>, channel_tiles * task.chunks.count * task.x.batch,
+           kPanelThreads, PoolBackwardEngine<X, in_rows>::kSharedBytes, stream, task, unsigned(channel_tiles),
+           in_packets<in_rows>(task.x, task.chunks), in_packets<true>(task.grad_x, task.chunks));
   };
-  if (positions_in_rows(task.x))
-    run(pool_backward_kernel<X, true>, PoolBackwardEngine<X, true>::kSharedBytes);
-  else
-    run(pool_backward_kernel<X, false>, PoolBackwardEngine<X, false>::kSharedBytes);
+  positions_in_rows(task.x) ? run(std::true_type()) : run(std::false_type());
 }
 
 #define ISQRT_INSTANTIATE(X)                     \
