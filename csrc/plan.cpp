@@ -76,7 +76,7 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
   };
   // Some three blocks for each of the 132 multiprocessors of an H200, as many as it holds, of whole tiles of positions. A
   // block has 64 x 64 channels; or 64 for the gradient, of which several follow each other: it leaves nothing to merge.
-  constexpr int64_t kPoolBlocks = 384, kBlocks = 1024, kTile = 128, kChannels = 64;
+  constexpr int64_t kPoolBlocks = 384, kBlocks = 4096, kTile = 128, kChannels = 64;
   const int64_t tiles = divide_up(p.channels, kChannels);
   const auto split_tiles = [&](int64_t blocks, int64_t shortest) {
     const int64_t wanted = std::max<int64_t>(1, blocks / std::max<int64_t>(1, p.batch));

@@ -66,7 +66,11 @@ template <class X, bool kPositionsInRows> class PoolEngine {
   }
 
   __device__ PoolEngine(const FeatureMaps<const X>& x, int64_t sample, int I, int J, int64_t first, bool packets)
-      : maps_(x, sample, packets), first_row_(I * kPanelVectors), first_column_(J * kPanelVectors), first_(first) {}
+      : maps_(x, sample, packets),
+        first_row_(I * kPanelVectors),
+        first_column_(J * kPanelVectors),
+        first_(first),
+        own_(I == J) {}
 
   __device__ int64_t tile_positions() const { return kPanelTerms<T>; }
 
@@ -84,25 +88,21 @@ template <class X, bool kPositionsInRows> class PoolEngine {
   __device__ void center_tile(int64_t) const {}
 
   __device__ void accumulate(int64_t n, T weight) {
-    const int last = sides() - 1, steps = int(n + kStepTerms - 1) / kStepTerms;
     const T rest = T(int(n)) - weight;
     if (rest != 0)
-      for_each([&](T& a, int r, int c) {
-        const auto scaled = [&](int side, int v) { return vector(kDelta, side)[v] * vector(kUp, side)[v]; };
-        a = vector(kChange, 0)[r] * vector(kChange, last)[c] * a + rest * scaled(0, r) * scaled(last, c);
-      });
-    if (!upper(1)) return;
-    constexpr T kOne[2] = {1, 1};
-    const int left = Maps::template place_of<Maps::kRows>(own_.row),
-              right = Maps::template place_of<Maps::kColumns>(own_.column);
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      const auto rows = panel(0).template factor<Maps::kRows>(left, step);
+      for_each([&](WarpTile<T>& tile, int row, int column) {
 #pragma unroll
-      for (int v = 0; v < 2; ++v)
-        if (upper(v))
-          multiply_add(moment_[v], kOne, rows, panel(last).template factor<Maps::kColumns>(right, step, v));
-    }
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int r = row + of_half(e / 2, lane_.group), c = column + of_half(half, 2 * lane_.quad + e % 2);
+            const auto scaled = [&](int side, int v) { return vector(kDelta, side)[v] * vector(kUp, side)[v]; };
+            T& a = tile.sum[half][e];
+            a *= vector(kChange, 0)[r] * vector(kChange, last())[c];
+            if (own_.first_step == 0) a += rest * scaled(0, r) * scaled(last(), c);
+          }
+      });
+    multiply(int(n + kStepTerms - 1) / kStepTerms);
   }
 
   /// Of a channel the threads that look at it know the mean.
@@ -111,42 +111,107 @@ template <class X, bool kPositionsInRows> class PoolEngine {
       if (is_first()) vector(kMean, side)[own()] += share * vector(kDelta, side)[own()];
   }
 
-  /// Mean [C] and M2 [C, C] of the chunk; of M2 the upper triangle, and what shares a packet with it.
-  __device__ void write(T* chunk_mean, T* chunk_moment) {
-    const int64_t C = maps_.x.channels;
-    for_each([&](T& a, int r, int c) { a *= vector(kDown, 0)[r] * vector(kDown, sides() - 1)[c]; });
+  /// Mean [C] and alpha M2 [C, C] of the chunk; of M2 the upper triangle, or both. Below it anything may be written.
+  __device__ void write(T* chunk_mean, T* chunk_moment, T alpha, bool both) {
+    const int C = int(maps_.x.channels);
     if (sides() == 1 && is_first() && first_row_ + own() < C) chunk_mean[first_row_ + own()] = vector(kMean, 0)[own()];
+    add_halves();
+    const int row = own_.row + kTile * own_.first_step;
+    if (own_.first_step > own_.last_row) return;
 #pragma unroll
     for (int v = 0; v < 2; ++v)
-      for_each_four(moment_[v], [&](const T(&a)[4], int r, int c) {
-        const int64_t i = first_row_ + own_.row + r, j = first_column_ + own_.column + kTile * v + c;
-        if (!upper(v) || i >= C || j >= C) return;
-        if (C % 4 == 0) {
-          store_packet(chunk_moment + i * C + j, a);
-        } else {
+      for_each_four(moment_[0][v], [&](const T(&a)[4], int at_row, int at_column) {
+        const int r = row + at_row, c = own_.column + kTile * v + at_column, i = first_row_ + r, j = first_column_ + c;
+        if (i >= C || j >= C || i > j + 3) return;
+        const T factor = alpha * vector(kDown, 0)[r];
+        T result[4];
 #pragma unroll
-          for (int e = 0; e < 4; ++e)
-            if (i <= j + e && j + e < C) chunk_moment[i * C + j + e] = a[e];
-        }
+        for (int e = 0; e < 4; ++e) result[e] = factor * vector(kDown, last())[c + e] * a[e];
+        T* to = chunk_moment + int64_t(i) * C + j;
+        if (C % 4 == 0 && !both) return store_packet(to, result);
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (i <= j + e && j + e < C) to[e] = chunk_moment[int64_t(j + e) * C + i] = result[e];
       });
   }
 
  private:
   /// Where I = J both operands are one panel.
   __device__ int sides() const { return first_row_ == first_column_ ? 1 : 2; }
-  /// Whether anything of this warp's tile v belongs to the upper triangle.
-  __device__ bool upper(int v) const { return sides() == 2 || own_.row <= own_.column + kTile * v; }
+  __device__ int last() const { return sides() - 1; }
 
-  /// f(element, row, column) for all that a lane has of M2.
-  template <class F> __device__ __forceinline__ void for_each(const F& f) {
+  /// What a warp multiplies: two rows of two tiles each, at every other step. Where I = J these are the tiles on the
+  /// diagonal and the one above, or one row; the warps of a scheduler have five tiles together, whichever it is.
+  struct Place {
+    int row, column, first_step, last_row;
+
+    __device__ explicit Place(bool diagonal) {
+      const int warp = threadIdx.x / kWarp, quarter = (warp + warp / 4 * 2) % 4;
+      first_step = warp / 4;
+      last_row = !diagonal || quarter % 3 == 0;
+      row = diagonal ? (quarter == 3 ? 2 : quarter == 2) * kTile : quarter / 2 * 2 * kTile;
+      column = diagonal ? (quarter > 0) * 2 * kTile : quarter % 2 * 2 * kTile;
+    }
+  };
+
+  __device__ __forceinline__ void multiply(int steps) {
+    constexpr T kOne[2] = {1, 1};
+    const Maps rows = panel(0), columns = panel(last());
+    const int left = Maps::template place_of<Maps::kLeft>(own_.row),
+              right = Maps::template place_of<Maps::kRight>(own_.column);
+#pragma unroll 1
+    for (int step = own_.first_step; step < steps; step += 2) {
+      const Factor<T> right_factor[2] = {columns.template factor<Maps::kRight>(right, step),
+                                         columns.template factor<Maps::kRight>(right, step, 1)};
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (r > own_.last_row) continue;
+        const Factor<T> left_factor = rows.template factor<Maps::kLeft>(left, step, r);
+#pragma unroll
+        for (int v = 0; v < 2; ++v)
+          if (r <= v || sides() == 2) multiply_add(moment_[r][v], kOne, left_factor, right_factor[v]);
+      }
+    }
+  }
+
+  /// Of the two warps that have the same tiles, each at every other step, one gets the sum of the first row, the other
+  /// one that of the second row, as moment_[0].
+  __device__ void add_halves() {
+    struct Four {
+      T of[4];
+    };
+    const bool first = own_.first_step == 0;
+    const int quarter = (int(threadIdx.x) / kWarp + (first ? 0 : 2)) % 4;
+    const auto exchanged = [&](bool row, int v, int half) -> Four& {
+      const int number = (quarter * 2 + row) * 4 + 2 * v + half;
+      return shared_memory<Four>()[number * kWarp + threadIdx.x % kWarp];
+    };
+    __syncthreads();  // nobody reads the panels any more
 #pragma unroll
     for (int v = 0; v < 2; ++v)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          f(moment_[v].sum[half][e], own_.row + lane_.group + e / 2 * 8,
-            own_.column + kTile * v + column_of_half(half, 2 * lane_.quad + e % 2));
+          exchanged(first, v, half).of[e] = first ? moment_[1][v].sum[half][e] : moment_[0][v].sum[half][e];
+    __syncthreads();
+#pragma unroll
+    for (int v = 0; v < 2; ++v)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          T& a = moment_[0][v].sum[half][e];
+          a = (first ? a : moment_[1][v].sum[half][e]) + exchanged(!first, v, half).of[e];
+        }
+  }
+
+  /// f(tile, row, column) for the tiles of a warp.
+  template <class F> __device__ __forceinline__ void for_each(const F& f) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int v = 0; v < 2; ++v) f(moment_[r][v], own_.row + kTile * r, own_.column + kTile * v);
   }
 
   /// The channel that this thread looks at, and whether it is the first one of those that do.
@@ -207,8 +272,8 @@ template <class X, bool kPositionsInRows> class PoolEngine {
   int first_row_, first_column_;
   int64_t first_;
   Lane lane_;
-  WarpPlace own_;
-  WarpTile<T> moment_[2];
+  Place own_;
+  WarpTile<T> moment_[2][2];
 };
 
 /// dX = W (X - mu 1^T), W = 2 dSigma / M, for the 64 channels of tile I, a panel of positions at a time. The terms are
@@ -217,7 +282,7 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
   using T = Compute<X>;
   using Maps = Panel<X, T, kPanelTerms<T>>;
   using Weights = Panel<T, T, kPanelVectors>;
-  static constexpr int kColumns = kPanelTerms<T> / 2, kTiles = kColumns / kTile;  // of a warp, in 16 rows
+  static constexpr int kColumns = kPanelTerms<T> / 4, kTiles = kColumns / kTile;  // of a warp, in two rows
 
  public:
   enum Vector { kMean, kUp, kDown, kWeightUp, kWeightDown, kVectors };  // of channels, after the panels
@@ -240,7 +305,7 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
   __device__ void load_centered(int64_t, int64_t) const {}
 
   __device__ void store_gradient(int64_t m, int64_t n) const {
-    WarpTile<T> sum[kTiles];
+    WarpTile<T> sum[2][kTiles];
 #pragma unroll 1
     for (int64_t k = 0; k < dx_.channels; k += kPanelVectors) {
       load_panels(k, m, int(n));
@@ -290,27 +355,35 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
     __syncthreads();
   }
 
-  __device__ __forceinline__ void multiply(WarpTile<T> (&sum)[kTiles], int terms) const {
-    const T *down = vector(kWeightDown) + row() + lane_.group, scales[2] = {down[0], down[8]};
+  __device__ __forceinline__ void multiply(WarpTile<T> (&sum)[2][kTiles], int terms) const {
+    T scales[2][2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) scales[r][h] = vector(kWeightDown)[row() + kTile * r + of_half(h, lane_.group)];
     const int steps = (terms + kStepTerms - 1) / kStepTerms;
-    const int left = Weights::template place_of<Weights::kRows>(row()),
+    const int left = Weights::template place_of<Weights::kLeft>(row()),
               right = Maps::template place_of<Maps::kAcross>(column());
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      const auto rows = weights().template factor<Weights::kRows>(left, step);
+      const Factor<T> rows[2] = {weights().template factor<Weights::kLeft>(left, step),
+                                 weights().template factor<Weights::kLeft>(left, step, 1)};
 #pragma unroll
-      for (int v = 0; v < kTiles; ++v)
-        multiply_add(sum[v], scales, rows, maps().template factor<Maps::kAcross>(right, step, v));
+      for (int v = 0; v < kTiles; ++v) {
+        const Factor<T> columns = maps().template factor<Maps::kAcross>(right, step, v);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) multiply_add(sum[r][v], scales[r], rows[r], columns);
+      }
     }
   }
 
-  __device__ __forceinline__ void store(const WarpTile<T> (&sum)[kTiles], int64_t m, int n) const {
+  __device__ __forceinline__ void store(const WarpTile<T> (&sum)[2][kTiles], int64_t m, int n) const {
     const T share = T(2) / T(dx_.positions());
     const auto put = [&](const auto& store_four) {
 #pragma unroll
-      for (int v = 0; v < kTiles; ++v)
-        for_each_four(sum[v], [&](const T(&a)[4], int r, int c) {
-          const int channel = first_channel_ + opaque(row()) + r, position = column() + kTile * v + c;
+      for (int v = 0; v < 2 * kTiles; ++v)
+        for_each_four(sum[v / kTiles][v % kTiles], [&](const T(&a)[4], int r, int c) {
+          const int channel = first_channel_ + opaque(row()) + v / kTiles * kTile + r, position = column() + v % kTiles * kTile + c;
           if (channel >= dx_.channels || position >= n) return;
           const T result[4] = {share * a[0], share * a[1], share * a[2], share * a[3]};
           store_four(gradient_ + channel * dx_.stride_c, position, result);
@@ -340,8 +413,8 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
   }
 
   /// Where this warp's tiles begin.
-  __device__ static int row() { return threadIdx.x / kWarp / 2 * kTile; }
-  __device__ static int column() { return threadIdx.x / kWarp % 2 * kColumns; }
+  __device__ static int row() { return threadIdx.x / kWarp / 4 * 2 * kTile; }
+  __device__ static int column() { return threadIdx.x / kWarp % 4 * kColumns; }
 
   __device__ static Maps maps() { return {shared_begin()}; }
   __device__ static Weights weights() { return {shared_begin() + Maps::kBytes}; }

@@ -7,133 +7,141 @@
 
 namespace isqrt::cuda {
 
-/// Merges the chunks of one sample for tile (I, J) of Sigma, I <= J. Each thread has kRows elements in a column; where
-/// there are many chunks tiles are small, and groups of threads have every so many chunks each. Blocks live for about
-/// as long as it takes to ask memory twice: for means and moments first, and for means again, which are near by then.
-template <class X, bool kMany> class MergeEngine {
+/// Merges the chunks of one sample for 8 x 16 elements of Sigma. Each warp has all of them, a row of four in each lane, of
+/// every so many chunks. All that a block takes from memory is asked for at once, and the means, which are near by then,
+/// a second time when mu is known.
+template <class X> class MergeEngine {
   using T = Compute<X>;
-  static constexpr int kSide = kMany ? 8 : 32, kPitch = kSide + 1, kRows = kMany ? 1 : 4, kStep = kSide / kRows;
-  static constexpr int kElements = kSide * kStep;     // threads of a group
-  static constexpr int kAhead = kMany ? 8 : 2;        // chunks whose moments are asked for at once
-  static constexpr int kMostGroups = kMany ? 16 : 1;
+  static constexpr int kRows = 8, kColumns = 16, kMeans = kRows + kColumns, kAhead = 4;
+  static_assert(kRows * kColumns == 4 * kWarp);
 
  public:
-  static constexpr int kTile = kSide, kMostThreads = kMostGroups * kElements;
-  /// Groups, a power of two of them, that have no more chunks each than are asked for at once.
-  static ISQRT_FN int threads(int64_t chunks) {
-    int groups = kMany ? 2 : 1;
-    while (groups < kMostGroups && groups * kAhead < chunks) groups *= 2;
-    return kElements * groups;
+  /// A power of two of warps that have few chunks each.
+  static ISQRT_FN int warps(int64_t chunks) {
+    int warps = 2;
+    while (warps < kWarp && warps * kAhead < chunks) warps *= 2;
+    return warps;
   }
-  static ISQRT_FN int64_t shared_bytes(int threads) {
-    return (2 * kSide + threads / kElements * kSide * kPitch) * int64_t(sizeof(T));
+  static ISQRT_FN int64_t shared_bytes(int warps) { return (warps + 1) * (kMeans + kRows * kColumns) * sizeof(T); }
+  /// Tiles that have an element of the upper triangle: of column J of tiles the first 2 J + 2, or all there are.
+  static ISQRT_FN int tiles(int64_t channels) {
+    const int rows = int((channels + kRows - 1) / kRows), columns = int((channels + kColumns - 1) / kColumns);
+    return columns * (columns + 1) - rows % 2;
   }
 
-  __device__ MergeEngine(const PoolTask<X>& task, int64_t sample, int I, int J)
-      : C_(task.x.channels),
+  __device__ MergeEngine(const PoolTask<X>& task, int tile, int64_t sample)
+      : C_(int(task.x.channels)),
         chunks_(task.chunks),
         partial_mean_(task.partial_mean + sample * chunks_.count * C_),
         partial_moment_(task.partial_moment + sample * chunks_.count * C_ * C_),
         mean_(task.mean + sample * C_),
-        sigma_(task.sigma + sample * C_ * C_),
-        first_row_(I * kSide),
-        first_column_(J * kSide) {
-    load_ahead(group());
+        sigma_(task.sigma + sample * C_ * C_) {
+    int J = 0;
+    for (; tile >= 2 * J + 2; ++J) tile -= 2 * J + 2;
+    first_row_ = kRows * tile;
+    first_column_ = kColumns * J;
   }
 
-  /// Of the rows' and the columns' means each is that of some lanes, which have some chunks each.
-  __device__ void average() const {
-    const int lanes = int(blockDim.x) / (2 * kSide) < kWarp ? int(blockDim.x) / (2 * kSide) : kWarp;
-    const int vector = int(threadIdx.x) / lanes, lane = int(threadIdx.x) % lanes;
-    if (vector < 2 * kSide) {
-      const int own = vector < kSide ? first_row_ + vector : first_column_ + vector - kSide;
-      const T* mean = partial_mean_ + (own < C_ ? own : C_ - 1);
-      const T first = *mean;
-      T sum = 0;
+  /// Sums of moments and of the means' distances from the first chunk's: that of a constant map is exact.
+  __device__ void average() {
+    const T first = mean_of_row(0);
+    T firsts[4], sum = 0, sums[4] = {};
+    means_of_columns(0, firsts);
 #pragma unroll 4
-      for (int c = lane; c < count(); c += lanes) sum += size(c) * (mean[c * C_] - first);
-      for (int other = lanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-      if (lane == 0) means()[vector] = first + sum / T(chunks_.positions);
+    for (int c = warp(); c < count(); c += warps()) {
+      T means[4], moments[4];
+      load_four(partial_moment_ + (int64_t(c) * C_ + clamped(i())) * C_, moments);
+      means_of_columns(c, means);
+      sum += size(c) * (mean_of_row(c) - first);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) moment_[e] += moments[e], sums[e] += size(c) * (means[e] - firsts[e]);
+    }
+    if (lane() % 4 == 0) of_warp(warp())[row()] = sum;
+    if (lane() < 4)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) of_warp(warp())[kRows + column() + e] = sums[e];
+    __syncthreads();
+    // Whose mean each of these lanes finds: first rows, then columns.
+    if (threadIdx.x < kMeans) {
+      T total = 0;
+#pragma unroll 4
+      for (int w = 0; w < warps(); ++w) total += of_warp(w)[threadIdx.x];
+      const int own = int(threadIdx.x) < kRows ? first_row_ + int(threadIdx.x) : first_column_ + int(threadIdx.x) - kRows;
+      of_warp(warps())[threadIdx.x] = partial_mean_[clamped(own)] + total / T(chunks_.positions);
     }
     __syncthreads();
   }
 
   __device__ void add_moments() {
-    T sum[kRows] = {};
-    for (int c = group();; load_ahead(c)) {
-#pragma unroll
-      for (int a = 0; a < kAhead; ++a)
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) sum[r] += ahead_[a][r];
-      c += kAhead * groups();
-      if (c >= count()) break;
-    }
-    if (count() > 1) {
-      const T mean_j = means()[kSide + column()];
+    const T *mean = of_warp(warps()), mean_i = mean[row()];
+    T* sums = of_warp(warp()) + kMeans;
+    if (first_row_ <= first_column_ && first_column_ < first_row_ + kRows) write_means(mean);
 #pragma unroll 4
-      for (int c = group(); c < count(); c += groups()) {
-        const T* mean = partial_mean_ + c * C_;
-        const T distance = size(c) * (j() < C_ ? mean[j()] - mean_j : T(0));
+    for (int c = warp(); c < count(); c += warps()) {
+      T means[4];
+      means_of_columns(c, means);
+      const T distance = size(c) * (mean_of_row(c) - mean_i);
 #pragma unroll
-        for (int r = 0; r < kRows; ++r)
-          if (i(r) < C_) sum[r] += (mean[i(r)] - means()[row(r)]) * distance;
-      }
+      for (int e = 0; e < 4; ++e) moment_[e] += distance * (means[e] - mean[kRows + column() + e]);
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) sums(group())[row(r) * kPitch + column()] = sum[r];
+    for (int e = 0; e < 4; ++e) sums[kColumns * row() + column() + e] = moment_[e];
     __syncthreads();
   }
 
   __device__ void finish(double alpha) const {
-    const bool in_place = partial_mean_ == mean_;  // of a single chunk
-    if (!in_place && first_row_ == first_column_ && threadIdx.x < kSide && first_row_ + int(threadIdx.x) < C_)
-      mean_[first_row_ + threadIdx.x] = means()[threadIdx.x];
-    if (group() > 0) return;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (upper(r)) sigma_[i(r) * C_ + j()] = T(alpha) * total(row(r), column());
-      // Element (j', i') below the diagonal, i' along the threads.
-      const int row_below = first_column_ + row(r), column_below = first_row_ + column();
-      if (column_below < row_below && row_below < C_)
-        sigma_[row_below * C_ + column_below] = T(alpha) * total(column(), row(r));
+    for (int own = threadIdx.x; own < kRows * kColumns; own += blockDim.x) {
+      T sum = 0;
+#pragma unroll 4
+      for (int w = 0; w < warps(); ++w) sum += of_warp(w)[kMeans + own];
+      const int i = first_row_ + own / kColumns, j = first_column_ + own % kColumns;
+      if (i <= j && j < C_) sigma_[int64_t(i) * C_ + j] = sigma_[int64_t(j) * C_ + i] = T(alpha) * sum;
     }
   }
 
  private:
+  __device__ static int warp() { return int(threadIdx.x) / kWarp; }
+  __device__ static int warps() { return int(blockDim.x) / kWarp; }
+  __device__ static int lane() { return int(threadIdx.x) % kWarp; }
+  __device__ static int row() { return lane() / 4; }
+  __device__ static int column() { return lane() % 4 * 4; }
+  __device__ int i() const { return first_row_ + row(); }
+  __device__ int j() const { return first_column_ + column(); }
   __device__ int count() const { return int(chunks_.count); }
   __device__ T size(int c) const { return T(int(c + 1 < count() ? chunks_.length : chunks_.size(c))); }
-  __device__ static int groups() { return int(blockDim.x) / kElements; }
-  __device__ static int group() { return int(threadIdx.x) / kElements; }
-  __device__ static int row(int r) { return int(threadIdx.x) % kElements / kSide + r * kStep; }
-  __device__ static int column() { return int(threadIdx.x) % kSide; }
-  __device__ int i(int r) const { return first_row_ + row(r); }
-  __device__ int j() const { return first_column_ + column(); }
-  __device__ bool upper(int r) const { return i(r) <= j() && j() < C_; }
+  /// What is outside is read from within, and not written.
+  __device__ int clamped(int channel) const { return channel < C_ ? channel : C_ - 1; }
 
-  /// The moments of kAhead of this group's chunks, from c on.
-  __device__ __forceinline__ void load_ahead(int c) {
+  __device__ T mean_of_row(int c) const { return partial_mean_[int64_t(c) * C_ + clamped(i())]; }
+  __device__ void means_of_columns(int c, T (&means)[4]) const { load_four(partial_mean_ + int64_t(c) * C_, means); }
+  /// Of a row of C numbers this lane's four columns.
+  __device__ __forceinline__ void load_four(const T* from, T (&four)[4]) const {
+    struct alignas(16) Four {
+      T of[4];
+    };
+    if (C_ % 4 == 0) {
+      const Four packet = *reinterpret_cast<const Four*>(from + (j() < C_ ? j() : 0));
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a, c += groups())
+      for (int e = 0; e < 4; ++e) four[e] = packet.of[e];
+    } else {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        ahead_[a][r] = c < count() && upper(r) ? partial_moment_[c * C_ * C_ + i(r) * C_ + j()] : T(0);
+      for (int e = 0; e < 4; ++e) four[e] = from[clamped(j() + e)];
+    }
+  }
+  __device__ void write_means(const T* mean) const {
+    if (threadIdx.x < kColumns && first_column_ + int(threadIdx.x) < C_)
+      mean_[first_column_ + threadIdx.x] = mean[kRows + threadIdx.x];
   }
 
-  /// mu of the tile's rows and columns; what each group has of its elements, and all of them together.
-  __device__ static T* means() { return shared_memory<T>(); }
-  __device__ static T* sums(int group) { return means() + 2 * kSide + group * kSide * kPitch; }
-  __device__ static T total(int row, int column) {
-    T sum = 0;
-    for (int group = 0; group < groups(); ++group) sum += sums(group)[row * kPitch + column];
-    return sum;
-  }
+  /// Of each warp sums of means and of elements; after those of the last one mu.
+  __device__ static T* of_warp(int warp) { return shared_memory<T>() + warp * (kMeans + kRows * kColumns); }
 
-  int64_t C_;
+  int C_;
   const Chunks& chunks_;
   const T *partial_mean_, *partial_moment_;
   T *mean_, *sigma_;
   int first_row_, first_column_;
-  T ahead_[kAhead][kRows];
+  T moment_[4] = {};
 };
 
 /// The second pass of one sample, where it needs one: a block, and no haste. A warp has an entry of Sigma at a time.

@@ -59,14 +59,17 @@ template <> struct Scale<float> {
   }
 };
 
-/// 16 vectors with 16 terms, as they are multiplied.
+/// 16 vectors with 16 terms, as they are multiplied. The order of the vectors is that of of_half().
 template <class T> struct Factor {
-  T value[2][4];  // of vectors group and group + 8, terms quad, quad + 4, ...
+  T value[2][4];  // of each half one vector, terms quad, quad + 4, ...
 };
 template <> struct Factor<float> {
   uint32_t high[4], low[4];  // parts of 8 x 8 in the order of mma's operands
 };
 constexpr int kStepTerms = 16;
+
+/// The vector that is number v of half of 16: a lane then has four neighbours in a row of the product.
+__device__ inline int of_half(int half, int v) { return v / 2 * 4 + 2 * half + v % 2; }
 
 /// sum += scale a b, with a scale for each of a lane's two rows; in float64 they are 1. In float32 three products of the
 /// parts, each with the accuracy of float32: tensor cores round their sums towards zero, so these are of few terms and
@@ -94,23 +97,20 @@ __device__ __forceinline__ void multiply_add(WarpTile<float>& sum, const float (
   }
 }
 
-/// Column c of the two halves of a right factor's 16: a lane then has four neighbours in a row of the product.
-__device__ inline int column_of_half(int half, int c) { return c / 2 * 4 + 2 * half + c % 2; }
-
-/// f(four neighbours, row, column of the first) of such a product.
+/// f(four neighbours, row, column of the first) of a product.
 template <class T, class F> __device__ __forceinline__ void for_each_four(const WarpTile<T>& tile, const F& f) {
   const Lane lane;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const T four[4] = {tile.sum[0][2 * h], tile.sum[0][2 * h + 1], tile.sum[1][2 * h], tile.sum[1][2 * h + 1]};
-    f(four, lane.group + 8 * h, 4 * lane.quad);
+    f(four, of_half(h, lane.group), 4 * lane.quad);
   }
 }
 
 /// Numbers of X in shared memory, and in their place the operands of T that are made of them, a row for each vector.
 ///
 /// In float32 half of a row is the high numbers of its pairs, half the low ones, each with the first eight of all 16
-/// terms before the second eight, in the order of column_of_half(). Packets of 16 bytes exchange their places within
+/// terms before the second eight, in the order of of_half(). Packets of 16 bytes exchange their places within
 /// 128 bytes, so that any eight rows that ldmatrix reads together have theirs in different banks, and so has all else
 /// that a warp reads and writes at a time.
 template <class X, class T, int kTerms> class Panel {
@@ -138,7 +138,7 @@ template <class X, class T, int kTerms> class Panel {
   /// The same of packets of vectors; term t begins at address(t).
   template <class Address>
   __device__ __forceinline__ void load_columns(const Address& address, int vectors, int terms) const {
-#pragma unroll
+#pragma unroll 2
     for (int e = 0; e < kEach; ++e) {
       const int t = lane() + kWarp * e;
       const X* own = address(t) + kWarpVectors * warp();
@@ -223,22 +223,24 @@ template <class X, class T, int kTerms> class Panel {
       }
   }
 
-  /// Where 16 vectors are: rows, the left factor of a product; columns, the right one; or terms of the right one, whose
-  /// columns are terms here, from `first` on.
-  enum Use { kRows, kColumns, kAcross };
-  template <Use kUse> __device__ static int place_of(int first) {
+  /// Where the 16 vectors from `first` on are, as a product's left or right factor; or, as the right one across, of all
+  /// vectors the terms from `first` on, to which the vectors are what terms are otherwise.
+  enum Side { kLeft, kRight, kAcross };
+  template <Side kSide> __device__ static int place_of(int first) {
     if constexpr (!kPairs) return first;
-    const int vector = kUse == kRows ? lane() % 16 : column_of_half(lane() / (kUse == kColumns ? 16 : 8) % 2, lane() % 8);
-    const int half = kUse == kColumns ? lane() / 8 % 2 : lane() / 16;
-    return kUse == kAcross ? place(vector, 0, half) ^ kPacketBytes * (first / 16) : place(first + vector, 0, half);
+    const int second = lane() / 16, odd = lane() / 8 % 2;
+    if constexpr (kSide == kAcross) return place(of_half(odd, lane() % 8), 0, second) ^ kPacketBytes * (first / 16);
+    return kSide == kLeft ? place(first + of_half(odd, lane() % 8), 0, second)
+                          : place(first + of_half(second, lane() % 8), 0, odd);
   }
   /// The terms of a step, of the 16 vectors that are `tile` times 16 after those at `place`.
-  template <Use kUse> __device__ __forceinline__ Factor<T> factor(int place, int step, int tile = 0) const {
+  template <Side kSide> __device__ __forceinline__ Factor<T> factor(int place, int step, int tile = 0) const {
+    constexpr bool kAcross = kSide == Side::kAcross;
     Factor<T> result;
     if constexpr (kPairs) {
-      const int along = kUse == kAcross ? tile : step, across = kUse == kAcross ? step : tile;
-      const int from = begin + (place ^ kPacketBytes * along) + kPitch * kTile * across;
-      if constexpr (kUse == kAcross) {
+      const int along = kAcross ? tile : step, over = kAcross ? step : tile;
+      const int from = begin + (place ^ kPacketBytes * along) + kPitch * kTile * over;
+      if constexpr (kAcross) {
         load_matrix_x4_trans(result.high, &at_shared<uint16_t>(from));
         load_matrix_x4_trans(result.low, &at_shared<uint16_t>(from + kLow));
       } else {
@@ -251,9 +253,9 @@ template <class X, class T, int kTerms> class Panel {
       for (int h = 0; h < 2; ++h)
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
-          const int vector = place + kTile * tile + (kUse == kRows ? 8 * h + lane.group : column_of_half(h, lane.group)),
+          const int vector = place + kTile * tile + of_half(h, lane.group),
                     term = kStepTerms * step + 4 * s + lane.quad;
-          result.value[h][s] = kUse == kAcross ? at(term, vector) : at(vector, term);
+          result.value[h][s] = kAcross ? at(term, vector) : at(vector, term);
         }
     }
     return result;
@@ -311,16 +313,6 @@ template <class X, class T, int kTerms> class Panel {
       for (int e = 0; e < kEach; ++e) packet.element[e] = a[e];
       at_shared<Numbers>(own_place(pass)) = packet;
     }
-  }
-};
-
-/// Where in 64 x 64 results a warp's two tiles begin.
-struct WarpPlace {
-  int row, column;
-  __device__ WarpPlace() {
-    const int warp = threadIdx.x / kWarp;
-    row = warp / 2 * kTile;
-    column = warp % 2 * 2 * kTile;
   }
 };
 

@@ -31,19 +31,21 @@ template <class X, bool kPositionsInRows>
 __global__ void __launch_bounds__(kPanelThreads, kBlocks<X>) pool_kernel(const PoolTask<X> task, unsigned tiles, bool packets) {
   wait_for_kernels_before();
   const BlockOfTriangle block(tiles, unsigned(task.chunks.count));
+  using T = Compute<X>;
   const int64_t C = task.x.channels, part = int64_t(block.sample) * task.chunks.count + block.chunk;
   const int64_t first = task.chunks.first(block.chunk), last = task.chunks.last(block.chunk);
   PoolEngine<X, kPositionsInRows> engine(task.x, block.sample, int(block.I), int(block.J), first, packets);
   accumulate_covariance(engine, first, last);
-  engine.write(task.partial_mean + part * C, task.partial_moment + part * C * C);
+  const bool alone = task.chunks.count == 1;  // there is nothing to merge
+  engine.write((alone ? task.mean : task.partial_mean) + part * C,
+               (alone ? task.sigma : task.partial_moment) + part * C * C,
+               alone ? T(1.0 / double(task.chunks.positions)) : T(1), alone);
 }
 
-template <class X, bool kMany>
-__global__ void __launch_bounds__((MergeEngine<X, kMany>::kMostThreads))
-    merge_kernel(const PoolTask<X> task, unsigned tiles) {
+template <class X>
+__global__ void __launch_bounds__(kWarp* kWarp) merge_kernel(const PoolTask<X> task, unsigned tiles) {
   wait_for_kernels_before();
-  const BlockOfTriangle block(tiles, 1);
-  MergeEngine<X, kMany> engine(task, block.sample, int(block.I), int(block.J));
+  MergeEngine<X> engine(task, int(blockIdx.x % tiles), blockIdx.x / tiles);
   merge_covariances(engine, task.chunks);
 }
 
@@ -81,15 +83,12 @@ template <class X> void pool(const PoolTask<X>& task, void* stream) {
            in_packets<in_rows>(task.x, task.chunks));
   };
   positions_in_rows(task.x) ? run(std::true_type()) : run(std::false_type());
-  const auto merge = [&](auto many) {
-    using Engine = MergeEngine<X, many>;
-    const int64_t tiles = tiles_along(C, Engine::kTile);
-    const int threads = Engine::threads(task.chunks.count);
-    launch("merge", merge_kernel<X, many>, triangle(tiles) * batch, threads, Engine::shared_bytes(threads), stream, task,
+  if (task.chunks.count > 1) {
+    using Engine = MergeEngine<X>;
+    const int tiles = Engine::tiles(C), warps = Engine::warps(task.chunks.count);
+    launch("merge", merge_kernel<X>, tiles * batch, warps * kWarp, Engine::shared_bytes(warps), stream, task,
            unsigned(tiles));
-  };
-  constexpr int64_t kFewChunks = 4;
-  task.chunks.count <= kFewChunks ? merge(std::false_type()) : merge(std::true_type());
+  }
   launch("rescue", rescue_kernel<X>, batch, RescueEngine<X>::kThreads, RescueEngine<X>::kSharedBytes, stream, task);
 }
 
