@@ -55,7 +55,7 @@ template <class X, bool kPositionsInRows> class PoolEngine {
   using T = Compute<X>;
   using Maps = Panel<X, T, kPanelTerms<T>>;
   /// Of a side's channels, after the panels.
-  enum Vector { kMean, kDelta, kMost, kChange, kDown, kFirst, kUp, kCenter, kVectors };
+  enum Vector { kMean, kDelta, kMost, kChange, kStep, kDown, kFirst, kUp, kCenter, kVectors };
 
  public:
   using Weight = T;
@@ -89,24 +89,24 @@ template <class X, bool kPositionsInRows> class PoolEngine {
 
   __device__ void accumulate(int64_t n, T weight) {
     const T rest = T(int(n)) - weight;
-    if (rest != 0)
-      for_each([&](WarpTile<T>& tile, int row, int column) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int r = row + of_half(e / 2, lane_.group), c = column + of_half(half, 2 * lane_.quad + e % 2);
-            const auto scaled = [&](int side, int v) { return vector(kDelta, side)[v] * vector(kUp, side)[v]; };
-            T& a = tile.sum[half][e];
-            a *= vector(kChange, 0)[r] * vector(kChange, last())[c];
-            if (own_.first_step == 0) a += rest * scaled(0, r) * scaled(last(), c);
-          }
-      });
-    multiply(int(n + kStepTerms - 1) / kStepTerms);
+    if (rest != 0) scale_moment(rest);
+    const int steps = int(n + kStepTerms - 1) / kStepTerms;
+    const int left = Maps::template place_of<Maps::kLeft>(own_.row),
+              right = Maps::template place_of<Maps::kRight>(own_.column);
+    if (!upper(1)) return;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const Maps columns = panel(last());
+      const Factor<T> rows = panel(0).template factor<Maps::kLeft>(left, step),
+                      both[2] = {columns.template factor<Maps::kRight>(right, step),
+                                 columns.template factor<Maps::kRight>(right, step, 1)};
+      multiply_add(moment_, rows, both, upper(0) ? 0 : 1);
+    }
   }
 
   /// Of a channel the threads that look at it know the mean.
   __device__ void move_mean(T share) const {
+#pragma unroll 1
     for (int side = 0; side < sides(); ++side)
       if (is_first()) vector(kMean, side)[own()] += share * vector(kDelta, side)[own()];
   }
@@ -115,13 +115,11 @@ template <class X, bool kPositionsInRows> class PoolEngine {
   __device__ void write(T* chunk_mean, T* chunk_moment, T alpha, bool both) {
     const int C = int(maps_.x.channels);
     if (sides() == 1 && is_first() && first_row_ + own() < C) chunk_mean[first_row_ + own()] = vector(kMean, 0)[own()];
-    add_halves();
-    const int row = own_.row + kTile * own_.first_step;
-    if (own_.first_step > own_.last_row) return;
 #pragma unroll
     for (int v = 0; v < 2; ++v)
-      for_each_four(moment_[0][v], [&](const T(&a)[4], int at_row, int at_column) {
-        const int r = row + at_row, c = own_.column + kTile * v + at_column, i = first_row_ + r, j = first_column_ + c;
+      for_each_four(moment_[v], [&](const T(&a)[4], int at_row, int at_column) {
+        const int r = own_.row + at_row, c = own_.column + kTile * v + at_column;
+        const int i = first_row_ + r, j = first_column_ + c;
         if (i >= C || j >= C || i > j + 3) return;
         const T factor = alpha * vector(kDown, 0)[r];
         T result[4];
@@ -140,78 +138,38 @@ template <class X, bool kPositionsInRows> class PoolEngine {
   __device__ int sides() const { return first_row_ == first_column_ ? 1 : 2; }
   __device__ int last() const { return sides() - 1; }
 
-  /// What a warp multiplies: two rows of two tiles each, at every other step. Where I = J these are the tiles on the
-  /// diagonal and the one above, or one row; the warps of a scheduler have five tiles together, whichever it is.
-  struct Place {
-    int row, column, first_step, last_row;
+  /// Whether anything of this warp's tile v belongs to the upper triangle.
+  __device__ bool upper(int v) const { return sides() == 2 || own_.row <= own_.column + kTile * v; }
 
+  /// Where a warp's two tiles begin. Of the 64 x 64 results on the diagonal some have one or none; a scheduler has those
+  /// of every fourth warp, two or three of the ten in this order.
+  struct Place {
+    int row, column;
     __device__ explicit Place(bool diagonal) {
-      const int warp = threadIdx.x / kWarp, quarter = (warp + warp / 4 * 2) % 4;
-      first_step = warp / 4;
-      last_row = !diagonal || quarter % 3 == 0;
-      row = diagonal ? (quarter == 3 ? 2 : quarter == 2) * kTile : quarter / 2 * 2 * kTile;
-      column = diagonal ? (quarter > 0) * 2 * kTile : quarter % 2 * 2 * kTile;
+      constexpr unsigned kOrder = 0x64725310;
+      const unsigned warp = threadIdx.x / kWarp, place = diagonal ? kOrder >> 4 * warp & 7 : warp;
+      row = int(place / 2) * kTile;
+      column = int(place % 2) * 2 * kTile;
     }
   };
 
-  __device__ __forceinline__ void multiply(int steps) {
-    constexpr T kOne[2] = {1, 1};
-    const Maps rows = panel(0), columns = panel(last());
-    const int left = Maps::template place_of<Maps::kLeft>(own_.row),
-              right = Maps::template place_of<Maps::kRight>(own_.column);
-#pragma unroll 1
-    for (int step = own_.first_step; step < steps; step += 2) {
-      const Factor<T> right_factor[2] = {columns.template factor<Maps::kRight>(right, step),
-                                         columns.template factor<Maps::kRight>(right, step, 1)};
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (r > own_.last_row) continue;
-        const Factor<T> left_factor = rows.template factor<Maps::kLeft>(left, step, r);
-#pragma unroll
-        for (int v = 0; v < 2; ++v)
-          if (r <= v || sides() == 2) multiply_add(moment_[r][v], kOne, left_factor, right_factor[v]);
-      }
-    }
-  }
-
-  /// Of the two warps that have the same tiles, each at every other step, one gets the sum of the first row, the other
-  /// one that of the second row, as moment_[0].
-  __device__ void add_halves() {
-    struct Four {
-      T of[4];
-    };
-    const bool first = own_.first_step == 0;
-    const int quarter = (int(threadIdx.x) / kWarp + (first ? 0 : 2)) % 4;
-    const auto exchanged = [&](bool row, int v, int half) -> Four& {
-      const int number = (quarter * 2 + row) * 4 + 2 * v + half;
-      return shared_memory<Four>()[number * kWarp + threadIdx.x % kWarp];
-    };
-    __syncthreads();  // nobody reads the panels any more
+  /// Takes M2 relative to this tile's scales, and adds what the distance between the means adds.
+  __device__ __forceinline__ void scale_moment(T rest) {
 #pragma unroll
     for (int v = 0; v < 2; ++v)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-          exchanged(first, v, half).of[e] = first ? moment_[1][v].sum[half][e] : moment_[0][v].sum[half][e];
-    __syncthreads();
+        for (int odd = 0; odd < 2; ++odd) {
+          const int c = own_.column + kTile * v + of_half(half, 2 * lane_.quad + odd);
+          const T change = vector(kChange, last())[c], step = rest * vector(kStep, last())[c];
 #pragma unroll
-    for (int v = 0; v < 2; ++v)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          T& a = moment_[0][v].sum[half][e];
-          a = (first ? a : moment_[1][v].sum[half][e]) + exchanged(!first, v, half).of[e];
+          for (int h = 0; h < 2; ++h) {
+            const int r = own_.row + of_half(h, lane_.group);
+            T& a = moment_[v].sum[half][2 * h + odd];
+            a = change * vector(kChange, 0)[r] * a + step * vector(kStep, 0)[r];
+          }
         }
-  }
-
-  /// f(tile, row, column) for the tiles of a warp.
-  template <class F> __device__ __forceinline__ void for_each(const F& f) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-      for (int v = 0; v < 2; ++v) f(moment_[r][v], own_.row + kTile * r, own_.column + kTile * v);
   }
 
   /// The channel that this thread looks at, and whether it is the first one of those that do.
@@ -229,12 +187,13 @@ template <class X, bool kPositionsInRows> class PoolEngine {
     tile.wait();
     const T first = tile.first();
     tile.fill(n);
-    T sum = 0, most = 0;
-    tile.look(n, [&](T a, int) {
+    T sums[4] = {}, most = 0;
+    tile.look(n, [&](T a, int, int e) {
       const T distance = a - first;
-      sum += distance;
+      sums[e] += distance;
       most = fmax(most, fabs(distance));
     });
+    T sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
 #pragma unroll
     for (int other = 1; other < kVectorThreads; other *= 2) {
       sum += __shfl_xor_sync(0xffffffffu, sum, other);
@@ -248,6 +207,7 @@ template <class X, bool kPositionsInRows> class PoolEngine {
       vector(kChange, side)[own()] = m != first_ ? vector(kDown, side)[own()] * scale.up : T(1);
       vector(kMean, side)[own()] = before;
       vector(kDelta, side)[own()] = delta;
+      vector(kStep, side)[own()] = delta * scale.up;
       vector(kMost, side)[own()] = most;
       vector(kDown, side)[own()] = scale.down;
       vector(kFirst, side)[own()] = first;
@@ -273,7 +233,7 @@ template <class X, bool kPositionsInRows> class PoolEngine {
   int64_t first_;
   Lane lane_;
   Place own_;
-  WarpTile<T> moment_[2][2];
+  WarpTile<T> moment_[2];
 };
 
 /// dX = W (X - mu 1^T), W = 2 dSigma / M, for the 64 channels of tile I, a panel of positions at a time. The terms are
@@ -285,7 +245,7 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
   static constexpr int kColumns = kPanelTerms<T> / 4, kTiles = kColumns / kTile;  // of a warp, in two rows
 
  public:
-  enum Vector { kMean, kUp, kDown, kWeightUp, kWeightDown, kVectors };  // of channels, after the panels
+  enum Vector { kMean, kUp, kDown, kMost, kChange, kRowUp, kRowDown, kVectors };  // of channels, after the panels
 
   static constexpr int64_t kSharedBytes = Maps::kBytes + Weights::kBytes + kVectors * kPanelVectors * int(sizeof(T));
 
@@ -309,6 +269,7 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
 #pragma unroll 1
     for (int64_t k = 0; k < dx_.channels; k += kPanelVectors) {
       load_panels(k, m, int(n));
+      if (k > 0) scale_sums(sum);
       multiply(sum, int(dx_.channels - k < kPanelVectors ? dx_.channels - k : kPanelVectors));
       __syncthreads();  // nobody reads these panels any more
     }
@@ -331,49 +292,68 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
     const T size = scale_ ? *scale_ : T(1), mean = own < terms ? size * mean_[k + own] : T(0);
     maps().wait();
     maps().fill(n);
-    const auto scale = [&](const auto& panel, int terms, Vector up, Vector down, const auto& number) {
+    const bool is_first = threadIdx.x % kVectorThreads == 0;
+    const auto largest = [&](const auto& panel, int terms, const auto& number) {
       T most = 0;
-      panel.look(terms, [&](T a, int t) { most = fmax(most, fabs(number(a, t))); });
+      panel.look(terms, [&](T a, int t, int) { most = fmax(most, fabs(number(a, t))); });
 #pragma unroll
       for (int other = 1; other < kVectorThreads; other *= 2)
         most = fmax(most, __shfl_xor_sync(0xffffffffu, most, other));
-      const Scale<T> scale(most);
-      if (threadIdx.x % kVectorThreads == 0) vector(up)[own] = scale.up, vector(down)[own] = scale.down;
+      return most;
     };
-    scale(maps(), n, kUp, kDown, [&](T a, int) { return size * a - mean; });
-    if (threadIdx.x % kVectorThreads == 0) vector(kMean)[own] = mean;
+    const Scale<T> of_map(largest(maps(), n, [&](T a, int) { return size * a - mean; }));
+    if (is_first) {
+      vector(kMean)[own] = mean;
+      vector(kUp)[own] = of_map.up;
+      vector(kDown)[own] = of_map.down;
+    }
     maps().convert([&](int c) {
       const T mean = vector(kMean)[c], up = vector(kUp)[c];
       return [=](T a, int) { return (size * a - mean) * up; };
     });
     __syncthreads();
-    scale(weights(), kPanelVectors, kWeightUp, kWeightDown, [&](T a, int t) { return a * vector(kDown)[t]; });
+    T most = largest(weights(), kPanelVectors, [&](T a, int t) { return a * vector(kDown)[t]; });
+    if (is_first) {
+      if (k > 0) most = fmax(most, vector(kMost)[own]);
+      const Scale<T> of_row(most);
+      vector(kMost)[own] = most;
+      vector(kChange)[own] = k > 0 ? vector(kRowDown)[own] * of_row.up : T(1);
+      vector(kRowUp)[own] = of_row.up;
+      vector(kRowDown)[own] = of_row.down;
+    }
     weights().convert([&](int r) {
-      const T up = vector(kWeightUp)[r];
+      const T up = vector(kRowUp)[r];
       return [=](T a, int t) { return a * vector(kDown)[t] * up; };
     });
     __syncthreads();
   }
 
-  __device__ __forceinline__ void multiply(WarpTile<T> (&sum)[2][kTiles], int terms) const {
-    T scales[2][2];
+  /// Takes the sums, which are multiples of powers of two for each row, relative to those of these panels.
+  __device__ __forceinline__ void scale_sums(WarpTile<T> (&sum)[2][kTiles]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) scales[r][h] = vector(kWeightDown)[row() + kTile * r + of_half(h, lane_.group)];
+      for (int h = 0; h < 2; ++h) {
+        const T change = vector(kChange)[row() + kTile * r + of_half(h, lane_.group)];
+#pragma unroll
+        for (int v = 0; v < kTiles; ++v)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[r][v].sum[i / 2][2 * h + i % 2] *= change;
+      }
+  }
+
+  __device__ __forceinline__ void multiply(WarpTile<T> (&sum)[2][kTiles], int terms) const {
     const int steps = (terms + kStepTerms - 1) / kStepTerms;
     const int left = Weights::template place_of<Weights::kLeft>(row()),
               right = Maps::template place_of<Maps::kAcross>(column());
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      const Factor<T> rows[2] = {weights().template factor<Weights::kLeft>(left, step),
-                                 weights().template factor<Weights::kLeft>(left, step, 1)};
+      Factor<T> columns[kTiles];
 #pragma unroll
-      for (int v = 0; v < kTiles; ++v) {
-        const Factor<T> columns = maps().template factor<Maps::kAcross>(right, step, v);
+      for (int v = 0; v < kTiles; ++v) columns[v] = maps().template factor<Maps::kAcross>(right, step, v);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) multiply_add(sum[r][v], scales[r], rows[r], columns);
-      }
+      for (int r = 0; r < 2; ++r)
+        multiply_add(sum[r], weights().template factor<Weights::kLeft>(left, step, r), columns);
     }
   }
 
@@ -383,9 +363,11 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
 #pragma unroll
       for (int v = 0; v < 2 * kTiles; ++v)
         for_each_four(sum[v / kTiles][v % kTiles], [&](const T(&a)[4], int r, int c) {
-          const int channel = first_channel_ + opaque(row()) + v / kTiles * kTile + r, position = column() + v % kTiles * kTile + c;
+          const int own = row() + v / kTiles * kTile + r, channel = first_channel_ + own;
+          const int position = column() + v % kTiles * kTile + c;
           if (channel >= dx_.channels || position >= n) return;
-          const T result[4] = {share * a[0], share * a[1], share * a[2], share * a[3]};
+          const T factor = share * vector(kRowDown)[own];
+          const T result[4] = {factor * a[0], factor * a[1], factor * a[2], factor * a[3]};
           store_four(gradient_ + channel * dx_.stride_c, position, result);
         });
     };

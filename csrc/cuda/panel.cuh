@@ -71,30 +71,37 @@ constexpr int kStepTerms = 16;
 /// The vector that is number v of half of 16: a lane then has four neighbours in a row of the product.
 __device__ inline int of_half(int half, int v) { return v / 2 * 4 + 2 * half + v % 2; }
 
-/// sum += scale a b, with a scale for each of a lane's two rows; in float64 they are 1. In float32 three products of the
-/// parts, each with the accuracy of float32: tensor cores round their sums towards zero, so these are of few terms and
-/// the large ones last.
-__device__ __forceinline__ void multiply_add(WarpTile<double>& sum, const double (&)[2], const Factor<double>& a,
-                                             const Factor<double>& b) {
+/// sum += a b. In float32 three products of the parts, each with the accuracy of float32: tensor cores round their sums
+/// towards zero, so the large ones come last. Those of several tiles do not wait for each other.
+template <int kCount>
+__device__ __forceinline__ void multiply_add(WarpTile<double> (&sum)[kCount], const Factor<double>& a,
+                                             const Factor<double> (&b)[kCount], int first = 0) {
 #pragma unroll
-  for (int n = 0; n < 2; ++n)
+  for (int s = 0; s < 4; ++s)
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
+    for (int v = 0; v < kCount; ++v)
+      if (v >= first)
 #pragma unroll
-      for (int s = 0; s < 4; ++s) mma_f64(sum.sum[n] + 2 * h, a.value[h][s], b.value[n][s]);
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) mma_f64(sum[v].sum[n] + 2 * h, a.value[h][s], b[v].value[n][s]);
 }
-__device__ __forceinline__ void multiply_add(WarpTile<float>& sum, const float (&scale)[2], const Factor<float>& a,
-                                             const Factor<float>& b) {
+template <int kCount>
+__device__ __forceinline__ void multiply_add(WarpTile<float> (&sum)[kCount], const Factor<float>& a,
+                                             const Factor<float> (&b)[kCount], int first = 0) {
+  const auto add = [&](const uint32_t(&left)[4], uint32_t (Factor<float>::*right)[4]) {
 #pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    const uint32_t b_high[2] = {b.high[2 * n], b.high[2 * n + 1]}, b_low[2] = {b.low[2 * n], b.low[2 * n + 1]};
-    float terms[4] = {};
-    mma_f16(terms, a.high, b_low);
-    mma_f16(terms, a.low, b_high);
-    mma_f16(terms, a.high, b_high);
+    for (int v = 0; v < kCount; ++v)
+      if (v >= first)
 #pragma unroll
-    for (int v = 0; v < 4; ++v) sum.sum[n][v] += scale[v / 2] * terms[v];
-  }
+        for (int n = 0; n < 2; ++n) {
+          const uint32_t part[2] = {(b[v].*right)[2 * n], (b[v].*right)[2 * n + 1]};
+          mma_f16(sum[v].sum[n], left, part);
+        }
+  };
+  add(a.high, &Factor<float>::low);
+  add(a.low, &Factor<float>::high);
+  add(a.high, &Factor<float>::high);
 }
 
 /// f(four neighbours, row, column of the first) of a product.
@@ -170,19 +177,25 @@ template <class X, class T, int kTerms> class Panel {
   /// The vector that this thread looks at with kVectorThreads - 1 others, and its first number.
   __device__ static int own_vector() { return threadIdx.x / kVectorThreads; }
   __device__ T first() const { return to_number(number(own_vector(), 0)); }
-  /// f(number, term) of each of this thread's share of so many terms. See fill() for what is after them in a packet.
+  /// f(number, term, e) of each of this thread's share of so many terms, e being the number's place in its packet. See
+  /// fill() for what is after them in the last packet.
   template <class F> __device__ __forceinline__ void look(int terms, const F& f) const {
-    constexpr int kStep = kVectorThreads * int(sizeof(Numbers));
+    constexpr int kRounds = kLanes / kVectorThreads, kStep = kVectorThreads * int(sizeof(Numbers)), kExchanged = 128;
     const int part = threadIdx.x % kVectorThreads, row = begin + kPitch * own_vector();
     const int own = int(sizeof(Numbers)) * part ^ exchange(own_vector());
+    const auto round = [&](int i) {
+      const int offset = kStep * i;
+      const Numbers a = at_shared<Numbers>(row + (own ^ offset % kExchanged) + offset / kExchanged * kExchanged);
 #pragma unroll
-    for (int i = 0; i < kLanes / kVectorThreads; ++i)
-      if (kEach * (kVectorThreads * i + part) < terms) {
-        constexpr int kExchanged = 128;
-        const Numbers a = at_shared<Numbers>(row + (own ^ kStep * i % kExchanged) + kStep * i / kExchanged * kExchanged);
-#pragma unroll
-        for (int e = 0; e < kEach; ++e) f(T(to_number(a.element[e])), kEach * (kVectorThreads * i + part) + e);
-      }
+      for (int e = 0; e < kEach; ++e) f(T(to_number(a.element[e])), kEach * (kVectorThreads * i + part) + e, e);
+    };
+    if (terms == kTerms) {
+#pragma unroll 2
+      for (int i = 0; i < kRounds; ++i) round(i);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kRounds && kEach * (kVectorThreads * i + part) < terms; ++i) round(i);
+    }
   }
   /// What of the last packet of so many terms is after them becomes the vector's first number.
   __device__ void fill(int terms) const {
