@@ -53,7 +53,7 @@ EXPECTATIONS = (
     Expectation(PRODUCTS, "tensor", 80, "products run on tensor cores, in float32 as three of tf32 or float16"),
     Expectation(r"\w+_cluster<.*", "tensor", WAITING_SINCE, "the same; there are no clusters before"),
     Expectation(r".*", "wait", WAITING_SINCE, "kernels may still run whose results it reads"),
-    Expectation(r"(pool|pool_backward|product)<.*", "LDGSTS", 80, "operands are copied while others are multiplied"),
+    Expectation(r"(pool<.*, true>|pool_backward<.*|product<.*)", "LDGSTS", 80, "operands are on their way all at once"),
 )
 # Each of these is a fault, except for the kernels listed here: (kernel, heading) with the reason.
 FORBIDDEN = ("stack", "local", "LDL + STL", "generic", "before wait")

@@ -60,7 +60,7 @@ template <class Engine> ISQRT_FN void accumulate_covariance(Engine& e, int64_t f
 ///
 ///     mu = mu_0 + sum n_c (mu_c - mu_0) / M,   M Sigma = sum M2_c + n_c (mu_c - mu)(mu_c - mu)^T
 ///
-/// where no chunk waits for another; a single chunk needs no merging, if its own engine does the rest. The Engine offers
+/// where no chunk waits for another. An engine that pools may do this for a single chunk itself. The Engine offers
 ///     average()        mu; that of a constant map is exact
 ///     add_moments()    M2 = M Sigma
 ///     finish(alpha)    Sigma = alpha M2, both triangles

@@ -74,8 +74,9 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
         throw std::runtime_error(std::string("engine: '") + engine_name(requested) + "' does not run on a CUDA device");
     }
   };
-  // Some three blocks for each of the 132 multiprocessors of an H200, as many as it holds, of whole tiles of positions. A
-  // block has 64 x 64 channels; or 64 for the gradient, of which several follow each other: it leaves nothing to merge.
+  // Some three blocks for each of the 132 multiprocessors of an H200, as many as it holds, of whole tiles of positions.
+  // A block has 64 x 64 channels; or 64 for the gradient, of which several follow each other: it leaves nothing to
+  // merge.
   constexpr int64_t kPoolBlocks = 384, kBlocks = 4096, kTile = 128, kChannels = 64;
   const int64_t tiles = divide_up(p.channels, kChannels);
   const auto split_tiles = [&](int64_t blocks, int64_t shortest) {

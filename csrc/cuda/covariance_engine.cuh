@@ -48,9 +48,9 @@ template <class X, bool kPositionsInRows> struct MapsReader {
 /// Pools a chunk of positions for the channels of tiles I and J, I <= J, 64 each: a 64 x 64 part of M2. The positions
 /// are the terms; they are contiguous where kPositionsInRows, else the channels are.
 ///
-/// A tile is relative to its own mean always, for all of it passes through registers. Its M2 relative to the mean of the
-/// positions before it, as Chan's update takes it, is n delta delta^T more. M2 is kept in multiples of powers of two for
-/// each channel, those of the largest numbers so far.
+/// A tile is relative to its own mean always, for all of it passes through registers. Its M2 relative to the mean of
+/// the positions before it, as Chan's update takes it, is n delta delta^T more. M2 is kept in multiples of powers of
+/// two for each channel, those of the largest numbers so far.
 template <class X, bool kPositionsInRows> class PoolEngine {
   using T = Compute<X>;
   using Maps = Panel<X, T, kPanelTerms<T>>;
@@ -100,7 +100,10 @@ template <class X, bool kPositionsInRows> class PoolEngine {
       const Factor<T> rows = panel(0).template factor<Maps::kLeft>(left, step),
                       both[2] = {columns.template factor<Maps::kRight>(right, step),
                                  columns.template factor<Maps::kRight>(right, step, 1)};
-      multiply_add(moment_, rows, both, upper(0) ? 0 : 1);
+      WarpTile<T> terms[2];  // few, for there may be many of them in a chunk, and what is lost of each adds up
+      multiply_add(terms, rows, both, upper(0) ? 0 : 1);
+#pragma unroll
+      for (int v = 0; v < 2; ++v) moment_[v].combine(terms[v], [](T& a, T b) { a += b; });
     }
   }
 
@@ -141,8 +144,8 @@ template <class X, bool kPositionsInRows> class PoolEngine {
   /// Whether anything of this warp's tile v belongs to the upper triangle.
   __device__ bool upper(int v) const { return sides() == 2 || own_.row <= own_.column + kTile * v; }
 
-  /// Where a warp's two tiles begin. Of the 64 x 64 results on the diagonal some have one or none; a scheduler has those
-  /// of every fourth warp, two or three of the ten in this order.
+  /// Where a warp's two tiles begin. Of the 64 x 64 results on the diagonal some have one or none; a scheduler has
+  /// those of every fourth warp, two or three of the ten in this order.
   struct Place {
     int row, column;
     __device__ explicit Place(bool diagonal) {
@@ -277,8 +280,8 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
   }
 
  private:
-  /// Each channel of x is multiplied by a power of two, and its column of W divided by it, before they become pairs: what
-  /// is small in the one, and large in the other, counts in the sum.
+  /// Each channel of x is multiplied by a power of two, and its column of W divided by it, before they become pairs:
+  /// what is small in the one, and large in the other, counts in the sum.
   __device__ __forceinline__ void load_panels(int64_t k, int64_t m, int n) const {
     const int64_t C = dx_.channels;
     const int rows = at_most<kPanelVectors>(C, first_channel_), terms = at_most<kPanelVectors>(C, k);
@@ -364,34 +367,35 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
       for (int v = 0; v < 2 * kTiles; ++v)
         for_each_four(sum[v / kTiles][v % kTiles], [&](const T(&a)[4], int r, int c) {
           const int own = row() + v / kTiles * kTile + r, channel = first_channel_ + own;
-          const int position = column() + v % kTiles * kTile + c;
+          const int position = opaque(column()) + v % kTiles * kTile + c;
           if (channel >= dx_.channels || position >= n) return;
           const T factor = share * vector(kRowDown)[own];
           const T result[4] = {factor * a[0], factor * a[1], factor * a[2], factor * a[3]};
           store_four(gradient_ + channel * dx_.stride_c, position, result);
         });
     };
-    if (packets_) {
+    if constexpr (kPositionsInRows) {
       constexpr int kEach = kPacketTerms<T>;
-      put([&](X* to, int position, const T(&a)[4]) {
+      if (packets_)
+        return put([&](X* to, int position, const T(&a)[4]) {
 #pragma unroll
-        for (int e = 0; e < 4; e += kEach) {
-          T packet[kEach];
-          for (int i = 0; i < kEach; ++i) packet[i] = a[e + i];
-          if (position + e < n) store_packet(to + m + position + e, packet);
-        }
-      });
-    } else {
-      put([&](X* to, int position, const T(&a)[4]) {
-        int64_t row = 0, column = m + position;
-        if (dx_.height > 1) row = column / dx_.width, column %= dx_.width;  // divisions take time: one for all four
+          for (int e = 0; e < 4; e += kEach) {
+            T packet[kEach];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (position + e < n) store_number(to + row * dx_.stride_h + column * dx_.stride_w, a[e]);
-          if (++column == dx_.width) column = 0, ++row;
-        }
-      });
+            for (int i = 0; i < kEach; ++i) packet[i] = a[e + i];
+            if (position + e < n) store_packet(to + m + position + e, packet);
+          }
+        });
     }
+    put([&](X* to, int position, const T(&a)[4]) {
+      int64_t row = 0, column = m + position;
+      if (dx_.height > 1) row = column / dx_.width, column %= dx_.width;  // divisions take time: one for all four
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (position + e < n) store_number(to + row * dx_.stride_h + column * dx_.stride_w, a[e]);
+        if (++column == dx_.width) column = 0, ++row;
+      }
+    });
   }
 
   /// Where this warp's tiles begin.

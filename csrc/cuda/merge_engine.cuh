@@ -7,19 +7,21 @@
 
 namespace isqrt::cuda {
 
-/// Merges the chunks of one sample for 8 x 16 elements of Sigma. Each warp has all of them, a row of four in each lane, of
-/// every so many chunks. All that a block takes from memory is asked for at once, and the means, which are near by then,
-/// a second time when mu is known.
+/// Merges the chunks of one sample for 8 x 16 elements of Sigma. Each warp has all of them, a row of four in each lane,
+/// of every so many chunks. All that a block takes from memory is asked for at once, and the means, which are near by
+/// then, a second time when mu is known.
 template <class X> class MergeEngine {
   using T = Compute<X>;
-  static constexpr int kRows = 8, kColumns = 16, kMeans = kRows + kColumns, kAhead = 4;
+  static constexpr int kRows = 8, kColumns = 16, kMeans = kRows + kColumns, kAhead = 2,
+                       kMostWarps = sizeof(T) == 8 ? 16 : 32;  // as many as there are registers for
   static_assert(kRows * kColumns == 4 * kWarp);
 
  public:
+  static constexpr int kMostThreads = kMostWarps * kWarp;
   /// A power of two of warps that have few chunks each.
   static ISQRT_FN int warps(int64_t chunks) {
     int warps = 2;
-    while (warps < kWarp && warps * kAhead < chunks) warps *= 2;
+    while (warps < kMostWarps && 2 * kAhead * warps < chunks) warps *= 2;
     return warps;
   }
   static ISQRT_FN int64_t shared_bytes(int warps) { return (warps + 1) * (kMeans + kRows * kColumns) * sizeof(T); }
@@ -35,7 +37,9 @@ template <class X> class MergeEngine {
         partial_mean_(task.partial_mean + sample * chunks_.count * C_),
         partial_moment_(task.partial_moment + sample * chunks_.count * C_ * C_),
         mean_(task.mean + sample * C_),
-        sigma_(task.sigma + sample * C_ * C_) {
+        sigma_(task.sigma + sample * C_ * C_),
+        length_(T(int(chunks_.length))),
+        last_length_(T(int(chunks_.size(chunks_.count - 1)))) {
     int J = 0;
     for (; tile >= 2 * J + 2; ++J) tile -= 2 * J + 2;
     first_row_ = kRows * tile;
@@ -44,48 +48,63 @@ template <class X> class MergeEngine {
 
   /// Sums of moments and of the means' distances from the first chunk's: that of a constant map is exact.
   __device__ void average() {
-    const T first = mean_of_row(0);
-    T firsts[4], sum = 0, sums[4] = {};
-    means_of_columns(0, firsts);
-#pragma unroll 4
-    for (int c = warp(); c < count(); c += warps()) {
-      T means[4], moments[4];
-      load_four(partial_moment_ + (int64_t(c) * C_ + clamped(i())) * C_, moments);
-      means_of_columns(c, means);
-      sum += size(c) * (mean_of_row(c) - first);
+    T sum = 0, sums[4] = {};
+    in_packets_or_not([&](auto ahead, auto load) {
+      constexpr int kAhead = ahead;
+      const T first = mean_of_row(0);
+      T firsts[4];
+      load(partial_mean_, firsts);
+#pragma unroll 1
+      for (int from = warp(); from < count(); from += kAhead * warps()) {
+        T moments[kAhead][4], means[kAhead][4], mean[kAhead];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) moment_[e] += moments[e], sums[e] += size(c) * (means[e] - firsts[e]);
-    }
+        for (int a = 0; a < kAhead; ++a)
+          if (const int c = from + a * warps(); c < count()) {
+            load(partial_moment_ + (int64_t(c) * C_ + clamped(i())) * C_, moments[a]);
+            load(partial_mean_ + int64_t(c) * C_, means[a]);
+            mean[a] = mean_of_row(c);
+          }
+#pragma unroll
+        for (int a = 0; a < kAhead; ++a)
+          if (const int c = from + a * warps(); c < count()) {
+            sum += size(c) * (mean[a] - first);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) moment_[e] += moments[a][e], sums[e] += size(c) * (means[a][e] - firsts[e]);
+          }
+      }
+    });
     if (lane() % 4 == 0) of_warp(warp())[row()] = sum;
     if (lane() < 4)
 #pragma unroll
       for (int e = 0; e < 4; ++e) of_warp(warp())[kRows + column() + e] = sums[e];
     __syncthreads();
-    // Whose mean each of these lanes finds: first rows, then columns.
-    if (threadIdx.x < kMeans) {
+    if (threadIdx.x < kMeans) {  // of rows and of columns
       T total = 0;
 #pragma unroll 4
       for (int w = 0; w < warps(); ++w) total += of_warp(w)[threadIdx.x];
-      const int own = int(threadIdx.x) < kRows ? first_row_ + int(threadIdx.x) : first_column_ + int(threadIdx.x) - kRows;
-      of_warp(warps())[threadIdx.x] = partial_mean_[clamped(own)] + total / T(chunks_.positions);
+      const int own = int(threadIdx.x), channel = own < kRows ? first_row_ + own : first_column_ + own - kRows;
+      of_warp(warps())[own] = partial_mean_[clamped(channel)] + total / T(chunks_.positions);
     }
     __syncthreads();
   }
 
   __device__ void add_moments() {
-    const T *mean = of_warp(warps()), mean_i = mean[row()];
+    const T* mean = of_warp(warps());
     T* sums = of_warp(warp()) + kMeans;
-    if (first_row_ <= first_column_ && first_column_ < first_row_ + kRows) write_means(mean);
-#pragma unroll 4
-    for (int c = warp(); c < count(); c += warps()) {
-      T means[4];
-      means_of_columns(c, means);
-      const T distance = size(c) * (mean_of_row(c) - mean_i);
+    in_packets_or_not([&](auto, auto load) {
+#pragma unroll 2
+      for (int c = warp(); c < count(); c += warps()) {
+        T means[4];
+        load(partial_mean_ + int64_t(c) * C_, means);
+        const T distance = size(c) * (mean_of_row(c) - mean[row()]);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) moment_[e] += distance * (means[e] - mean[kRows + column() + e]);
-    }
+        for (int e = 0; e < 4; ++e) moment_[e] += distance * (means[e] - mean[kRows + column() + e]);
+      }
+    });
 #pragma unroll
     for (int e = 0; e < 4; ++e) sums[kColumns * row() + column() + e] = moment_[e];
+    if (first_row_ == first_column_ && threadIdx.x < kColumns && first_column_ + int(threadIdx.x) < C_)
+      mean_[first_column_ + threadIdx.x] = mean[kRows + threadIdx.x];
     __syncthreads();
   }
 
@@ -108,29 +127,27 @@ template <class X> class MergeEngine {
   __device__ int i() const { return first_row_ + row(); }
   __device__ int j() const { return first_column_ + column(); }
   __device__ int count() const { return int(chunks_.count); }
-  __device__ T size(int c) const { return T(int(c + 1 < count() ? chunks_.length : chunks_.size(c))); }
+  __device__ T size(int c) const { return c + 1 < count() ? length_ : last_length_; }
   /// What is outside is read from within, and not written.
   __device__ int clamped(int channel) const { return channel < C_ ? channel : C_ - 1; }
 
   __device__ T mean_of_row(int c) const { return partial_mean_[int64_t(c) * C_ + clamped(i())]; }
-  __device__ void means_of_columns(int c, T (&means)[4]) const { load_four(partial_mean_ + int64_t(c) * C_, means); }
-  /// Of a row of C numbers this lane's four columns.
-  __device__ __forceinline__ void load_four(const T* from, T (&four)[4]) const {
-    struct alignas(16) Four {
+  /// f(chunks to be asked for at once, load) with load(row of C numbers, this lane's four columns of them)
+  template <class F> __device__ __forceinline__ void in_packets_or_not(const F& f) const {
+    struct alignas(kPacketBytes) Four {
       T of[4];
     };
-    if (C_ % 4 == 0) {
-      const Four packet = *reinterpret_cast<const Four*>(from + (j() < C_ ? j() : 0));
+    if (C_ % 4 == 0)
+      f(std::integral_constant<int, kAhead>(), [&](const T* from, T(&four)[4]) {
+        const Four packet = *reinterpret_cast<const Four*>(from + (j() < C_ ? j() : 0));
 #pragma unroll
-      for (int e = 0; e < 4; ++e) four[e] = packet.of[e];
-    } else {
+        for (int e = 0; e < 4; ++e) four[e] = packet.of[e];
+      });
+    else
+      f(std::integral_constant<int, 1>(), [&](const T* from, T(&four)[4]) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) four[e] = from[clamped(j() + e)];
-    }
-  }
-  __device__ void write_means(const T* mean) const {
-    if (threadIdx.x < kColumns && first_column_ + int(threadIdx.x) < C_)
-      mean_[first_column_ + threadIdx.x] = mean[kRows + threadIdx.x];
+        for (int e = 0; e < 4; ++e) four[e] = from[clamped(j() + e)];
+      });
   }
 
   /// Of each warp sums of means and of elements; after those of the last one mu.
@@ -140,6 +157,7 @@ template <class X> class MergeEngine {
   const Chunks& chunks_;
   const T *partial_mean_, *partial_moment_;
   T *mean_, *sigma_;
+  T length_, last_length_;
   int first_row_, first_column_;
   T moment_[4] = {};
 };

@@ -22,8 +22,8 @@ constexpr int kVectorThreads = kPanelThreads / kPanelVectors;
 template <class T> constexpr int kPacketTerms = kPacketBytes / int(sizeof(T));
 template <class T> constexpr int kPanelTerms = kWarp * kPacketTerms<T>;
 
-template <class X, int kCount> struct alignas(kCount * sizeof(X) < kPacketBytes ? kCount * sizeof(X) : kPacketBytes)
-    Packet {
+template <class X, int kCount>
+struct alignas(kCount * sizeof(X) < kPacketBytes ? kCount * sizeof(X) : kPacketBytes) Packet {
   X element[kCount];
 };
 
@@ -42,8 +42,8 @@ __device__ __forceinline__ void store_packet(X* to, const T (&numbers)[kCount]) 
   }
 }
 
-/// The power of two that brings numbers up to `largest` to 2^14 at most, as in Tiles, and its reciprocal; both are normal
-/// numbers. In float64 there is no need.
+/// The power of two that brings numbers up to `largest` to 2^14 at most, as in Tiles, and its reciprocal; both are
+/// normal numbers. In float64 there is no need.
 template <class T> struct Scale {
   T up = 1, down = 1;
   __device__ explicit Scale(T) {}
@@ -71,8 +71,8 @@ constexpr int kStepTerms = 16;
 /// The vector that is number v of half of 16: a lane then has four neighbours in a row of the product.
 __device__ inline int of_half(int half, int v) { return v / 2 * 4 + 2 * half + v % 2; }
 
-/// sum += a b. In float32 three products of the parts, each with the accuracy of float32: tensor cores round their sums
-/// towards zero, so the large ones come last. Those of several tiles do not wait for each other.
+/// sum += a b, tiles side by side. In float32 three products of the parts, each with the accuracy of float32: tensor
+/// cores round their sums towards zero, so the large ones come last.
 template <int kCount>
 __device__ __forceinline__ void multiply_add(WarpTile<double> (&sum)[kCount], const Factor<double>& a,
                                              const Factor<double> (&b)[kCount], int first = 0) {
@@ -89,7 +89,7 @@ __device__ __forceinline__ void multiply_add(WarpTile<double> (&sum)[kCount], co
 template <int kCount>
 __device__ __forceinline__ void multiply_add(WarpTile<float> (&sum)[kCount], const Factor<float>& a,
                                              const Factor<float> (&b)[kCount], int first = 0) {
-  const auto add = [&](const uint32_t(&left)[4], uint32_t (Factor<float>::*right)[4]) {
+  const auto add = [&](const uint32_t (&left)[4], uint32_t (Factor<float>::*right)[4]) {
 #pragma unroll
     for (int v = 0; v < kCount; ++v)
       if (v >= first)
@@ -145,7 +145,7 @@ template <class X, class T, int kTerms> class Panel {
   /// The same of packets of vectors; term t begins at address(t).
   template <class Address>
   __device__ __forceinline__ void load_columns(const Address& address, int vectors, int terms) const {
-#pragma unroll 2
+#pragma unroll
     for (int e = 0; e < kEach; ++e) {
       const int t = lane() + kWarp * e;
       const X* own = address(t) + kWarpVectors * warp();
@@ -190,7 +190,7 @@ template <class X, class T, int kTerms> class Panel {
       for (int e = 0; e < kEach; ++e) f(T(to_number(a.element[e])), kEach * (kVectorThreads * i + part) + e, e);
     };
     if (terms == kTerms) {
-#pragma unroll 2
+#pragma unroll 4
       for (int i = 0; i < kRounds; ++i) round(i);
     } else {
 #pragma unroll 1
@@ -283,8 +283,8 @@ template <class X, class T, int kTerms> class Panel {
   __device__ static int packet() { return threadIdx.x % kLanes; }
   __device__ static int term() { return kEach * packet(); }
 
-  /// By how much the places of a row are exchanged: that of the sum of two is the exchange of both where the two have no
-  /// bit in common.
+  /// By how much the places of a row are exchanged: that of the sum of two is the exchange of both where the two have
+  /// no bit in common.
   __device__ static constexpr int exchange(int row) {
     return kPacketBytes * ((row & 1) << 2 | (row >> 1 & 2) | ((row >> 1 ^ row >> 3) & 1));
   }
@@ -317,8 +317,8 @@ template <class X, class T, int kTerms> class Panel {
         const int place = kPacketBytes * (packet() / 4) + 4 * (packet() % 4);
         const int to = own_row(pass) + (place ^ own_exchange(pass) ^ kPitch / 4 * half);
         at_shared<uint32_t>(to) = high;
-        at_shared<uint32_t>(to + kLow) = pack_halves(first - to_number(Half{uint16_t(high)}),
-                                                     second - to_number(Half{uint16_t(high >> 16)}));
+        at_shared<uint32_t>(to + kLow) =
+            pack_halves(first - to_number(Half{uint16_t(high)}), second - to_number(Half{uint16_t(high >> 16)}));
       }
     } else {
       Numbers packet;

@@ -1,4 +1,5 @@
 // Kernels and launchers of covariance pooling and its gradient.
+#include <algorithm>
 #include <cstdlib>
 
 #include "covariance_engine.cuh"
@@ -12,7 +13,7 @@ constexpr int64_t tiles_along(int64_t channels, int64_t side) { return (channels
 constexpr int64_t triangle(int64_t n) { return n * (n + 1) / 2; }
 
 /// Blocks that a multiprocessor's registers shall hold, so that some multiply while others wait for memory.
-template <class X> constexpr int kBlocks = sizeof(X) == 8 ? 1 : 3;
+template <class X> constexpr int kBlocks = sizeof(X) == 8 ? 1 : kHasClusters ? 3 : 2;
 
 /// Which tile (I, J), I <= J, of which chunk and sample a block has. Grids are flat: only x may exceed 65535.
 struct BlockOfTriangle {
@@ -28,7 +29,8 @@ struct BlockOfTriangle {
 };
 
 template <class X, bool kPositionsInRows>
-__global__ void __launch_bounds__(kPanelThreads, kBlocks<X>) pool_kernel(const PoolTask<X> task, unsigned tiles, bool packets) {
+__global__ void __launch_bounds__(kPanelThreads, kBlocks<X>)
+    pool_kernel(const PoolTask<X> task, unsigned tiles, bool packets) {
   wait_for_kernels_before();
   const BlockOfTriangle block(tiles, unsigned(task.chunks.count));
   using T = Compute<X>;
@@ -43,7 +45,7 @@ __global__ void __launch_bounds__(kPanelThreads, kBlocks<X>) pool_kernel(const P
 }
 
 template <class X>
-__global__ void __launch_bounds__(kWarp* kWarp) merge_kernel(const PoolTask<X> task, unsigned tiles) {
+__global__ void __launch_bounds__(MergeEngine<X>::kMostThreads) merge_kernel(const PoolTask<X> task, unsigned tiles) {
   wait_for_kernels_before();
   MergeEngine<X> engine(task, int(blockIdx.x % tiles), blockIdx.x / tiles);
   merge_covariances(engine, task.chunks);
@@ -67,6 +69,17 @@ __global__ void __launch_bounds__(kPanelThreads, kBlocks<X>)
   covariance_backward(engine, first, last);
 }
 
+/// A kernel's blocks come while those of the kernel before are there still: some multiprocessors would get three of
+/// them and others one. Where two for each are enough they ask for so much shared memory that no third one finds room.
+int64_t shared_bytes_for_two(int64_t blocks, int64_t needed) {
+  int device = 0, multiprocessors = 0, shared_bytes = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+  check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+  const bool two_each = blocks > multiprocessors && blocks <= 2 * multiprocessors;
+  return two_each ? std::max<int64_t>(needed, shared_bytes / 3) : needed;
+}
+
 /// True where neighbouring positions lie nearer to each other than neighbouring channels.
 template <class X> bool positions_in_rows(const FeatureMaps<const X>& x) {
   return std::abs(x.stride_w) <= std::abs(x.stride_c);
@@ -78,9 +91,10 @@ template <class X> void pool(const PoolTask<X>& task, void* stream) {
   const int64_t batch = task.x.batch, C = task.x.channels;
   const int64_t pool_tiles = tiles_along(C, kPanelVectors);
   const auto run = [&](auto in_rows) {
-    launch("pool", pool_kernel<X, in_rows>, triangle(pool_tiles) * task.chunks.count * batch, kPanelThreads,
-           PoolEngine<X, in_rows>::shared_bytes(pool_tiles == 1), stream, task, unsigned(pool_tiles),
-           in_packets<in_rows>(task.x, task.chunks));
+    const int64_t blocks = triangle(pool_tiles) * task.chunks.count * batch;
+    launch("pool", pool_kernel<X, in_rows>, blocks, kPanelThreads,
+           shared_bytes_for_two(blocks, PoolEngine<X, in_rows>::shared_bytes(pool_tiles == 1)), stream, task,
+           unsigned(pool_tiles), in_packets<in_rows>(task.x, task.chunks));
   };
   positions_in_rows(task.x) ? run(std::true_type()) : run(std::false_type());
   if (task.chunks.count > 1) {
@@ -95,9 +109,11 @@ template <class X> void pool(const PoolTask<X>& task, void* stream) {
 template <class X> void pool_backward(const PoolBackwardTask<X>& task, void* stream) {
   const int64_t channel_tiles = tiles_along(task.x.channels, kPanelVectors);
   const auto run = [&](auto in_rows) {
-    launch("pool_backward", pool_backward_kernel<X, in_rows>, channel_tiles * task.chunks.count * task.x.batch,
-           kPanelThreads, PoolBackwardEngine<X, in_rows>::kSharedBytes, stream, task, unsigned(channel_tiles),
-           in_packets<in_rows>(task.x, task.chunks), in_packets<true>(task.grad_x, task.chunks));
+    const int64_t blocks = channel_tiles * task.chunks.count * task.x.batch;
+    launch("pool_backward", pool_backward_kernel<X, in_rows>, blocks, kPanelThreads,
+           shared_bytes_for_two(blocks, PoolBackwardEngine<X, in_rows>::kSharedBytes), stream, task,
+           unsigned(channel_tiles), in_packets<in_rows>(task.x, task.chunks),
+           in_packets<true>(task.grad_x, task.chunks));
   };
   positions_in_rows(task.x) ? run(std::true_type()) : run(std::false_type());
 }
