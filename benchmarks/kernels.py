@@ -54,7 +54,7 @@ EXPECTATIONS = (
     Expectation(r"\w+_cluster<.*", "tensor", WAITING_SINCE, "the same; there are no clusters before"),
     Expectation(r".*", "wait", WAITING_SINCE, "kernels may still run whose results it reads"),
     Expectation(r"\w+_cluster<.*", "STAS", WAITING_SINCE, "blocks send each other their results, without a fence"),
-    Expectation(r"(pool|pool_backward|product)<.*", "LDGSTS", 80, "operands are copied while others are multiplied"),
+    Expectation(r"(pool<.*, true>|pool_backward<.*|product<.*)", "LDGSTS", 80, "operands are on their way all at once"),
 )
 # Each of these is a fault, except for the kernels listed here: (kernel, heading) with the reason.
 FORBIDDEN = ("stack", "local", "LDL + STL", "generic", "MEMBAR", "before wait")

@@ -48,8 +48,8 @@ struct Chunks {
 template <class Engine> ISQRT_FN void accumulate_covariance(Engine& e, int64_t first, int64_t last) {
   for (int64_t m = first; m < last; m += e.tile_positions()) {
     const int64_t n_a = m - first, n_b = last - m < e.tile_positions() ? last - m : e.tile_positions();
-    const auto weights = chan_weights<typename Engine::Weight>(n_a, n_b);
     e.load_tile(m, n_b);
+    const auto weights = chan_weights<typename Engine::Weight>(n_a, n_b);
     if (n_a == 0) e.center_tile(n_b);
     e.accumulate(n_b, weights.shift);
     e.move_mean(weights.mean);
@@ -60,7 +60,7 @@ template <class Engine> ISQRT_FN void accumulate_covariance(Engine& e, int64_t f
 ///
 ///     mu = mu_0 + sum n_c (mu_c - mu_0) / M,   M Sigma = sum M2_c + n_c (mu_c - mu)(mu_c - mu)^T
 ///
-/// where no chunk waits for another. The Engine offers
+/// where no chunk waits for another. An engine that pools may do this for a single chunk itself. The Engine offers
 ///     average()        mu; that of a constant map is exact
 ///     add_moments()    M2 = M Sigma
 ///     finish(alpha)    Sigma = alpha M2, both triangles

@@ -10,14 +10,15 @@
 namespace isqrt {
 namespace {
 
-/// Enough pieces to occupy the workers when the batch does not, none shorter than `shortest` and all but the last a
-/// multiple of `multiple`. The numbers are fixed: a count of threads here would make results depend on it.
-Chunks split(const Problem& p, int64_t pieces, int64_t shortest, int64_t multiple = 1) {
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Enough pieces to occupy the workers when the batch does not, none shorter than `shortest`. The numbers are fixed: a
+/// count of threads here would make results depend on it.
+Chunks split(const Problem& p, int64_t pieces, int64_t shortest) {
   const int64_t wanted = std::max<int64_t>(1, pieces / std::max<int64_t>(1, p.batch));
   const int64_t possible = std::max<int64_t>(1, p.positions / shortest);
-  const int64_t count = std::min(wanted, possible);
-  const int64_t length = ((p.positions + count - 1) / count + multiple - 1) / multiple * multiple;
-  return {p.positions, length, (p.positions + length - 1) / length};
+  const int64_t length = divide_up(p.positions, std::min(wanted, possible));
+  return {p.positions, length, divide_up(p.positions, length)};
 }
 
 EngineKind best_cpu_level() {
@@ -72,11 +73,18 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
         throw std::runtime_error(std::string("engine: '") + engine_name(requested) + "' does not run on a CUDA device");
     }
   };
-  // For each of the at most 160 multiprocessors of today's devices some two blocks that pool, as many as it holds, and
-  // several for the gradient, which leave nothing to be merged; whole tiles, aligned where x is.
-  constexpr int64_t kPoolBlocks = 288, kBlocks = 1024, kTile = 64;
+  // Some three blocks for each of the 132 multiprocessors of an H200, as many as it holds, of whole tiles of positions.
+  // A block has 64 x 64 channels; or 64 for the gradient, of which several follow each other: it leaves nothing to
+  // merge.
+  constexpr int64_t kPoolBlocks = 384, kBlocks = 4096, kTile = 128, kChannels = 64;
+  const int64_t tiles = divide_up(p.channels, kChannels);
+  const auto split_tiles = [&](int64_t blocks, int64_t shortest) {
+    const int64_t wanted = std::max<int64_t>(1, blocks / std::max<int64_t>(1, p.batch));
+    const int64_t length = kTile * divide_up(std::max(divide_up(p.positions, wanted), shortest), kTile);
+    return Chunks{p.positions, length, divide_up(p.positions, length)};
+  };
   Plan plan = {choose(false), choose(true), EngineKind::kBlock,
-               split(p, kPoolBlocks, std::max<int64_t>(128, 2 * p.channels), kTile), split(p, kBlocks, kTile, kTile)};
+               split_tiles(kPoolBlocks / (tiles * (tiles + 1) / 2), 2 * p.channels), split_tiles(kBlocks / tiles, 0)};
   if (requested != EngineKind::kAuto) return plan;  // no clusters where that is asked for: to compare with
   const auto blocks = [&](EngineKind engine, bool backward) {
     return engine == EngineKind::kBlock ? blocks_of_sample(p, device, backward) : 1;

@@ -343,6 +343,27 @@ def test_pooling_beyond_the_range_of_squares(kernels, dtype, factors, layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", ((0, 1, 1e6, 1e-6, 1e3), (1e6, 1e-3, 1, 0), (1e-6, 1, 1e6)))
+def test_pooling_of_numbers_of_any_size(kernels, sizes, dtype):
+    """In float32 they become pairs of float16 times a power of two for each channel, another one for each panel."""
+    channels, positions = 70, 128 * len(sizes)
+    of_channels = torch.logspace(0, -9, channels, dtype=torch.float64)[:, None]
+    of_positions = torch.tensor(sizes, dtype=torch.float64).repeat_interleave(128)
+    x = (of_channels * (of_positions * (feature_maps(1, channels, positions, torch.float64) - 3) + 5)).to(dtype)
+    sigma, mean = pool(kernels, x, positions)
+    exact = reference.covariance_pool(x.double())
+    deviations = exact.diagonal(0, 1, 2).sqrt()
+    each = deviations[:, :, None] * deviations[:, None]
+    assert ((sigma - exact).abs() <= tolerance(dtype, 1, positions) * each).all()
+    grad_sigma = torch.randn(channels, channels, dtype=torch.float64) / (of_channels * of_channels.mT)
+    grad_sigma = (grad_sigma + grad_sigma.mT)[None].to(dtype)
+    grad_x = pool_backward(kernels, grad_sigma, x, mean, positions)
+    exact = reference.covariance_pool_backward(grad_sigma.double(), x.double())
+    each = grad_sigma.double().abs() @ (x.double() - x.double().mean(2, keepdim=True)).abs() * 2 / positions
+    assert ((grad_x - exact).abs() <= tolerance(dtype, channels) * each).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_empty_batch(kernels, dtype):
     x, sigma = torch.empty(0, 3, 4, 5, dtype=dtype), torch.empty(0, 3, 3, dtype=dtype)
     assert [tuple(t.shape) for t in pool(kernels, x, 20)] == [(0, 3, 3), (0, 3)]

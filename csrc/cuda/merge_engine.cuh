@@ -7,99 +7,159 @@
 
 namespace isqrt::cuda {
 
-/// Merges the chunks of one sample for tile (I, J) of Sigma, I <= J. Of the means each warp has some channels and each
-/// of its lanes some chunks. Of the elements each thread has kRows in a column and every kGroups-th chunk: one group
-/// where there are few chunks, then in larger tiles, for blocks that have little to do take their time, too.
-template <class X, int kGroups> class MergeEngine {
+/// Merges the chunks of one sample for 8 x 16 elements of Sigma. Each warp has all of them, a row of four in each lane,
+/// of every so many chunks. All that a block takes from memory is asked for at once, and the means, which are near by
+/// then, a second time when mu is known.
+template <class X> class MergeEngine {
   using T = Compute<X>;
-  static constexpr int kElements = 256, kSide = kGroups == 1 ? 32 : 16, kPitch = kSide + 1;
-  static constexpr int kRows = kSide * kSide / kElements, kStep = kSide / kRows;
+  static constexpr int kRows = 8, kColumns = 16, kMeans = kRows + kColumns, kAhead = 2,
+                       kMostWarps = sizeof(T) == 8 ? 16 : 32;  // as many as there are registers for
+  static_assert(kRows * kColumns == 4 * kWarp);
 
  public:
-  static constexpr int kThreads = kGroups * kElements, kTile = kSide;
-  static constexpr int64_t kSharedBytes = (2 * kSide + kGroups * kSide * kPitch) * sizeof(T);
+  static constexpr int kMostThreads = kMostWarps * kWarp;
+  /// A power of two of warps that have few chunks each.
+  static ISQRT_FN int warps(int64_t chunks) {
+    int warps = 2;
+    while (warps < kMostWarps && 2 * kAhead * warps < chunks) warps *= 2;
+    return warps;
+  }
+  static ISQRT_FN int64_t shared_bytes(int warps) { return (warps + 1) * (kMeans + kRows * kColumns) * sizeof(T); }
+  /// Tiles that have an element of the upper triangle: of column J of tiles the first 2 J + 2, or all there are.
+  static ISQRT_FN int tiles(int64_t channels) {
+    const int rows = int((channels + kRows - 1) / kRows), columns = int((channels + kColumns - 1) / kColumns);
+    return columns * (columns + 1) - rows % 2;
+  }
 
-  __device__ MergeEngine(const PoolTask<X>& task, int64_t sample, int64_t I, int64_t J)
-      : C_(task.x.channels),
+  __device__ MergeEngine(const PoolTask<X>& task, int tile, int64_t sample)
+      : C_(int(task.x.channels)),
         chunks_(task.chunks),
         partial_mean_(task.partial_mean + sample * chunks_.count * C_),
         partial_moment_(task.partial_moment + sample * chunks_.count * C_ * C_),
         mean_(task.mean + sample * C_),
         sigma_(task.sigma + sample * C_ * C_),
-        first_row_(I * kSide),
-        first_column_(J * kSide) {}
+        length_(T(int(chunks_.length))),
+        last_length_(T(int(chunks_.size(chunks_.count - 1)))) {
+    int J = 0;
+    for (; tile >= 2 * J + 2; ++J) tile -= 2 * J + 2;
+    first_row_ = kRows * tile;
+    first_column_ = kColumns * J;
+  }
 
-  __device__ void average() const {
-    const int lane = threadIdx.x % kWarp;
-    for (int vector = threadIdx.x / kWarp; vector < 2 * kSide; vector += kThreads / kWarp) {  // rows, then columns
-      const int64_t channel = vector < kSide ? first_row_ + vector : first_column_ + vector - kSide;
-      if (channel >= C_) continue;
-      const T first = partial_mean_[channel];
-      T sum = 0;
-      for (int64_t c = lane; c < chunks_.count; c += kWarp)
-        sum += T(chunks_.size(c)) * (partial_mean_[c * C_ + channel] - first);
-      for (int distance = kWarp / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-      if (lane == 0) means()[vector] = first + sum / T(chunks_.positions);
+  /// Sums of moments and of the means' distances from the first chunk's: that of a constant map is exact.
+  __device__ void average() {
+    T sum = 0, sums[4] = {};
+    in_packets_or_not([&](auto ahead, auto load) {
+      constexpr int kAhead = ahead;
+      const T first = mean_of_row(0);
+      T firsts[4];
+      load(partial_mean_, firsts);
+#pragma unroll 1
+      for (int from = warp(); from < count(); from += kAhead * warps()) {
+        T moments[kAhead][4], means[kAhead][4], mean[kAhead];
+#pragma unroll
+        for (int a = 0; a < kAhead; ++a)
+          if (const int c = from + a * warps(); c < count()) {
+            load(partial_moment_ + (int64_t(c) * C_ + clamped(i())) * C_, moments[a]);
+            load(partial_mean_ + int64_t(c) * C_, means[a]);
+            mean[a] = mean_of_row(c);
+          }
+#pragma unroll
+        for (int a = 0; a < kAhead; ++a)
+          if (const int c = from + a * warps(); c < count()) {
+            sum += size(c) * (mean[a] - first);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) moment_[e] += moments[a][e], sums[e] += size(c) * (means[a][e] - firsts[e]);
+          }
+      }
+    });
+    if (lane() % 4 == 0) of_warp(warp())[row()] = sum;
+    if (lane() < 4)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) of_warp(warp())[kRows + column() + e] = sums[e];
+    __syncthreads();
+    if (threadIdx.x < kMeans) {  // of rows and of columns
+      T total = 0;
+#pragma unroll 4
+      for (int w = 0; w < warps(); ++w) total += of_warp(w)[threadIdx.x];
+      const int own = int(threadIdx.x), channel = own < kRows ? first_row_ + own : first_column_ + own - kRows;
+      of_warp(warps())[own] = partial_mean_[clamped(channel)] + total / T(chunks_.positions);
     }
     __syncthreads();
   }
 
-  __device__ void add_moments() const {
-    T sum[kRows] = {};
-    const T* mean = partial_mean_ + group() * C_;
-    const T* moment = partial_moment_ + group() * C_ * C_;
-#pragma unroll(4 / kRows)  // so many chunks are asked for before the first of them is there
-    for (int64_t c = group(); c < chunks_.count; c += kGroups, mean += kGroups * C_, moment += kGroups * C_ * C_) {
-      const T size = T(chunks_.size(c));
+  __device__ void add_moments() {
+    const T* mean = of_warp(warps());
+    T* sums = of_warp(warp()) + kMeans;
+    in_packets_or_not([&](auto, auto load) {
+#pragma unroll 2
+      for (int c = warp(); c < count(); c += warps()) {
+        T means[4];
+        load(partial_mean_ + int64_t(c) * C_, means);
+        const T distance = size(c) * (mean_of_row(c) - mean[row()]);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        if (upper(r))
-          sum[r] +=
-              moment[i(r) * C_ + j()] + size * (mean[i(r)] - means()[row(r)]) * (mean[j()] - means()[kSide + column()]);
-    }
+        for (int e = 0; e < 4; ++e) moment_[e] += distance * (means[e] - mean[kRows + column() + e]);
+      }
+    });
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) sums(group())[row(r) * kPitch + column()] = sum[r];
+    for (int e = 0; e < 4; ++e) sums[kColumns * row() + column() + e] = moment_[e];
+    if (first_row_ == first_column_ && threadIdx.x < kColumns && first_column_ + int(threadIdx.x) < C_)
+      mean_[first_column_ + threadIdx.x] = mean[kRows + threadIdx.x];
     __syncthreads();
   }
 
   __device__ void finish(double alpha) const {
-    const bool in_place = partial_mean_ == mean_;  // of a single chunk
-    if (!in_place && first_row_ == first_column_ && threadIdx.x < kSide && first_row_ + threadIdx.x < C_)
-      mean_[first_row_ + threadIdx.x] = means()[threadIdx.x];
-    if (group() > 0) return;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (upper(r)) sigma_[i(r) * C_ + j()] = T(alpha) * total(row(r), column());
-      // Element (j', i') below the diagonal, i' along the threads.
-      const int64_t row_below = first_column_ + row(r), column_below = first_row_ + column();
-      if (column_below < row_below && row_below < C_)
-        sigma_[row_below * C_ + column_below] = T(alpha) * total(column(), row(r));
+    for (int own = threadIdx.x; own < kRows * kColumns; own += blockDim.x) {
+      T sum = 0;
+#pragma unroll 4
+      for (int w = 0; w < warps(); ++w) sum += of_warp(w)[kMeans + own];
+      const int i = first_row_ + own / kColumns, j = first_column_ + own % kColumns;
+      if (i <= j && j < C_) sigma_[int64_t(i) * C_ + j] = sigma_[int64_t(j) * C_ + i] = T(alpha) * sum;
     }
   }
 
  private:
-  __device__ static int group() { return threadIdx.x / kElements; }
-  __device__ static int row(int r) { return threadIdx.x % kElements / kSide + r * kStep; }
-  __device__ static int column() { return threadIdx.x % kSide; }
-  __device__ int64_t i(int r) const { return first_row_ + row(r); }
-  __device__ int64_t j() const { return first_column_ + column(); }
-  __device__ bool upper(int r) const { return i(r) <= j() && j() < C_; }
+  __device__ static int warp() { return int(threadIdx.x) / kWarp; }
+  __device__ static int warps() { return int(blockDim.x) / kWarp; }
+  __device__ static int lane() { return int(threadIdx.x) % kWarp; }
+  __device__ static int row() { return lane() / 4; }
+  __device__ static int column() { return lane() % 4 * 4; }
+  __device__ int i() const { return first_row_ + row(); }
+  __device__ int j() const { return first_column_ + column(); }
+  __device__ int count() const { return int(chunks_.count); }
+  __device__ T size(int c) const { return c + 1 < count() ? length_ : last_length_; }
+  /// What is outside is read from within, and not written.
+  __device__ int clamped(int channel) const { return channel < C_ ? channel : C_ - 1; }
 
-  /// mu of the tile's rows and columns; what each group has of its elements, and all of them together.
-  __device__ static T* means() { return shared_memory<T>(); }
-  __device__ static T* sums(int group) { return means() + 2 * kSide + group * kSide * kPitch; }
-  __device__ static T total(int row, int column) {
-    T sum = 0;
+  __device__ T mean_of_row(int c) const { return partial_mean_[int64_t(c) * C_ + clamped(i())]; }
+  /// f(chunks to be asked for at once, load) with load(row of C numbers, this lane's four columns of them)
+  template <class F> __device__ __forceinline__ void in_packets_or_not(const F& f) const {
+    struct alignas(kPacketBytes) Four {
+      T of[4];
+    };
+    if (C_ % 4 == 0)
+      f(std::integral_constant<int, kAhead>(), [&](const T* from, T(&four)[4]) {
+        const Four packet = *reinterpret_cast<const Four*>(from + (j() < C_ ? j() : 0));
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) sum += sums(group)[row * kPitch + column];
-    return sum;
+        for (int e = 0; e < 4; ++e) four[e] = packet.of[e];
+      });
+    else
+      f(std::integral_constant<int, 1>(), [&](const T* from, T(&four)[4]) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) four[e] = from[clamped(j() + e)];
+      });
   }
 
-  int64_t C_;
-  Chunks chunks_;
+  /// Of each warp sums of means and of elements; after those of the last one mu.
+  __device__ static T* of_warp(int warp) { return shared_memory<T>() + warp * (kMeans + kRows * kColumns); }
+
+  int C_;
+  const Chunks& chunks_;
   const T *partial_mean_, *partial_moment_;
   T *mean_, *sigma_;
-  int64_t first_row_, first_column_;
+  T length_, last_length_;
+  int first_row_, first_column_;
+  T moment_[4] = {};
 };
 
 /// The second pass of one sample, where it needs one: a block, and no haste. A warp has an entry of Sigma at a time.

@@ -1,4 +1,5 @@
 // Kernels and launchers of covariance pooling and its gradient.
+#include <algorithm>
 #include <cstdlib>
 
 #include "covariance_engine.cuh"
@@ -12,14 +13,16 @@ constexpr int64_t tiles_along(int64_t channels, int64_t side) { return (channels
 constexpr int64_t triangle(int64_t n) { return n * (n + 1) / 2; }
 
 /// Blocks that a multiprocessor's registers shall hold, so that some multiply while others wait for memory.
-template <class X> constexpr int kBlocks = sizeof(X) == 8 ? 1 : 2;
+template <class X> constexpr int kBlocks = sizeof(X) == 8 ? 1 : kHasClusters ? 3 : 2;
+template <class X, bool kPositionsInRows>
+constexpr int kPoolBlocks = sizeof(X) == 2 && !kPositionsInRows ? 2 : kBlocks<X>;  // three would spill
 
 /// Which tile (I, J), I <= J, of which chunk and sample a block has. Grids are flat: only x may exceed 65535.
 struct BlockOfTriangle {
-  int64_t I, J, chunk, sample;
+  unsigned I, J, chunk, sample;
 
-  __device__ BlockOfTriangle(int64_t tiles, int64_t chunks) : J(0) {
-    const int64_t pairs = tiles * (tiles + 1) / 2, block = blockIdx.x, pair = block % pairs;
+  __device__ BlockOfTriangle(unsigned tiles, unsigned chunks) : J(0) {
+    const unsigned pairs = tiles * (tiles + 1) / 2, block = blockIdx.x, pair = block % pairs;
     while ((J + 1) * (J + 2) / 2 <= pair) ++J;
     I = pair - J * (J + 1) / 2;
     chunk = block / pairs % chunks;
@@ -28,22 +31,25 @@ struct BlockOfTriangle {
 };
 
 template <class X, bool kPositionsInRows>
-__global__ void __launch_bounds__(kPanelThreads, kBlocks<X>) pool_kernel(const PoolTask<X> task, int64_t tiles) {
+__global__ void __launch_bounds__(kPanelThreads, kPoolBlocks<X, kPositionsInRows>)
+    pool_kernel(const PoolTask<X> task, unsigned tiles, bool packets) {
   wait_for_kernels_before();
-  const BlockOfTriangle block(tiles, task.chunks.count);
-  const int64_t C = task.x.channels, part = block.sample * task.chunks.count + block.chunk;
+  const BlockOfTriangle block(tiles, unsigned(task.chunks.count));
+  using T = Compute<X>;
+  const int64_t C = task.x.channels, part = int64_t(block.sample) * task.chunks.count + block.chunk;
   const int64_t first = task.chunks.first(block.chunk), last = task.chunks.last(block.chunk);
-  PoolEngine<X, kPositionsInRows> engine(task.x, block.sample, block.I, block.J, first, last);
+  PoolEngine<X, kPositionsInRows> engine(task.x, block.sample, int(block.I), int(block.J), first, packets);
   accumulate_covariance(engine, first, last);
-  engine.write(task.partial_mean + part * C, task.partial_moment + part * C * C);
+  const bool alone = task.chunks.count == 1;  // there is nothing to merge
+  engine.write((alone ? task.mean : task.partial_mean) + part * C,
+               (alone ? task.sigma : task.partial_moment) + part * C * C,
+               alone ? T(1.0 / double(task.chunks.positions)) : T(1), alone);
 }
 
-template <class X, int kGroups>
-__global__ void __launch_bounds__((MergeEngine<X, kGroups>::kThreads))
-    merge_kernel(const PoolTask<X> task, int64_t tiles) {
+template <class X>
+__global__ void __launch_bounds__(MergeEngine<X>::kMostThreads) merge_kernel(const PoolTask<X> task, unsigned tiles) {
   wait_for_kernels_before();
-  const BlockOfTriangle block(tiles, 1);
-  MergeEngine<X, kGroups> engine(task, block.sample, block.I, block.J);
+  MergeEngine<X> engine(task, int(blockIdx.x % tiles), blockIdx.x / tiles);
   merge_covariances(engine, task.chunks);
 }
 
@@ -56,12 +62,24 @@ __global__ void __launch_bounds__(RescueEngine<X>::kThreads, 1) rescue_kernel(co
 
 template <class X, bool kPositionsInRows>
 __global__ void __launch_bounds__(kPanelThreads, kBlocks<X>)
-    pool_backward_kernel(const PoolBackwardTask<X> task, int64_t tiles) {
+    pool_backward_kernel(const PoolBackwardTask<X> task, unsigned tiles, bool packets, bool packets_out) {
   wait_for_kernels_before();
-  const int64_t block = blockIdx.x, chunk = block / tiles % task.chunks.count;
+  const unsigned chunks = unsigned(task.chunks.count), block = blockIdx.x, chunk = block / tiles % chunks;
   const int64_t first = task.chunks.first(chunk), last = task.chunks.last(chunk);
-  PoolBackwardEngine<X, kPositionsInRows> engine(task, block / tiles / task.chunks.count, block % tiles, first, last);
+  PoolBackwardEngine<X, kPositionsInRows> engine(task, block / tiles / chunks, int(block % tiles), packets,
+                                                 packets_out);
   covariance_backward(engine, first, last);
+}
+
+/// A kernel's blocks come while those of the kernel before are there still: some multiprocessors would get three of
+/// them and others one. Where two for each are enough they ask for so much shared memory that no third one finds room.
+int64_t shared_bytes_for_two(int64_t blocks, int64_t needed) {
+  int device = 0, multiprocessors = 0, shared_bytes = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+  check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+  const bool two_each = blocks > multiprocessors && blocks <= 2 * multiprocessors;
+  return two_each ? std::max<int64_t>(needed, shared_bytes / 3) : needed;
 }
 
 /// True where neighbouring positions lie nearer to each other than neighbouring channels.
@@ -74,39 +92,32 @@ template <class X> bool positions_in_rows(const FeatureMaps<const X>& x) {
 template <class X> void pool(const PoolTask<X>& task, void* stream) {
   const int64_t batch = task.x.batch, C = task.x.channels;
   const int64_t pool_tiles = tiles_along(C, kPanelVectors);
-  const auto run = [&](auto kernel, int64_t shared_bytes) {
-    launch("pool", kernel, triangle(pool_tiles) * task.chunks.count * batch, kPanelThreads, shared_bytes, stream, task,
-           pool_tiles);
+  const auto run = [&](auto in_rows) {
+    const int64_t blocks = triangle(pool_tiles) * task.chunks.count * batch;
+    launch("pool", pool_kernel<X, in_rows>, blocks, kPanelThreads,
+           shared_bytes_for_two(blocks, PoolEngine<X, in_rows>::shared_bytes(pool_tiles == 1)), stream, task,
+           unsigned(pool_tiles), in_packets<in_rows>(task.x, task.chunks));
   };
-  const bool diagonal = pool_tiles == 1;
-  if (positions_in_rows(task.x))
-    run(pool_kernel<X, true>, PoolEngine<X, true>::shared_bytes(diagonal));
-  else
-    run(pool_kernel<X, false>, PoolEngine<X, false>::shared_bytes(diagonal));
-  const auto merge = [&](auto groups) {
-    using Engine = MergeEngine<X, groups>;
-    const int64_t tiles = tiles_along(C, Engine::kTile);
-    launch("merge", merge_kernel<X, groups>, triangle(tiles) * batch, Engine::kThreads, Engine::kSharedBytes, stream,
-           task, tiles);
-  };
-  constexpr int64_t kFewChunks = 4;
-  if (task.chunks.count <= kFewChunks)
-    merge(std::integral_constant<int, 1>());
-  else
-    merge(std::integral_constant<int, 4>());
+  positions_in_rows(task.x) ? run(std::true_type()) : run(std::false_type());
+  if (task.chunks.count > 1) {
+    using Engine = MergeEngine<X>;
+    const int tiles = Engine::tiles(C), warps = Engine::warps(task.chunks.count);
+    launch("merge", merge_kernel<X>, tiles * batch, warps * kWarp, Engine::shared_bytes(warps), stream, task,
+           unsigned(tiles));
+  }
   launch("rescue", rescue_kernel<X>, batch, RescueEngine<X>::kThreads, RescueEngine<X>::kSharedBytes, stream, task);
 }
 
 template <class X> void pool_backward(const PoolBackwardTask<X>& task, void* stream) {
   const int64_t channel_tiles = tiles_along(task.x.channels, kPanelVectors);
-  const auto run = [&](auto kernel, int64_t shared_bytes) {
-    launch("pool_backward", kernel, channel_tiles * task.chunks.count * task.x.batch, kPanelThreads, shared_bytes,
-           stream, task, channel_tiles);
+  const auto run = [&](auto in_rows) {
+    const int64_t blocks = channel_tiles * task.chunks.count * task.x.batch;
+    launch("pool_backward", pool_backward_kernel<X, in_rows>, blocks, kPanelThreads,
+           shared_bytes_for_two(blocks, PoolBackwardEngine<X, in_rows>::kSharedBytes), stream, task,
+           unsigned(channel_tiles), in_packets<in_rows>(task.x, task.chunks),
+           in_packets<true>(task.grad_x, task.chunks));
   };
-  if (positions_in_rows(task.x))
-    run(pool_backward_kernel<X, true>, PoolBackwardEngine<X, true>::kSharedBytes);
-  else
-    run(pool_backward_kernel<X, false>, PoolBackwardEngine<X, false>::kSharedBytes);
+  positions_in_rows(task.x) ? run(std::true_type()) : run(std::false_type());
 }
 
 #define ISQRT_INSTANTIATE(X)                     \

@@ -55,6 +55,7 @@ inline float __uint_as_float(unsigned u) {
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 template <class T> T __ldg(const T* p) { return *p; }
+template <class T> void __stwb(T* p, T value) { *p = value; }
 
 // ---- barriers and warp functions ------------------------------------------------------------------------------------
 
