@@ -56,7 +56,7 @@ template <class X> class MergeEngine {
       load(partial_mean_, firsts);
 #pragma unroll 1
       for (int from = warp(); from < count(); from += kAhead * warps()) {
-        T moments[kAhead][4], means[kAhead][4], mean[kAhead];
+        T moments[kAhead][4] = {}, means[kAhead][4] = {}, mean[kAhead] = {};
 #pragma unroll
         for (int a = 0; a < kAhead; ++a)
           if (const int c = from + a * warps(); c < count()) {
