@@ -50,7 +50,7 @@ WAITING_SINCE = 90
 
 PRODUCTS = r"(root|root_backward|pool|pool_backward|product)<.*"
 EXPECTATIONS = (
-    Expectation(PRODUCTS, "tensor", 80, "products run on tensor cores, in float32 as three of tf32 or float16"),
+    Expectation(PRODUCTS, "tensor", 80, "products run on tensor cores, in float32 as three of float16"),
     Expectation(r"\w+_cluster<.*", "tensor", WAITING_SINCE, "the same; there are no clusters before"),
     Expectation(r".*", "wait", WAITING_SINCE, "kernels may still run whose results it reads"),
     Expectation(r"\w+_cluster<.*", "STAS", WAITING_SINCE, "blocks send each other their results, without a fence"),

@@ -364,6 +364,19 @@ def test_pooling_of_numbers_of_any_size(kernels, sizes, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pooling_beside_a_constant_channel_far_above(kernels, dtype):
+    """It adds zeros to the gradient of the others, however large its column of dL/dSigma were in their units."""
+    x = 1e-12 * feature_maps(1, 6, 50, torch.float64).to(dtype)
+    x[:, 2] = 1e10
+    sigma, mean = pool(kernels, x, 50)
+    assert (sigma[:, 2] == 0).all()
+    grad_sigma = torch.randn(1, 6, 6, dtype=dtype)
+    grad_sigma = grad_sigma + grad_sigma.mT
+    exact = reference.covariance_pool_backward(grad_sigma.double(), x.double())
+    assert_close(pool_backward(kernels, grad_sigma, x, mean, 50), exact, tolerance(dtype, 6, 50))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_empty_batch(kernels, dtype):
     x, sigma = torch.empty(0, 3, 4, 5, dtype=dtype), torch.empty(0, 3, 3, dtype=dtype)
     assert [tuple(t.shape) for t in pool(kernels, x, 20)] == [(0, 3, 3), (0, 3)]

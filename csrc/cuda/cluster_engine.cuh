@@ -181,14 +181,28 @@ template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
     }
   }
 
-  /// Copies a tile to all other blocks.
+  /// Copies a tile to all other blocks, in packets.
   __device__ __forceinline__ void send(const OwnTile& tile) const {
     if constexpr (kHasClusters) {
+      constexpr int kRound = kWarp * kPacketBytes, kRounds = (Tiles::kBytes + kRound - 1) / kRound;
+      struct alignas(kPacketBytes) Packet {
+        uint32_t words[kPacketBytes / 4];
+      } packets[kRounds];
+      const auto for_each_packet = [&](const auto& f) {
+#pragma unroll
+        for (int round = 0; round < kRounds; ++round) {
+          const int offset = round * kRound + Lane().number * kPacketBytes;
+          if (offset < Tiles::kBytes) f(packets[round], tile.at<Packet>(offset));
+        }
+      };
       __syncwarp();
-      TileCopy<T> copy(tile);
+      for_each_packet([](Packet& packet, const Packet& here) { packet = here; });
 #pragma unroll
       for (int other = 1; other < kMostClusterBlocks; ++other)
-        if (other < blocks_) copy.send(tile, unsigned(rank_ ^ other), barrier(phase_));
+        if (other < blocks_)
+          for_each_packet([&](const Packet& packet, Packet& here) {
+            store_async(&here, unsigned(rank_ ^ other), packet.words, barrier(phase_));
+          });
     }
   }
 

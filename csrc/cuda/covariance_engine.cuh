@@ -123,7 +123,7 @@ template <class X, bool kPositionsInRows> class PoolEngine {
       for_each_four(moment_[v], [&](const T(&a)[4], int at_row, int at_column) {
         const int r = own_.row + at_row, c = own_.column + kTile * v + at_column;
         const int i = first_row_ + r, j = first_column_ + c;
-        if (i >= C || j >= C || i > j + 3) return;
+        if (i >= C || j >= C || !upper(v)) return;
         const T factor = alpha * vector(kDown, 0)[r];
         T result[4];
 #pragma unroll
@@ -131,8 +131,11 @@ template <class X, bool kPositionsInRows> class PoolEngine {
         T* to = chunk_moment + int64_t(i) * C + j;
         if (C % 4 == 0 && !both) return store_packet(to, result);
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (i <= j + e && j + e < C) to[e] = chunk_moment[int64_t(j + e) * C + i] = result[e];
+        for (int e = 0; e < 4; ++e) {
+          if (j + e >= C || (both && i > j + e)) continue;
+          to[e] = result[e];
+          if (both) chunk_moment[int64_t(j + e) * C + i] = result[e];
+        }
       });
   }
 
@@ -304,11 +307,12 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
         most = fmax(most, __shfl_xor_sync(0xffffffffu, most, other));
       return most;
     };
-    const Scale<T> of_map(largest(maps(), n, [&](T a, int) { return size * a - mean; }));
+    const T distance = largest(maps(), n, [&](T a, int) { return size * a - mean; });
+    const Scale<T> of_map(distance);
     if (is_first) {
       vector(kMean)[own] = mean;
       vector(kUp)[own] = of_map.up;
-      vector(kDown)[own] = of_map.down;
+      vector(kDown)[own] = distance == 0 ? T(0) : of_map.down;  // what is multiplied by zeros is not the largest
     }
     maps().convert([&](int c) {
       const T mean = vector(kMean)[c], up = vector(kUp)[c];

@@ -67,26 +67,9 @@ __device__ __forceinline__ void wait_for_kernels_before(bool next_may_come = tru
 
 // ---- tensor cores ---------------------------------------------------------------------------------------------------
 
-/// cvt.rna.tf32.f32: the nearest number with 10 bits of mantissa, ties away from zero.
-__device__ __forceinline__ uint32_t to_tf32(float x) {
-  uint32_t bits;
-  ISQRT_PTX(asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x)), bits = emulation::to_tf32(x));
-  return bits;
-}
-
-/// mma.m16n8k8 of tf32, d += a b. a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4) of 16 x 8; b: (t, g), (t + 4, g) of
-/// 8 x 8; d: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1) of 16 x 8. The low 13 bits of a and b do not count.
-__device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                         [[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX(asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                "{%0,%1,%2,%3};" : "+f"(d[0]),
-                "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])),
-            emulation::mma_tf32(d, a, b, caller));
-}
-
 /// mma.m16n8k16 of f16, d += a b. Each register has this element and its neighbour in k, the first one in the low half.
-/// a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8) of 16 x 16; b: (2t, g), (2t + 8, g) of 16 x 8; d: see
-/// mma_tf32.
+/// a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8) of 16 x 16; b: (2t, g), (2t + 8, g) of 16 x 8;
+/// d: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1) of 16 x 8.
 __device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                         [[maybe_unused]] Caller caller = Caller::here()) {
   ISQRT_PTX(asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "

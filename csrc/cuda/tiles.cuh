@@ -155,36 +155,6 @@ struct OtherTile {
   __device__ OtherTile operator+(int offset) const { return {begin + offset}; }
 };
 
-/// A tile of this block's shared memory in the registers of a warp, as it lies there, to be written elsewhere.
-template <class T> class TileCopy {
-  struct alignas(kPacketBytes) Packet {
-    uint32_t words[kPacketBytes / 4];
-  };
-  static constexpr int kBytes = tile_bytes(sizeof(T)), kRound = kWarp * kPacketBytes;
-
- public:
-  __device__ __forceinline__ explicit TileCopy(const OwnTile& from) {
-    for_each([&](Packet& packet, int offset) { packet = from.at<Packet>(offset); });
-  }
-  __device__ __forceinline__ void write(const OtherTile& to) {
-    for_each([&](const Packet& packet, int offset) { to.at<Packet>(offset) = packet; });
-  }
-  /// To where `own` is in another block of the cluster. It counts at the barrier there.
-  __device__ __forceinline__ void send(const OwnTile& own, unsigned rank, uint64_t* barrier) {
-    for_each([&](const Packet& packet, int offset) { store_async(&own.at<Packet>(offset), rank, packet.words, barrier); });
-  }
-
- private:
-  template <class F> __device__ __forceinline__ void for_each(const F& f) {
-#pragma unroll
-    for (int round = 0; round * kRound < kBytes; ++round) {
-      const int offset = round * kRound + int(threadIdx.x) % kWarp * kPacketBytes;
-      if (offset < kBytes) f(packets_[round], offset);
-    }
-  }
-  Packet packets_[(kBytes + kRound - 1) / kRound];
-};
-
 /// How a tile of numbers of T lies in memory: one element(); all of them as a warp has the results of products, read(),
 /// and pack() for write(), of a symmetric one the upper triangle, so that both sides are the same bits; from shared
 /// memory its 16 terms as tensor cores want those of a product's left() or right() factor, or of its transpose; and a
@@ -298,12 +268,19 @@ template <> struct Tiles<double> {
   };
 
   struct Sum {
-    Accumulator<T> sum;
+    WarpTile<T> sum;
     __device__ __forceinline__ void multiply_add(const Terms& a, const Terms& b) {
 #pragma unroll
-      for (int k = 0; k < 2; ++k) sum.multiply_add(a.half[k], b.half[k]);
+      for (int k = 0; k < 2; ++k)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int s = 0; s < 2; ++s)
+              mma_f64(sum.sum[n] + 2 * h, a.half[k].value[h][s], b.half[k].value[n][s]);
     }
-    __device__ __forceinline__ WarpTile<T> total() const { return sum.total(); }
+    __device__ __forceinline__ WarpTile<T> total() const { return sum; }
   };
 };
 

@@ -40,9 +40,7 @@ __global__ void follower_kernel(const int* x, int* y) {
   y[at] = value + 1;
 }
 
-__global__ void round_kernel(const float* x, uint32_t* y) { y[threadIdx.x] = to_tf32(x[threadIdx.x]); }
-
-enum class Kind { kTf32, kF16, kBf16 };
+enum class Kind { kF16, kBf16 };
 
 /// D += A B for one warp; A is 16 x K and B is K x 8, both row-major, as registers hold their elements.
 template <Kind kKind, class Element> __global__ void mma_kernel(const Element* A, const Element* B, float* D) {
@@ -58,7 +56,6 @@ template <Kind kKind, class Element> __global__ void mma_kernel(const Element* A
   for (int r = 0; r < 2; ++r) b[r] = pack(B + (t + r * 4) * kPack * 8 + g, 8);
   float d[4];
   for (int i = 0; i < 4; ++i) d[i] = D[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
-  if (kKind == Kind::kTf32) mma_tf32(d, a, b);
   if (kKind == Kind::kF16) mma_f16(d, a, b);
   if (kKind == Kind::kBf16) mma_bf16(d, a, b);
   for (int i = 0; i < 4; ++i) D[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
@@ -124,6 +121,15 @@ __global__ void cluster_kernel(const int* x, int* y) {
   y[3 * at] = received;
   y[3 * at + 1] = place;
   y[3 * at + 2] = int(blockIdx.x);
+}
+
+/// A block that is launched as any other. It cannot send to itself.
+__global__ void no_cluster_kernel(const int*, int* y) {
+  cluster_arrive();
+  const int place = int(1000 * cluster_rank() + cluster_size());
+  cluster_wait();
+  cluster_sync();
+  y[blockIdx.x * kThreads + threadIdx.x] = place;
 }
 
 /// Two halves of the block, each with a barrier of its own and each its own number of times.
@@ -221,28 +227,9 @@ bool check_kernels_in_a_row() {
   return true;
 }
 
-bool check_to_tf32() {
-  std::vector<float> x = {0.0f, -0.0f, 1.0f, 1.0f + 0x1p-11f, -1.0f - 0x1p-11f, 1.0f + 3 * 0x1p-11f, 0x1p-130f, 3e38f};
-  while (x.size() < kThreads) x.push_back(std::ldexp(float(int32_t(generator())), int(generator() % 200) - 120));
-  const std::vector<uint32_t> y = run(round_kernel, x, kThreads, kThreads);
-  for (int i = 0; i < kThreads; ++i) {
-    int exponent;
-    std::frexp(x[i], &exponent);
-    const double spacing = std::ldexp(1.0, std::max(exponent, -125) - 11);
-    const uint32_t bits = y[i] & ~0x1fffu;  // what reads a tf32 ignores the others
-    float rounded;
-    std::memcpy(&rounded, &bits, sizeof rounded);
-    if (rounded != float(std::round(x[i] / spacing) * spacing)) return false;  // std::round: ties away from zero
-  }
-  return true;
-}
-
 template <Kind kKind, class Element> Element encode(float x) {
   if (kKind == Kind::kF16) return Element(__half_as_ushort(__float2half_rn(x)));
-  if (kKind == Kind::kBf16) return Element(__bfloat16_as_ushort(__float2bfloat16_rn(x)));
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return Element(bits | (generator() & 0x1fffu));  // bits that do not count
+  return Element(__bfloat16_as_ushort(__float2bfloat16_rn(x)));
 }
 
 /// Of numbers with 6 bits: integers, whose sums are exact, and multiples of powers of two.
@@ -325,6 +312,12 @@ bool check_cluster(unsigned size) {
   return true;
 }
 
+bool check_no_cluster() {
+  for (const int place : run(no_cluster_kernel, counting<int>(1), 2 * kThreads, kThreads, 2))
+    if (place != 1) return false;
+  return true;
+}
+
 bool check_named_barrier() {
   const std::vector<int> x = counting<int>(kThreads), y = run(named_barrier_kernel, x, kThreads, kThreads);
   for (int t = 0; t < kThreads; ++t) {
@@ -369,8 +362,6 @@ struct Check {
 const Check kChecks[] = {
     {"opaque", 8, check_opaque},
     {"wait_for_kernels_before, let_next_kernel_come", 8, check_kernels_in_a_row},
-    {"to_tf32", 8, check_to_tf32},
-    {"mma_tf32", 8, check_mma<Kind::kTf32, uint32_t>},
     {"mma_f16", 8, check_mma<Kind::kF16, uint16_t>},
     {"mma_bf16", 8, check_mma<Kind::kBf16, uint16_t>},
     {"mma_f64", 8, check_mma_f64},
@@ -380,7 +371,7 @@ const Check kChecks[] = {
     {"copy_async<4>, copy_async_commit, copy_async_wait", 8, check_copy_async<4>},
     {"copy_async<8>, copy_async_commit, copy_async_wait", 8, check_copy_async<8>},
     {"copy_async<16>, copy_async_commit, copy_async_wait", 8, check_copy_async<16>},
-    {CLUSTER_WRAPPERS "no cluster", 9, [] { return check_cluster(1); }},
+    {"cluster_rank, cluster_size, cluster_arrive, cluster_wait, cluster_sync; no cluster", 8, check_no_cluster},
     {CLUSTER_WRAPPERS "2 blocks", 9, [] { return check_cluster(2); }},
     {CLUSTER_WRAPPERS "8 blocks", 9, [] { return check_cluster(8); }},
     {"named_barrier", 8, check_named_barrier},

@@ -106,8 +106,6 @@ const Slots& gather(uint32_t mask, const void* value, unsigned bytes, bool order
 void wait_for_kernels_before(const Caller& caller);
 
 // tensor cores,
-uint32_t to_tf32(float x);
-void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Caller& caller);
 void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Caller& caller);
 void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Caller& caller);
 void mma_f64(double* d, double a, double b, const Caller& caller);

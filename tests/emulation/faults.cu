@@ -101,7 +101,7 @@ template <bool kFault> __global__ void missing_lane(float* y) {
 template <bool kFault> __global__ void matrix_missing_lane(float* y) {
   float d[4] = {};
   const uint32_t a[4] = {}, b[2] = {};
-  if (!kFault || threadIdx.x != 5) mma_tf32(d, a, b);  // fault: matrix_missing_lane
+  if (!kFault || threadIdx.x != 5) mma_f16(d, a, b);  // fault: matrix_missing_lane
   y[threadIdx.x] = d[0];
 }
 

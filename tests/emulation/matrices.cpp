@@ -99,18 +99,6 @@ uint16_t half_of(uint32_t bits, int e) { return uint16_t(bits >> 16 * e); }
 
 }  // namespace
 
-uint32_t to_tf32(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  if (std::isnan(x)) return 0x7fffffff;
-  return std::isinf(x) ? bits : (bits + 0x1000) & ~0x1fffu;
-}
-
-void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Caller& caller) {
-  multiply<1>(d, a, b, {"mma_tf32", caller.file, caller.line},
-              [](uint32_t bits, int) { return from_bits(bits & ~0x1fffu); });
-}
-
 void mma_f64(double* d, double a, double b, const Caller& caller) {
   const FragmentsF64 own{a, b, {d[0], d[1]}};
   const Site site{"mma_f64", caller.file, caller.line};
