@@ -40,8 +40,8 @@ template <class Scalar> ISQRT_FN Scalar compensation(const Scalar& t, Root root)
 template <class Engine, class Source>
 ISQRT_FN auto matrix_root(Engine& e, const Source& sigma, const Steps& steps, Root root) {
   auto m = make_iterates(e, steps);
-  const auto t = e.load_normalized(m.Y, sigma);  // Eq. 2: t = tr(Sigma), A = Sigma / t
-  newton_schulz(e, m, steps, root);              // Eq. 1
+  const auto t = e.load_normalized(m.Y, sigma);                               // Eq. 2: t = tr(Sigma), A = Sigma / t
+  newton_schulz(e, m, steps, root);                                           // Eq. 1
   return e.result(compensation(t, root), root == Root::kSquare ? m.Y : m.Z);  // Eq. 3: Yhat = sqrt(t) Y_N
 }
 

@@ -30,7 +30,11 @@ template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
 
   /// Before it waits for the kernels before it.
   __device__ ClusterEngine(int channels, const Program& program)
-      : Base(channels), program_(program), blocks_(int(cluster_size())), rank_(int(cluster_rank())), block_share_(opaque((1 << 16) / blocks_)),
+      : Base(channels),
+        program_(program),
+        blocks_(int(cluster_size())),
+        rank_(int(cluster_rank())),
+        block_share_(opaque((1 << 16) / blocks_)),
         worker_(warp() * blocks_ + rank_),
         share_(opaque((1 << 16) / tile_count(channels) + 1)) {
     // Constant memory takes its time: all of the program is asked for once.
@@ -234,8 +238,8 @@ template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
 
   const Program& program_;
   int blocks_, rank_, block_share_, worker_, share_;  // shares: 2^16 / blocks, and 2^16 / tiles of a matrix
-  int phase_ = 0, expected_ = 0;  // meetings so far, and bytes that others send before the next one
-  bool meets_ = false;            // whether there are products that were not met for
+  int phase_ = 0, expected_ = 0;                      // meetings so far, and bytes that others send before the next one
+  bool meets_ = false;                                // whether there are products that were not met for
 };
 
 /// Of newton_schulz.h and normalization.h, in the way of this engine.
@@ -268,8 +272,8 @@ __device__ InnerProducts<float> inner_products(ClusterEngine<kColumns>& e, const
 }
 
 /// What such a kernel runs for this task.
-inline Program record_root(const Steps& steps, Root root, bool mean, int workers, int channels,
-                           int matrices, int spares) {
+inline Program record_root(const Steps& steps, Root root, bool mean, int workers, int channels, int matrices,
+                           int spares) {
   ProgramRecorder e(workers, tile_count(channels), matrices, spares);
   auto m = make_iterates(e, steps);
   auto sums = e.column(), u = e.column(), v = e.column();
@@ -277,8 +281,8 @@ inline Program record_root(const Steps& steps, Root root, bool mean, int workers
   mean ? newton_schulz_sums(e, m, steps, sums, u, v) : newton_schulz(e, m, steps, root);
   return e.finish(m, m);
 }
-inline Program record_root_backward(const Steps& steps, Root root, bool mean, int workers, int channels,
-                           int matrices, int spares) {
+inline Program record_root_backward(const Steps& steps, Root root, bool mean, int workers, int channels, int matrices,
+                                    int spares) {
   ProgramRecorder e(workers, tile_count(channels), matrices, spares);
   auto m = make_iterates(e, steps), d = make_iterates(e, steps);
   auto g = e.column(), sums = e.column(), u = e.column(), v = e.column();

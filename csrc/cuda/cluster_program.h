@@ -10,8 +10,8 @@ namespace isqrt::cuda {
 
 /// to = alpha added + beta (A0 B0 + A1 B1), without A1 B1 where terms = 1, for matrices. Other operations have names of
 /// their own for what they use: alpha I + beta A0; columns A0 1, A0 B0 and alpha to + beta B0; and the matrix
-/// alpha to + beta (A0 B0' + B0 A0' + A1 1' + 1 A1') of columns. Matrices and columns are numbers, in the order in which
-/// they were asked for.
+/// alpha to + beta (A0 B0' + B0 A0' + A1 1' + 1 A1') of columns. Matrices and columns are numbers, in the order in
+/// which they were asked for.
 struct alignas(16) Operation {
   static constexpr uint32_t kNone = 0xff;
   uint32_t to : 8 = 0, added : 8 = 0, terms : 16 = 0;

@@ -141,8 +141,7 @@ template <class T> class BlockMatrices {
   template <class Source>
   __device__ __forceinline__ T inner_part(const Source& source, const Matrix& A, T factor) const {
     T sum = 0;
-    for_own_tiles(
-        [&](const Place& own) { add_inner(sum, source, Tiles::read(tile(A, own)), own, factor); });
+    for_own_tiles([&](const Place& own) { add_inner(sum, source, Tiles::read(tile(A, own)), own, factor); });
     return sum;
   }
 
@@ -172,9 +171,8 @@ template <class T> class BlockMatrices {
   __device__ __forceinline__ void write_tile(const ResultOf<M>& result, const Place& own, const View& view,
                                              T factor) const {
     WarpTile<T> values = Tiles::read(tile(result.A, own));
-    values.for_each([&](T& a, int r, int c) {
-      a = factor * (result.beta * a + (own.i(r) == own.j(c) ? result.alpha : T(0)));
-    });
+    values.for_each(
+        [&](T& a, int r, int c) { a = factor * (result.beta * a + (own.i(r) == own.j(c) ? result.alpha : T(0))); });
     store_tile(view, values, own);
   }
 
@@ -202,8 +200,8 @@ template <class T> class BlockMatrices {
     __syncthreads();
   }
 
-  /// Terms [16 K, 16 K + 16) of A's rows in tile row I, A being symmetric, and of B's columns in tile column J. Branches:
-  /// where a warp reads several operands, choosing without them takes registers that there are not.
+  /// Terms [16 K, 16 K + 16) of A's rows in tile row I, A being symmetric, and of B's columns in tile column J.
+  /// Branches: where a warp reads several operands, choosing without them takes registers that there are not.
   static __device__ __forceinline__ Terms read_A(const Reader& reader, const Matrix& A, int I, int K) {
     return K < I ? reader.left(tile(A.first, K, I), true) : reader.left(tile(A.first, I, K), false);
   }

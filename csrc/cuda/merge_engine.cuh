@@ -139,7 +139,8 @@ template <class X> class MergeEngine {
     };
     if (C_ % 4 == 0)
       f(std::integral_constant<int, kAhead>(), [&](const T* from, T(&four)[4]) {
-        const Four packet = *reinterpret_cast<const Four*>(from + (j() < C_ ? j() : 0));
+        const Four packet =
+            *reinterpret_cast<const Four*>(from + (j() < C_ ? j() : C_ - 4));  // where there is something
 #pragma unroll
         for (int e = 0; e < 4; ++e) four[e] = packet.of[e];
       });

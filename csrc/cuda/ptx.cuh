@@ -96,19 +96,19 @@ __device__ __forceinline__ void mma_f64(double* d, double a, double b,
 }
 
 /// ldmatrix.x4: four 8 x 8 matrices of 16-bit elements. Lane 8 i + r has the address of row r of matrix i, 16 bytes in
-/// shared memory, aligned to 16. r[i]: elements (g, 2t), (g, 2t + 1) of matrix i; with .trans, where `transposed`, (2t, g)
-/// and (2t + 1, g). It is the same in all lanes, and no branch.
+/// shared memory, aligned to 16. r[i]: elements (g, 2t), (g, 2t + 1) of matrix i; with .trans, where `transposed`,
+/// (2t, g) and (2t + 1, g). It is the same in all lanes, and no branch.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row, bool transposed,
                                                [[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX(asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n"
-                         "@p ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-                         "@!p ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n}" : "=&r"(r[0]),
-                         "=&r"(r[1]), "=&r"(r[2]), "=&r"(r[3]) : "r"(shared_address(row)), "r"(int(transposed))
-                         : "memory"),
-            emulation::load_matrices(r, row, transposed, caller));
+  ISQRT_PTX(
+      asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n"
+                   "@p ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                   "@!p ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n}" : "=&r"(r[0]),
+                   "=&r"(r[1]), "=&r"(r[2]), "=&r"(r[3]) : "r"(shared_address(row)), "r"(int(transposed)) : "memory"),
+      emulation::load_matrices(r, row, transposed, caller));
 }
 
-/// movmatrix.trans: the transpose of an 8 x 8 matrix of 16-bit elements, of which each lane has (g, 2t) and (g, 2t + 1).
+/// movmatrix.trans: the transpose of an 8 x 8 matrix of 16-bit elements. Each lane has (g, 2t) and (g, 2t + 1) of both.
 __device__ __forceinline__ uint32_t transpose_matrix(uint32_t r, [[maybe_unused]] Caller caller = Caller::here()) {
   uint32_t transposed;
   ISQRT_PTX(asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(r)),
@@ -172,8 +172,9 @@ __device__ __forceinline__ unsigned cluster_size() {
 /// fence.mbarrier_init and barrier.cluster.arrive.relaxed: of what this thread has written, those that wait see the
 /// mbarriers that it has initialised, and no more than that: .release would wait for the whole device's memory.
 __device__ __forceinline__ void cluster_arrive([[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX_SM90(asm volatile("fence.mbarrier_init.release.cluster;\nbarrier.cluster.arrive.relaxed.aligned;" :: : "memory"),
-                 (void)0, emulation::cluster_arrive(caller));
+  ISQRT_PTX_SM90(
+      asm volatile("fence.mbarrier_init.release.cluster;\nbarrier.cluster.arrive.relaxed.aligned;" :: : "memory"),
+      (void)0, emulation::cluster_arrive(caller));
 }
 
 /// barrier.cluster.wait.acquire: all threads of the cluster have arrived; each cluster_arrive() needs one.
@@ -232,10 +233,12 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, unsigned parity
 /// the barrier there that is where `barrier` is here, and are seen by those that wait for its phase.
 __device__ __forceinline__ void store_async(void* own, unsigned rank, const uint32_t (&words)[4], uint64_t* barrier,
                                             [[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX_SM90(asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];"
-                              ::"r"(map_shared(own, rank)), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]),
-                              "r"(map_shared(barrier, rank)) : "memory"),
-                 __trap(), emulation::store_async(own, rank, words, barrier, caller));
+  ISQRT_PTX_SM90(
+      asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(
+                       map_shared(own, rank)),
+                   "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]),
+                   "r"(map_shared(barrier, rank)) : "memory"),
+      __trap(), emulation::store_async(own, rank, words, barrier, caller));
 }
 
 // ---- named barriers -------------------------------------------------------------------------------------------------

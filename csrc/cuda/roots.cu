@@ -150,10 +150,10 @@ template <class T> void launch_root_backward(const RootBackwardTask<T, Elements<
   const bool mean = task.grad.output == Output::kMean;
   if constexpr (std::is_same_v<T, float>)
     if (runs_program("root_backward", C, true, task))
-      return launch_cluster("root_backward",
-                            mean ? root_backward_cluster_kernel<Variant::kMean>
-                                 : root_backward_cluster_kernel<Variant::kMatrix>,
-                            C, true, mean, record_root_backward, stream, task);
+      return launch_cluster(
+          "root_backward",
+          mean ? root_backward_cluster_kernel<Variant::kMean> : root_backward_cluster_kernel<Variant::kMatrix>, C, true,
+          mean, record_root_backward, stream, task);
   const auto choose = [](auto slots, auto variant) { return root_backward_kernel<T, slots, variant>; };
   launch_blocks<kMostSlots<T, true>>("root_backward", choose, C, task.grad.output == Output::kMean,
                                      root_shared_bytes(C, sizeof(T), true, task.steps.any_in_full()), stream, task);

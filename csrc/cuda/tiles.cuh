@@ -277,8 +277,7 @@ template <> struct Tiles<double> {
 #pragma unroll
           for (int h = 0; h < 2; ++h)
 #pragma unroll
-            for (int s = 0; s < 2; ++s)
-              mma_f64(sum.sum[n] + 2 * h, a.half[k].value[h][s], b.half[k].value[n][s]);
+            for (int s = 0; s < 2; ++s) mma_f64(sum.sum[n] + 2 * h, a.half[k].value[h][s], b.half[k].value[n][s]);
     }
     __device__ __forceinline__ WarpTile<T> total() const { return sum; }
   };
@@ -286,9 +285,9 @@ template <> struct Tiles<double> {
 
 /// A float is a pair of numbers of float16, (high + low) scale: each has 11 bits, as many as tf32 has, and tensor cores
 /// multiply them at twice the rate of that. The scale is a power of two for each tile, by which its largest element is
-/// near 2^15, or what is left of it where all was divided by a number: elements down to 2^-16 of that keep all 22 bits, and smaller ones lose no more than 2^-39 of it. A tile
-/// of NaN, or with an infinite element, has the scale 1. The scale stands there four times: tiles begin at multiples of
-/// 16 bytes, and are copied whole.
+/// near 2^15, or what is left of it where all was divided by a number: elements down to 2^-16 of that keep all 22 bits,
+/// and smaller ones lose no more than 2^-39 of it. A tile of NaN, or with an infinite element, has the scale 1. The
+/// scale stands there four times: tiles begin at multiples of 16 bytes, and are copied whole.
 ///
 /// Rows of eight numbers, 16 bytes, are what ldmatrix reads: rows r and r + 4 exchange theirs, so that any eight of a
 /// column lie in different banks, and so do the pairs that a warp reads and writes.
@@ -381,8 +380,7 @@ template <> struct Tiles<float> {
     packed.scale /= divisor;
     return packed;
   }
-  template <class Tile>
-  static __device__ __forceinline__ void write(const Tile& to, Packed packed, bool symmetric) {
+  template <class Tile> static __device__ __forceinline__ void write(const Tile& to, Packed packed, bool symmetric) {
     if (symmetric) mirror(packed.high), mirror(packed.low);
     const Lane lane;
     if (lane.group == 0) to.template at<float>(kScale + int(sizeof(float)) * lane.quad) = packed.scale;

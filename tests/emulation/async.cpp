@@ -169,7 +169,8 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity, const Caller& caller) {
       change(barrier, [&](Mbarrier& state) { waiting = state.phase == parity; });
       if (!waiting) break;
       auto& stores = me->block->stores;
-      const auto others = std::stable_partition(stores.begin(), stores.end(), [&](const AsyncStore& store) { return store.barrier != barrier; });
+      const auto others = std::stable_partition(stores.begin(), stores.end(),
+                                                [&](const AsyncStore& store) { return store.barrier != barrier; });
       arrived.assign(others, stores.end());
       stores.erase(others, stores.end());
     }

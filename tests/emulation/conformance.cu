@@ -355,7 +355,7 @@ struct Check {
   std::function<bool()> holds;
 };
 
-#define CLUSTER_WRAPPERS                                                                                  \
+#define CLUSTER_WRAPPERS                                                                                     \
   "cluster_rank, cluster_size, cluster_arrive, cluster_wait, cluster_sync, mbarrier_init, mbarrier_expect, " \
   "mbarrier_arrive, mbarrier_wait, store_async; "
 
