@@ -90,6 +90,8 @@ def gpu_san(name: str) -> list[str]:
     result = load(name)
     rows = []
     for method in result["methods"]:
+        if "training" not in method:
+            continue
         training = method["training"]
         rows.append([method["name"], f"{training['median_ms']:.0f}", number(training["times_first"])])
         rows[-1] += [f"{training['covariance_percent']:.1f}", mebibytes(training["peak_torch_bytes"])]
@@ -112,15 +114,15 @@ def minimax() -> list[str]:
     return [*markdown(heading, rows), "", where(result)]
 
 
-def options() -> list[str]:
+def options(name: str) -> list[str]:
     """What each option costs: forward + backward in ms and beside the base."""
-    result = load("options_cpu")
+    result = load(name)
     rows = []
-    for name in result["shapes"][0]["options"]:
-        rows.append([name])
+    for option in result["shapes"][0]["options"]:
+        rows.append([option])
         for entry in result["shapes"]:
-            about = entry["options"][name]["forward_backward"]
-            rows[-1].append(f"{number(about['ms'])} ({number(about['faster'])})")
+            about = entry["options"].get(option, {}).get("forward_backward")
+            rows[-1].append(f"{number(about['ms'])} ({number(about['faster'])})" if about else "-")
     heading = ["", *map(_shape, result["shapes"])]
     us = result["call_us"]
     calls = (
@@ -238,8 +240,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "gpu": lambda: gpu_speed("soca_h200", "soca_h200_more"),
     "gpu_bfloat16": lambda: gpu_speed("soca_h200_bfloat16"),
     "gpu_san": lambda: gpu_san("san_h200"),
+    "gpu_san_bfloat16": lambda: gpu_san("san_h200_bfloat16"),
+    "gpu_options": lambda: options("options_h200"),
     "minimax": minimax,
-    "options": options,
+    "options": lambda: options("options_cpu"),
     "accuracy": accuracy,
     "accuracy_short": lambda: accuracy(SHOWN[:3]),
     "nearest": steps,

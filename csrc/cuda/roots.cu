@@ -120,6 +120,9 @@ void launch_cluster(const char* name, void (*kernel)(Task, Program), int64_t cha
   const int64_t shared_bytes = cluster_shared_bytes(channels, sizeof(float), backward, task.steps.any_in_full());
   if (shared_bytes == 0)
     throw std::runtime_error(std::string(name) + ": a cluster has no such steps, or not so many channels");
+  if (task.blocks > kMostClusterBlocks || (task.blocks & (task.blocks - 1)))
+    throw std::runtime_error(std::string(name) + ": " + std::to_string(task.blocks) +
+                             " blocks of a cluster are not 1, 2, 4 or 8");
   const int C = int(channels), threads = cluster_threads(C);
   const Program program = record(task.steps, task.root, mean, task.blocks * threads / kWarp, C,
                                  matrices(backward, false), spares(backward));
@@ -141,7 +144,7 @@ template <class T> void launch_root(const RootTask<T, Elements<T>>& task, void* 
       return launch_cluster("root", mean ? root_cluster_kernel<Variant::kMean> : root_cluster_kernel<Variant::kMatrix>,
                             C, false, mean, record_root, stream, task);
   const auto choose = [](auto slots, auto variant) { return root_kernel<T, slots, variant>; };
-  launch_blocks<kMostSlots<T, false>>("root", choose, C, task.result.output == Output::kMean,
+  launch_blocks<kMostSlots<T, false>>("root", choose, C, mean,
                                       root_shared_bytes(C, sizeof(T), false, task.steps.any_in_full()), stream, task);
 }
 
@@ -155,7 +158,7 @@ template <class T> void launch_root_backward(const RootBackwardTask<T, Elements<
           mean ? root_backward_cluster_kernel<Variant::kMean> : root_backward_cluster_kernel<Variant::kMatrix>, C, true,
           mean, record_root_backward, stream, task);
   const auto choose = [](auto slots, auto variant) { return root_backward_kernel<T, slots, variant>; };
-  launch_blocks<kMostSlots<T, true>>("root_backward", choose, C, task.grad.output == Output::kMean,
+  launch_blocks<kMostSlots<T, true>>("root_backward", choose, C, mean,
                                      root_shared_bytes(C, sizeof(T), true, task.steps.any_in_full()), stream, task);
 }
 
