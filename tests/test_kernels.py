@@ -125,30 +125,30 @@ def test_names_are_what_a_reader_knows():
 
 def test_rules(pool, monkeypatch):
     """What each change to a good kernel is told by."""
-    pool.name, pool.architecture = "pool<float32>", "sm_90"
+    pool.name, pool.architecture = "pool<float32, true>", "sm_90"
     pool.stack = pool.local = pool.counts["STL"] = pool.counts["generic"] = 0
     good = kernels.instruction_rows([pool])
     assert kernels.instruction_faults(good, good) == []
 
     def faults(**changes):
         worse = copy.deepcopy(good)
-        worse["sm_90", "pool<float32>"] |= changes
+        worse["sm_90", "pool<float32, true>"] |= changes
         return kernels.instruction_faults(good, worse)
 
-    for heading in ("stack", "local", "LDL + STL", "generic", "before wait"):
-        assert faults(**{heading: "8"}) == [f"pool<float32> on sm_90: {heading} is 8 and must be 0"]
-    excused = {("pool<float32>", "generic"): "reads another block's shared memory"}
+    for heading in kernels.FORBIDDEN:
+        assert faults(**{heading: "8"}) == [f"pool<float32, true> on sm_90: {heading} is 8 and must be 0"]
+    excused = {("pool<float32, true>", "generic"): "reads another block's shared memory"}
     monkeypatch.setattr(kernels, "EXCUSED", excused)
     assert faults(generic="8") == [] and faults(stack="8") != []
     assert kernels.idle_rules({}) == [
         *(f"no kernel is {e.kernel}, of which {e.instruction} is expected" for e in kernels.EXPECTATIONS),
-        "no kernel is pool<float32>, whose generic is excused",
+        "no kernel is pool<float32, true>, whose generic is excused",
     ]
     assert faults(registers="88") == []
     assert "89 registers, 80 on the page (margin 8)" in faults(registers="89")[0]
     assert "wide accesses lost" in faults(**{"LDG 128-bit": "1 of 3"})[0]
     assert "no wait (kernels may still run" in faults(wait="0")[0]
-    for name, why in (("tensor", "products run"), ("LDGSTS", "operands are copied")):
+    for name, why in (("tensor", "products run"), ("LDGSTS", "operands are on their way")):
         expected, lost = faults(**{name: "0"})
         assert f"no {name} ({why}" in expected and f"no {name} instruction left" in lost
     assert "not on the page" in kernels.instruction_faults({}, good)[0]
