@@ -205,6 +205,22 @@ def test_a_cluster_computes_the_bits_of_a_block(kernels, channels, blocks, outpu
         assert torch.equal(run(blocks=blocks), run())
 
 
+@pytest.mark.parametrize(("channels", "backward", "kilobytes"), ((80, False, 60), (80, True, 99), (128, False, 120)))
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_one_block_without_room_for_spare_matrices(kernels, output, channels, backward, kilobytes):
+    """It goes through the steps then, and does not run them as a list."""
+    sigma = covariances(1, channels, torch.float32)
+    upstream = torch.randn_like(root(kernels, sigma, 3, "square", output))
+    results = []
+    for shared_bytes in (HOPPER_SHARED_BYTES, kilobytes * 1024):
+        kernels.set_device(shared_bytes, 9)
+        if backward:
+            results.append(root_backward(kernels, upstream, sigma, 3, "square", output))
+        else:
+            results.append(root(kernels, sigma, 3, "square", output))
+    assert_close(results[1], results[0].double(), tolerance(torch.float32, channels))
+
+
 @pytest.mark.parametrize("engine", ({"blocks": 1}, {"blocks": 2}, {"grid": True}), ids=("block", "cluster", "grid"))
 def test_numbers_of_any_size_in_float32(kernels, engine):
     """They are kept as pairs of float16, whose range is that of a tile's scale."""

@@ -104,6 +104,7 @@ FAULTS = (
     # Clusters
     ("store_without_wait", "shadow", None),
     ("store_without_wait", "plain", "not finite"),
+    ("store_without_cluster", "plain", "a block that is in no cluster"),
     ("store_wrong_size", "plain", None),
     ("store_too_early", "thread", None),
     ("block_for_cluster", "thread", None),

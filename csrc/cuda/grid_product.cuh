@@ -176,7 +176,7 @@ template <class T, bool kDual> class GridProductBlock {
                    packet = thread % kCopyLanes * kPacketBytes;
     const int k = K + int(slot / kVectors);
     if (k < shape_.rows()) {
-      const Source of = source(slot % kVectors);
+      const Source& of = source(slot % kVectors);
       const bool above = is_above(k, of.vector);
       const TilePlace at = above ? TilePlace{k, of.vector} : TilePlace{of.vector, k};
       const char* from = (above ? of.upper : of.transpose) + at.number() * int64_t(grid_tile_bytes(sizeof(T))) + packet;

@@ -147,8 +147,8 @@ template <class T> class BlockMatrices {
 
   /// D = f(A, i, j) elementwise, where the same warp may have written A.
   template <class F> __device__ __forceinline__ void map_tiles(const Matrix& D, const Matrix& A, const F& f) const {
-    __syncwarp();
     for_own_tiles([&](const Place& own) {
+      __syncwarp();
       WarpTile<T> result = Tiles::read(tile(A, own));
       result.for_each([&](T& a, int r, int c) { a = f(a, own.i(r), own.j(c)); });
       __syncwarp();  // D may be A, whose scale others read

@@ -75,26 +75,23 @@ __device__ __forceinline__ void add_inner(T& sum, const WarpTile<T>& source, War
 template <class T, class Source>
 __device__ __forceinline__ void add_inner(T& sum, const Source& source, WarpTile<T> tile, const TilePlace& at,
                                           T factor) {
-  add_inner(sum, symmetric_tile<T>(source, at), tile, at, factor);
+  const WarpTile<T> of_source = symmetric_tile<T>(source, at);
+  add_inner(sum, of_source, tile, at, factor);
 }
 
 /// Copies a tile of a symmetric matrix out, with its mirror image unless the triangle is wanted.
 template <class T, class Result>
 __device__ __forceinline__ void store_tile(const Result& result, WarpTile<T>& tile, const TilePlace& at) {
   const int C = int(result.channels);
+  const bool upper = result.output == Output::kTriu;
   with_pointer(result.data, [&](auto* data) {
-    if (result.output == Output::kTriu)
-      tile.for_each([&](T a, int r, int c) {
-        const int i = at.i(r), j = at.j(c);
-        if (i <= j && j < C) store_number(data + triu_index(i, j, C), a);
-      });
-    else
-      tile.for_each([&](T a, int r, int c) {
-        const int i = at.i(r), j = at.j(c);
-        if (j >= C || i > j) return;
-        store_number(data + (i * C + j), a);
-        if (i < j) store_number(data + (j * C + i), a);
-      });
+    tile.for_each([&](T a, int r, int c) {
+      const int i = at.i(r), j = at.j(c);
+      if (j >= C || i > j) return;
+      if (upper) return store_number(data + triu_index(i, j, C), a);
+      store_number(data + (i * C + j), a);
+      if (i < j) store_number(data + (j * C + i), a);
+    });
   });
 }
 

@@ -140,6 +140,7 @@ void mbarrier_arrive(uint64_t* own, unsigned rank, const Caller& caller) {
 void store_async(void* own, unsigned rank, const uint32_t (&words)[4], uint64_t* barrier, const Caller& caller) {
   const CalledFrom here(__builtin_return_address(0));
   const Site site{"store_async", caller.file, caller.line};
+  if (blocks_in_cluster() == 1) fail("sends from a block that is in no cluster, not even to itself", site);
   require_aligned(own, sizeof words, site);
   require_shared(own, sizeof words, site);
   auto* const there = static_cast<uint64_t*>(shared_of_block(barrier, rank, caller));

@@ -208,6 +208,13 @@ template <bool kFault> __global__ void store_without_wait(float* y) {
   if (kFault) mbarrier_wait(own_barrier(), 0);
 }
 
+template <bool kFault> __global__ void store_without_cluster(float* y) {
+  init_barrier();
+  __syncthreads();
+  if (kFault) exchange(0);
+  y[threadIdx.x] = 1;
+}
+
 template <bool kFault> __global__ void store_wrong_size(float* y) {
   init_barrier();
   cluster_sync();
@@ -318,6 +325,7 @@ template <bool kFault> std::map<std::string, std::function<std::vector<float>()>
       {"copy_bounds", [=] { return run(1, 1, copy_bounds<kFault>, data); }},
       {"copy_misaligned", [=] { return run(1, 1, copy_misaligned<kFault>, data); }},
       {"store_without_wait", [] { return run(2, 2, store_without_wait<kFault>); }},
+      {"store_without_cluster", [] { return run(1, 1, store_without_cluster<kFault>); }},
       {"store_wrong_size", [] { return run(2, 2, store_wrong_size<kFault>); }},
       {"store_too_early", [] { return run(2, 2, store_too_early<kFault>); }},
       {"block_for_cluster", [] { return run(2, 2, block_for_cluster<kFault>); }},
