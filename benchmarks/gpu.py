@@ -172,6 +172,8 @@ def run_step(step: Step, out: Path, environment: dict[str, str], seconds: float,
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment | step.environment, stdout=file, stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL, start_new_session=True,
+            # A shell's background job ignores interrupts, and so would whatever it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         try:
             code = process.wait(min(step.seconds, seconds))
