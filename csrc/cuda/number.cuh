@@ -34,6 +34,30 @@ __device__ inline float half_of(uint32_t pair, int which) {
   return which ? __high2float(halves) : __low2float(halves);
 }
 
+/// The power of two that brings numbers up to `largest` to 2^14 at most, and its reciprocal; both are normal numbers.
+/// 1 where that is infinite or no number. In float64 there is no need.
+template <class T> struct Scale {
+  T up = 1, down = 1;
+  __device__ explicit Scale(T) {}
+};
+template <> struct Scale<float> {
+  float up, down;
+  __device__ explicit Scale(float largest) {
+    constexpr uint32_t kBias = 127, kTop = 14, kInfinite = 255, kLeast = 15;
+    const uint32_t exponent = __float_as_uint(largest) >> 23 & 255, bounded = exponent < kLeast ? kLeast : exponent;
+    const bool plain = exponent == kInfinite || largest == 0;
+    up = plain ? 1.0f : __uint_as_float((2 * kBias + kTop - bounded) << 23);
+    down = plain ? 1.0f : __uint_as_float((bounded - kTop) << 23);
+  }
+};
+
+/// Two neighbours as the sums of two numbers of float16 each.
+struct SplitPair {
+  uint32_t high, low;
+  __device__ __forceinline__ SplitPair(float first, float second)
+      : high(pack_halves(first, second)), low(pack_halves(first - half_of(high, 0), second - half_of(high, 1))) {}
+};
+
 /// A pointer to elements that are computed as T, const or not, and may lie in memory as 16 bits. The kernels of roots
 /// read and write few of them: they are told which, where those of pooling are compiled for each.
 template <class T> class Elements {

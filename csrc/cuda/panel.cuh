@@ -42,23 +42,6 @@ __device__ __forceinline__ void store_packet(X* to, const T (&numbers)[kCount]) 
   }
 }
 
-/// The power of two that brings numbers up to `largest` to 2^14 at most, as in Tiles, and its reciprocal; both are
-/// normal numbers. In float64 there is no need.
-template <class T> struct Scale {
-  T up = 1, down = 1;
-  __device__ explicit Scale(T) {}
-};
-template <> struct Scale<float> {
-  float up, down;
-  __device__ explicit Scale(float largest) {
-    constexpr uint32_t kBias = 127, kTop = 14, kInfinite = 255, kLeast = 15;
-    const uint32_t exponent = __float_as_uint(largest) >> 23 & 255, bounded = exponent < kLeast ? kLeast : exponent;
-    const bool plain = exponent == kInfinite || largest == 0;
-    up = plain ? 1.0f : __uint_as_float((2 * kBias + kTop - bounded) << 23);
-    down = plain ? 1.0f : __uint_as_float((bounded - kTop) << 23);
-  }
-};
-
 /// 16 vectors with 16 terms, as they are multiplied. The order of the vectors is that of of_half().
 template <class T> struct Factor {
   T value[2][4];  // of each half one vector, terms quad, quad + 4, ...
@@ -307,13 +290,11 @@ template <class X, class T, int kTerms> class Panel {
     if constexpr (kPairs) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const T first = a[2 * half], second = a[2 * half + 1];
-        const uint32_t high = pack_halves(first, second);
+        const SplitPair pair(a[2 * half], a[2 * half + 1]);
         const int place = kPacketBytes * (packet() / 4) + 4 * (packet() % 4);
         const int to = own_row(pass) + (place ^ own_exchange(pass) ^ kPitch / 4 * half);
-        at_shared<uint32_t>(to) = high;
-        at_shared<uint32_t>(to + kLow) =
-            pack_halves(first - to_number(Half{uint16_t(high)}), second - to_number(Half{uint16_t(high >> 16)}));
+        at_shared<uint32_t>(to) = pair.high;
+        at_shared<uint32_t>(to + kLow) = pair.low;
       }
     } else {
       Numbers packet;

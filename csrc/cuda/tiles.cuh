@@ -356,19 +356,14 @@ template <> struct Tiles<float> {
       largest = size > largest ? size : largest;
     });
     largest = __reduce_max_sync(0xffffffffu, largest);
-    // 2^14 / 2^exponent and its reciprocal, both normal numbers.
-    constexpr uint32_t kBias = 127, kTop = 14, kInfinite = 255, kLeast = 15;
-    const uint32_t exponent = largest >> 23, bounded = exponent < kLeast ? kLeast : exponent;
-    const bool plain = exponent == kInfinite || largest == 0;
-    const float scale = plain ? 1.0f : __uint_as_float((2 * kBias + kTop - bounded) << 23);
+    const Scale<float> scale(__uint_as_float(largest));
     Packed packed;
-    packed.scale = plain ? 1.0f : __uint_as_float((bounded - kTop) << 23);
+    packed.scale = scale.down;
     int pair = 0;
     result.for_each_pair([&](const float* a, int, int) {
-      const float first = a[0] * scale, second = a[1] * scale;
-      const uint32_t high = pack_halves(first, second);
-      packed.high[pair] = high;
-      packed.low[pair++] = pack_halves(first - half_of(high, 0), second - half_of(high, 1));
+      const SplitPair split(a[0] * scale.up, a[1] * scale.up);
+      packed.high[pair] = split.high;
+      packed.low[pair++] = split.low;
     });
     return packed;
   }
