@@ -286,13 +286,14 @@ template <> struct Tiles<double> {
 /// and smaller ones lose no more than 2^-39 of it. A tile of NaN, or with an infinite element, has the scale 1. The
 /// scale stands there four times: tiles begin at multiples of 16 bytes, and are copied whole.
 ///
-/// Rows of eight numbers, 16 bytes, are what ldmatrix reads: rows r and r + 4 exchange theirs, so that any eight of a
-/// column lie in different banks, and so do the pairs that a warp reads and writes.
+/// A tile's four parts of 8 x 8 follow each other, row by row: 128 bytes each, all banks once. ldmatrix reads a part, and
+/// so does a warp that reads or writes its pairs of neighbours.
 template <> struct Tiles<float> {
   static constexpr int kLow = 2 * kTileSize, kScale = 4 * kTileSize, kBytes = tile_bytes(sizeof(float));
+  static constexpr int kPart = 2 * 8 * 8;  // bytes
 
   static __device__ int place(unsigned row, unsigned column) {
-    return int(2 * kTile * row + 16 * ((column / 8) ^ (row / 4 & 1)) + 2 * (column % 8));
+    return int(kPart * (row / 8 * 2 + column / 8) + 16 * (row % 8) + 2 * (column % 8));
   }
 
   /// Of the pairs (high, low) of two neighbours the one that `which` names.
@@ -306,16 +307,14 @@ template <> struct Tiles<float> {
                 tile.template at<float>(kScale));
   }
 
-  /// Where a lane's four pairs of neighbours are of which the first one is (row, column), in the order of WarpTile's:
-  /// at constant offsets from two places.
+  /// Where a lane's four pairs of neighbours are, in the order of WarpTile's: at constant offsets from the first one.
   template <class Tile> class Pairs {
-    Tile half_[2];
+    Tile first_;
 
    public:
-    __device__ Pairs(const Tile& tile, int row, int column)
-        : half_{tile + place(row, column), tile + (place(row, column) ^ 16)} {}
+    __device__ explicit Pairs(const Tile& tile) : first_(tile + place(Lane().group, 2 * Lane().quad)) {}
     template <class U> __device__ U& at(int pair, int offset) const {
-      return half_[pair / 2].template at<U>(offset + 16 * kTile * (pair % 2));
+      return first_.template at<U>(offset + kPart * (pair % 2 * 2 + pair / 2));
     }
   };
 
@@ -327,8 +326,7 @@ template <> struct Tiles<float> {
   template <class Tile> static __device__ __forceinline__ Packed read_packed(const Tile& tile) {
     Packed packed;
     packed.scale = tile.template at<float>(kScale);
-    const Lane lane;
-    const Pairs<Tile> pairs(tile, lane.group, 2 * lane.quad);
+    const Pairs<Tile> pairs(tile);
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
       packed.high[pair] = pairs.template at<uint32_t>(pair, 0);
@@ -376,7 +374,7 @@ template <> struct Tiles<float> {
     if (symmetric) mirror(packed.high), mirror(packed.low);
     const Lane lane;
     if (lane.group == 0) to.template at<float>(kScale + int(sizeof(float)) * lane.quad) = packed.scale;
-    const Pairs<Tile> pairs(to, lane.group, 2 * lane.quad);
+    const Pairs<Tile> pairs(to);
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
       pairs.template at<uint32_t>(pair, 0) = packed.high[pair];
