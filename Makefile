@@ -27,7 +27,7 @@ BUDGET ?=
 DRY_RUN ?=
 # The build with the CUDA kernels: a wheel, and the same installed beside .venv, for PYTHONPATH.
 CUDA := build/cuda
-ARCHITECTURES := 8.0 9.0 10.0
+ARCHITECTURES := 8.0 9.0a 10.0
 
 BIN := .venv/bin
 # The second command of an install names torch again: without it pip might replace what the first one chose.

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 TORCH_TARGET = "0x020a000000000000ULL"  # the stable ABI of torch 2.10: loads there and in every later torch
-ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 
 
 def import_torch():
@@ -44,7 +44,7 @@ def default_architectures(cuda_home):
     nvcc = str(Path(cuda_home) / "bin" / "nvcc")
     listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
     listed = listing.stdout.split()
-    return ";".join(a for a in ARCHITECTURES if "compute_" + a.replace(".", "") in listed) + "+PTX"
+    return ";".join(a for a in ARCHITECTURES if "compute_" + a.strip("a").replace(".", "") in listed) + "+PTX"
 
 
 def extension(cpp_extension):

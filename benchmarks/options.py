@@ -67,6 +67,7 @@ OPTIONS = {
     "1 thread": Option(threads=1),
     'engine "library"': Option(engine="library"),
     'engine "grid"': Option(engine="grid"),
+    'engine "warpgroup"': Option(engine="warpgroup"),
     'engine "block"': Option(engine="block"),  # never a cluster
 }
 

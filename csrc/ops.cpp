@@ -105,7 +105,7 @@ template <class Enum> Enum check_enum(int64_t value, Enum last, const char* name
 }
 Output check_output(int64_t value) { return check_enum(value, Output::kMean, "output"); }
 Root check_root(int64_t value) { return check_enum(value, Root::kInverse, "root"); }
-EngineKind check_engine(int64_t value) { return check_enum(value, EngineKind::kGrid, "engine"); }
+EngineKind check_engine(int64_t value) { return check_enum(value, EngineKind::kWarpgroup, "engine"); }
 
 // ---- views --------------------------------------------------------------------------------------------------------
 
@@ -196,17 +196,19 @@ struct Cuda {
     cuda::pool_backward(task, stream);
   }
   template <class X> void root(const RootTask<X>& task, EngineKind kind) {
-    kind == EngineKind::kGrid ? cuda::grid_root(task, stream) : cuda::root(task, stream);
+    on_grid(kind) ? cuda::grid_root(task, kind == EngineKind::kWarpgroup, stream) : cuda::root(task, stream);
   }
   template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind kind) {
-    kind == EngineKind::kGrid ? cuda::grid_root_backward(task, stream) : cuda::root_backward(task, stream);
+    on_grid(kind) ? cuda::grid_root_backward(task, kind == EngineKind::kWarpgroup, stream)
+                  : cuda::root_backward(task, stream);
   }
   void finish() {}
+  static bool on_grid(EngineKind kind) { return kind == EngineKind::kGrid || kind == EngineKind::kWarpgroup; }
   /// Elements that the engine needs beside sigma.
   static int64_t workspace_size(EngineKind kind, const Tensor& sigma, const Steps& steps, bool backward) {
-    if (kind != EngineKind::kGrid) return 0;
+    if (!on_grid(kind)) return 0;
     return cuda::grid_workspace_size(sigma.size(0), sigma.size(1), int64_t(sigma.element_size()), backward,
-                                     steps.any_in_full());
+                                     steps.any_in_full(), kind == EngineKind::kWarpgroup);
   }
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;

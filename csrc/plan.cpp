@@ -62,11 +62,15 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
     const bool fits = bytes > 0 && bytes <= device.shared_bytes;
     switch (requested) {
       case EngineKind::kAuto:
-        return fits ? EngineKind::kBlock : EngineKind::kGrid;
+        return fits ? EngineKind::kBlock : EngineKind::kGrid;  // kWarpgroup has yet to be measured
       case EngineKind::kBlock:
         if (fits) return requested;
         throw std::runtime_error("engine: 'block' needs more shared memory than this device has for " +
                                  std::to_string(p.channels) + " channels");
+      case EngineKind::kWarpgroup:
+        if (device.warpgroups && p.element_size == sizeof(float)) return requested;
+        throw std::runtime_error(
+            "engine: 'warpgroup' computes in float32 on devices of compute capability 9.0, with code of sm_90a");
       case EngineKind::kGrid:
       case EngineKind::kLibrary:
         return requested;
@@ -99,7 +103,7 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
 }  // namespace
 
 const char* engine_name(EngineKind kind) {
-  constexpr const char* names[] = {"auto", "library", "portable", "avx2", "avx512", "block", "grid"};
+  constexpr const char* names[] = {"auto", "library", "portable", "avx2", "avx512", "block", "grid", "warpgroup"};
   return names[static_cast<int>(kind)];
 }
 
@@ -123,7 +127,7 @@ Plan plan(const Problem& problem, EngineKind requested) {
 #ifdef ISQRT_WITH_CUDA
   if (problem.cuda) return plan_cuda(problem, requested);
 #endif
-  if (requested == EngineKind::kBlock || requested == EngineKind::kGrid)
+  if (requested >= EngineKind::kBlock)
     throw std::runtime_error(std::string("engine: '") + engine_name(requested) + "' runs on CUDA devices only");
   return plan_cpu(problem, requested);
 }

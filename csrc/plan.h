@@ -7,7 +7,7 @@
 namespace isqrt {
 
 /// kAuto leaves the choice to plan(); isqrt_cov/ops.py names the others in this order.
-enum class EngineKind : int { kAuto = 0, kLibrary, kPortable, kAvx2, kAvx512, kBlock, kGrid };
+enum class EngineKind : int { kAuto = 0, kLibrary, kPortable, kAvx2, kAvx512, kBlock, kGrid, kWarpgroup };
 
 struct Problem {
   bool cuda;

@@ -18,7 +18,7 @@ from .transforms import call_gradient, compute_dtype
 # The enumerations of csrc, in their order.
 OUTPUTS = ("matrix", "triu", "mean")
 ROOTS = ("square", "inverse")
-ENGINES = ("auto", "library", "portable", "avx2", "avx512", "block", "grid")
+ENGINES = ("auto", "library", "portable", "avx2", "avx512", "block", "grid", "warpgroup")
 
 
 def code(argument: str, value: str, names: tuple[str, ...]) -> int:

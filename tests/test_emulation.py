@@ -99,7 +99,7 @@ def root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False, s
     shape = {"matrix": (channels, channels), "triu": (channels * (channels + 1) // 2,), "mean": (channels,)}[output]
     result = not_a_number(batch, *shape, dtype=dtype or sigma.dtype)
     codes = ROOTS.index(root_name), OUTPUTS.index(output)
-    blocks = 0 if grid else blocks
+    blocks = {False: blocks, True: 0, "warpgroups": -1}[grid]
     kernels.root(name_of(result.dtype), array(sigma), iterations, *codes, floor, blocks, array(scale), array(result))
     return result
 
@@ -108,7 +108,7 @@ def root_backward(kernels, grad, sigma, iterations, root_name, output, floor=0.0
     grad_sigma = torch.full_like(sigma, float("nan"))
     codes = ROOTS.index(root_name), OUTPUTS.index(output)
     arrays = array(grad.contiguous()), array(sigma)
-    blocks = 0 if grid else blocks
+    blocks = {False: blocks, True: 0, "warpgroups": -1}[grid]
     kernels.root_backward(name_of(grad.dtype), *arrays, iterations, *codes, floor, blocks, array(grad_sigma))
     return grad_sigma
 
@@ -221,7 +221,15 @@ def test_one_block_without_room_for_spare_matrices(kernels, output, channels, ba
     assert_close(results[1], results[0].double(), tolerance(torch.float32, channels))
 
 
-@pytest.mark.parametrize("engine", ({"blocks": 1}, {"blocks": 2}, {"grid": True}), ids=("block", "cluster", "grid"))
+FLOAT_ENGINES = {
+    "block": {"blocks": 1},
+    "cluster": {"blocks": 2},
+    "grid": {"grid": True},
+    "warpgroup": {"grid": "warpgroups"},
+}
+
+
+@pytest.mark.parametrize("engine", FLOAT_ENGINES.values(), ids=FLOAT_ENGINES)
 def test_numbers_of_any_size_in_float32(kernels, engine):
     """They are kept as pairs of float16, whose range is that of a tile's scale."""
     channels = 40
@@ -247,6 +255,26 @@ def test_newton_schulz_on_the_grid(kernels, channels, dtype):
     for number, iterations in enumerate((1, 2, 3) if channels < 80 else (3,)):
         check_root(kernels, sigma, iterations, "square", OUTPUTS[(number + channels) % 3], grid=True)
     check_root(kernels, sigma, 2, "inverse", OUTPUTS[channels % 3], grid=True)
+
+
+# One panel, a tail; two panels; a second block that is one panel, and a tail; a third one.
+@pytest.mark.parametrize("channels", (20, 70, 130, 260))
+def test_warpgroups_compute_the_bits_of_the_grid(kernels, channels):
+    sigma = covariances(2 if channels < 80 else 1, channels, torch.float32)
+    iterations = 3 if channels < 200 else 2
+    results = []
+    for engine in (True, "warpgroups"):
+        y = root(kernels, sigma, iterations, "square", "matrix", grid=engine)
+        results.append((y, root_backward(kernels, y.mT.exp(), sigma, iterations, "square", "matrix", grid=engine)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# For this floor T and its transpose are computed in full, each from half of its tiles and its mirror image's.
+@pytest.mark.parametrize("channels", (20, 65, 112))
+def test_warpgroups_in_full(kernels, channels):
+    sigma = covariances(1, channels, torch.float32)
+    for name in ROOTS[: 2 if channels < 100 else 1]:
+        check_root(kernels, sigma, 5, name, "matrix", floor=1e-4, grid="warpgroups")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -436,7 +464,7 @@ def test_same_bits_in_any_order_of_threads(kernels, dtype):
             y = root(kernels, small, 3, "square", output)
             runs[-1] += [y, root_backward(kernels, y, small, 3, "square", output)]
         if dtype == torch.float32:
-            for engine in ({"blocks": 4}, {"grid": True}):
+            for engine in ({"blocks": 4}, {"grid": True}, {"grid": "warpgroups"}):
                 y = root(kernels, small, 3, "square", "matrix", **engine)
                 runs[-1] += [y, root_backward(kernels, y, small, 3, "square", "matrix", **engine)]
     for run in runs[1:]:

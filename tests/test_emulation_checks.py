@@ -61,7 +61,7 @@ def test_every_wrapper_is_checked():
     assert set(wrappers) == {name.split("<")[0] for line in checked for name in line.split(", ")}
 
 
-@pytest.mark.parametrize("architecture", (80, 90, 100))
+@pytest.mark.parametrize("architecture", ("80", "90", "90a", "100"))
 def test_wrappers_compile_for_a_device(architecture, tmp_path):
     nvcc = shutil.which("nvcc", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
     if nvcc is None:
@@ -101,6 +101,12 @@ FAULTS = (
     ("copy_too_early", "thread", None),
     ("copy_bounds", "address", None),
     ("copy_misaligned", "plain", None),
+    # Warpgroups
+    ("warpgroup_not_begun", "plain", "multiplies without having begun"),
+    ("warpgroup_not_ended", "plain", "not finite"),
+    ("warpgroup_not_fenced", "plain", "reads what was copied, and no fence followed"),
+    ("warpgroup_no_barrier", "thread", None),
+    ("warpgroup_no_warp", "plain", "deadlock"),
     # Clusters
     ("store_without_wait", "shadow", None),
     ("store_without_wait", "plain", "not finite"),

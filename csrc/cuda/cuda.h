@@ -13,21 +13,23 @@ template <class X> void pool_backward(const PoolBackwardTask<X>& task, void* str
 template <class X> void root(const RootTask<X>& task, void* stream);
 template <class X> void root_backward(const RootBackwardTask<X>& task, void* stream);
 
-/// The same of matrices in global memory, with the workspace of the task: so many elements.
-template <class X> void grid_root(const RootTask<X>& task, void* stream);
-template <class X> void grid_root_backward(const RootBackwardTask<X>& task, void* stream);
-int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_size, bool backward, bool in_full);
+/// The same of matrices in global memory, with the workspace of the task: so many elements. Products are those of
+/// warpgroups where that is asked for, of float32 on a device that has them.
+template <class X> void grid_root(const RootTask<X>& task, bool warpgroups, void* stream);
+template <class X> void grid_root_backward(const RootBackwardTask<X>& task, bool warpgroups, void* stream);
+int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_size, bool backward, bool in_full,
+                            bool warpgroups);
 
 /// Shared memory in bytes that one block needs for root or root_backward of a C x C matrix, with or without steps in
 /// full, 0 where no kernel is compiled for so many channels; and each block of a cluster, with task.blocks > 1.
 int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full);
 int64_t cluster_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full);
 
-/// The most shared memory of a block of this device, its multiprocessors, and whether the current device has clusters
-/// and code for them.
+/// The most shared memory of a block of this device, its multiprocessors, and whether the current device has clusters,
+/// or products of warpgroups, and code for them.
 struct Limits {
   int64_t shared_bytes, multiprocessors;
-  bool clusters;
+  bool clusters, warpgroups;
 };
 Limits limits(int device);
 

@@ -14,6 +14,7 @@
 #include "block.cuh"
 #include "grid_product.cuh"
 #include "number.cuh"
+#include "warpgroup_product.cuh"
 
 namespace isqrt::cuda {
 
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(kGridThreads, 1) map_kernel(const GridMaps<T> 
                  sample = unsigned(own.sample) % unsigned(shape.batch);
   if (map >= unsigned(maps.count)) return;
   WarpTile<T> result = maps.map[map].tile(shape, sample, own.at);
-  write_tile(shape, maps.result[map], sample, own.at, result, own.at.I == own.at.J);
+  write_tile(shape, maps.result[map], maps.result[map], sample, own.at, result, true);
 }
 
 /// A matrix / divisor copied out, or its upper triangle.
@@ -376,7 +377,8 @@ template <class T> class GridEngine {
 
   static GridProduct::Operand operand(const Matrix& A) { return {A.data, A.transpose}; }
 
-  /// D = alpha D + beta (A1 B1 + A2 B2), A1 B1 alone where A2 is null.
+  /// D = alpha D + beta (A1 B1 + A2 B2), A1 B1 alone where A2 is null. Of a D that is not symmetric this is the upper
+  /// triangle, and it is new.
   void enqueue(Matrix& D, double alpha, double beta, const Matrix& A1, const Matrix& B1, const Matrix* A2,
                const Matrix* B2, bool symmetric = true) {
     GridProduct product = {};
@@ -385,14 +387,13 @@ template <class T> class GridEngine {
     if (product.dual) product.left[1] = operand(*A2), product.right[1] = operand(*B2);
     product.added[0] = alpha == 0 ? nullptr : D.data;
     product.alpha = alpha, product.beta = beta;
-    product.symmetric = symmetric;
     const bool waits = needs(product.added[0]) || needs(product.left[0]) || needs(product.right[0]) ||
                        needs(product.left[1]) || needs(product.right[1]);
-    GridProduct* derivative = waits ? nullptr : find_derivative(product);
+    GridProduct* derivative = waits ? nullptr : find_derivative(product, symmetric);
     if (!derivative && (waits || waiting_.count == GridProducts::kMost || of_other_kind(product))) flush();
 
-    renew(D);
-    product.result[0] = D.data;
+    if (symmetric) renew(D);
+    product.result[0] = operand(D);
     if (derivative) {
       derivative->result[1] = product.result[0];
       derivative->added[1] = product.added[0];
@@ -404,21 +405,27 @@ template <class T> class GridEngine {
   /// D = A1 B1 + A2 B2; in full also its transpose E, from the factors exchanged.
   Matrix enqueue(Matrix& D, Matrix& E, const Matrix& A1, const Matrix& B1, const Matrix* A2, const Matrix* B2,
                  bool in_full) {
-    enqueue(D, 0, 1, A1, B1, A2, B2, !in_full);
-    if (!in_full) return D;
+    if (!in_full) {
+      enqueue(D, 0, 1, A1, B1, A2, B2);
+      return D;
+    }
+    if (needs(operand(A1)) || needs(operand(B1)) || (A2 && (needs(operand(*A2)) || needs(operand(*B2))))) flush();
+    renew(D), renew(E);
+    D.transpose = E.data;
+    E.transpose = D.data;
+    enqueue(D, 0, 1, A1, B1, A2, B2, false);
     if (A2)
       enqueue(E, 0, 1, *B2, *A2, &B1, &A1, false);
     else
       enqueue(E, 0, 1, B1, A1, nullptr, nullptr, false);
-    D.transpose = E.data;
-    E.transpose = D.data;
     return E;
   }
 
   /// Whether a product that waits has this result.
   bool needs(const char* matrix) const {
     for (int p = 0; p < waiting_.count; ++p)
-      if (matrix && (waiting_.product[p].result[0] == matrix || waiting_.product[p].result[1] == matrix)) return true;
+      if (matrix && (waiting_.product[p].result[0].upper == matrix || waiting_.product[p].result[1].upper == matrix))
+        return true;
     return false;
   }
   bool needs(const GridProduct::Operand& operand) const { return needs(operand.upper) || needs(operand.transpose); }
@@ -428,12 +435,12 @@ template <class T> class GridEngine {
   }
 
   /// The one that waits of which this is the product whose derivative it is, see GridProduct.
-  GridProduct* find_derivative(const GridProduct& product) {
+  GridProduct* find_derivative(const GridProduct& product, bool symmetric) {
     for (int p = 0; p < waiting_.count; ++p) {
       GridProduct& other = waiting_.product[p];
-      if (!product.dual && other.dual && !other.result[1] && other.left[1].upper == product.left[0].upper &&
+      if (!product.dual && other.dual && !other.result[1].upper && other.left[1].upper == product.left[0].upper &&
           other.right[0].upper == product.right[0].upper && other.alpha == product.alpha &&
-          other.beta == product.beta && other.symmetric == product.symmetric)
+          other.beta == product.beta && symmetric == (other.result[0].upper == other.result[0].transpose))
         return &other;
     }
     return nullptr;
@@ -457,9 +464,15 @@ template <class T> class GridEngine {
     sums_.count = 0;
   }
   template <bool kDual> void launch_products() {
-    using Block = GridProductBlock<T, kDual>;
-    launch("product", product_kernel<T, kDual>, Block::places(shape_) * waiting_.count * shape_.batch, Block::kThreads,
-           Block::kSharedBytes, stream_, waiting_, shape_);
+    const auto launch_blocks = [&](auto block, const auto& kernel) {
+      using Block = typename decltype(block)::type;
+      launch("product", kernel, GridShare::places(shape_, Block::kSide) * waiting_.count * shape_.batch,
+             Block::kThreads, Block::kSharedBytes, stream_, waiting_, shape_);
+    };
+    if constexpr (std::is_same_v<T, float>)
+      if (shape_.for_warpgroups)
+        return launch_blocks(std::type_identity<WarpgroupProductBlock<kDual>>(), warpgroup_product_kernel<kDual>);
+    launch_blocks(std::type_identity<GridProductBlock<T, kDual>>(), product_kernel<T, kDual>);
   }
 
   /// Blocks with a warp for each of so many items of a sample.

@@ -12,27 +12,53 @@ namespace isqrt::cuda {
 /// From tile to tile in global memory, whose sectors have 32 bytes: what lies across them is read twice.
 ISQRT_FN constexpr int grid_tile_bytes(int64_t element_size) { return (tile_bytes(element_size) + 31) / 32 * 32; }
 
-/// Symmetric matrices of a batch, one after the other: the tiles of their upper triangles, zero outside C x C.
+/// Symmetric matrices of a batch, one after the other: the tiles of their upper triangles, zero outside C x C. For
+/// warpgroups, whose operands have 4 x 4 tiles, those on the diagonal are stored in full: after the triangle come the
+/// mirror images of tiles beside it, six for each four rows.
 struct GridShape {
   int64_t batch;
   int channels;
+  bool for_warpgroups = false;
+
+  static constexpr int kGroup = 4, kMirrored = kGroup * (kGroup - 1) / 2;  // tiles
 
   ISQRT_FN int rows() const { return tile_rows(channels); }  // of tiles
   ISQRT_FN int tiles() const { return tile_count(channels); }
-  template <class T> ISQRT_FN int64_t bytes() const { return batch * tiles() * grid_tile_bytes(sizeof(T)); }
+  ISQRT_FN int stored() const { return tiles() + (for_warpgroups ? kMirrored * groups() : 0); }
+  ISQRT_FN int groups() const { return (rows() + kGroup - 1) / kGroup; }
+  template <class T> ISQRT_FN int64_t bytes() const { return batch * stored() * grid_tile_bytes(sizeof(T)); }
 
+  template <class T> __device__ OtherTile numbered(char* A, int64_t sample, int number) const {
+    return {A + (sample * stored() + number) * grid_tile_bytes(sizeof(T))};
+  }
   template <class T> __device__ OtherTile tile(char* A, int64_t sample, const TilePlace& at) const {
-    return {A + (sample * tiles() + at.number()) * grid_tile_bytes(sizeof(T))};
+    return numbered<T>(A, sample, at.number());
+  }
+  /// Of the tile at (row, column), which may be one of those that are stored in full.
+  __device__ int number(int row, int column) const {
+    if (row <= column) return TilePlace{row, column}.number();
+    const int r = row % kGroup;
+    return tiles() + row / kGroup * kMirrored + r * (r - 1) / 2 + column % kGroup;
+  }
+  __device__ bool is_mirrored(const TilePlace& at) const {
+    return for_warpgroups && at.I < at.J && at.I / kGroup == at.J / kGroup;
   }
   template <class T> __device__ T element(char* A, int64_t sample, int i, int j) const {
     return element_of<T>([&](const TilePlace& at) { return tile<T>(A, sample, at); }, i, j);
   }
 };
 
+/// Of A, whose transpose is `transpose`: A itself where it is symmetric.
 template <class T>
-__device__ __forceinline__ void write_tile(const GridShape& shape, char* A, int64_t sample, const TilePlace& at,
-                                           WarpTile<T>& tile, bool symmetric) {
-  Tiles<T>::write(shape.tile<T>(A, sample, at), Tiles<T>::pack(tile), symmetric);
+__device__ __forceinline__ void write_tile(const GridShape& shape, char* A, char* transpose, int64_t sample,
+                                           const TilePlace& at, WarpTile<T>& tile, bool may_be_mirrored) {
+  const auto packed = Tiles<T>::pack(tile);
+  Tiles<T>::write(shape.tile<T>(A, sample, at), packed, at.I == at.J && A == transpose);
+  if constexpr (sizeof(T) == 4)
+    if (may_be_mirrored && shape.is_mirrored(at)) {
+      const OtherTile image = shape.numbered<T>(transpose, sample, shape.number(at.J, at.I));
+      Tiles<T>::write(image, Tiles<T>::transposed(packed), false);
+    }
 }
 
 /// The product of dual numbers L + e dL and R + e dR, e e = 0: what a step of the iteration and of its derivative is
@@ -41,15 +67,15 @@ __device__ __forceinline__ void write_tile(const GridShape& shape, char* A, int6
 ///     result[1] = alpha added[1] + beta  L R
 /// or left[0] right[0] alone, where not `dual`. Nothing is added where null, and result[1] is not wanted where null.
 /// Left operands are symmetric. A right one that is not takes what is under the diagonal from the upper triangle of its
-/// transpose.
+/// transpose; a result that is not is that triangle of one, whose transpose is the result of another product.
 struct GridProduct {
   struct Operand {
     char *upper, *transpose;
   };
-  Operand left[2], right[2];
-  char *result[2], *added[2];
+  Operand left[2], right[2], result[2];
+  char* added[2];
   double alpha, beta;
-  bool dual, symmetric;  // are the results
+  bool dual;
 };
 
 /// Products of one launch, all of them dual or none: no operand is the result of another.
@@ -59,13 +85,66 @@ struct GridProducts {
   GridProduct product[kMost];
 };
 
+/// Which square of so many tiles each way of the upper triangle is a block's to compute, of which product and sample.
+struct GridShare {
+  int product, sample;
+  TilePlace first;
+
+  /// Squares in each direction, and of a product of a sample.
+  static ISQRT_FN int sides(const GridShape& shape, int side) { return (shape.rows() + side - 1) / side; }
+  static ISQRT_FN int places(const GridShape& shape, int side) {
+    return sides(shape, side) * (sides(shape, side) + 1) / 2;
+  }
+
+  /// That of the running block. The most work first: on the diagonal, where some warps are idle, it is less.
+  static __device__ GridShare own(const GridProducts& products, const GridShape& shape, int side) {
+    const unsigned batch = unsigned(shape.batch), each = products.count * batch, work = blockIdx.x % each;
+    const int place = int(blockIdx.x / each), count = sides(shape, side), above = count * (count - 1) / 2;
+    TilePlace first{place - above, place - above};
+    if (place < above) {
+      first = TilePlace::after(place, count - 1);
+      ++first.J;
+    }
+    return {int(work / batch), int(work % batch), {side * first.I, side * first.J}};
+  }
+};
+
+/// A tile of one of a product's results, which a warp has summed up: of the upper triangle, or nothing is done with it.
+template <class T, bool kMayBeMirrored> struct GridResult {
+  using Tiles = cuda::Tiles<T>;
+  const GridShape& shape;
+  const GridProduct& product;
+  int number, sample;
+  TilePlace at;
+
+  __device__ bool is_wanted() const { return at.I <= at.J && at.J < shape.rows(); }
+
+  /// What is added to it, to be asked for early.
+  __device__ __forceinline__ typename Tiles::Packed added() const {
+    if (!product.added[number]) return {};
+    return Tiles::read_packed(shape.tile<T>(product.added[number], sample, is_wanted() ? at : TilePlace{0, 0}));
+  }
+  __device__ __forceinline__ void store(WarpTile<T> sum, const typename Tiles::Packed& added) const {
+    const T alpha = T(product.alpha), beta = T(product.beta);
+    sum.for_each([&](T& a, int, int) { a *= beta; });
+    if (product.added[number]) sum.combine(Tiles::unpack(added), [&](T& a, T d) { a += alpha * d; });
+    const auto& [upper, transpose] = product.result[number];
+    if (is_wanted()) write_tile(shape, upper, transpose, sample, at, sum, kMayBeMirrored);
+  }
+};
+
 /// 4 x 4 tiles of one product of one sample, 2 x 2 in each of four warps.
 template <class T, bool kDual> class GridProductBlock {
   using Tiles = cuda::Tiles<T>;
   using Terms = typename Tiles::Terms;
   using Sum = typename Tiles::Sum;
-  static constexpr int kNumbers = kDual ? 2 : 1;              // of an operand, and of the result
-  static constexpr int kSide = 4, kWarpSide = 2;              // tiles
+  static constexpr int kNumbers = kDual ? 2 : 1;  // of an operand, and of the result
+
+ public:
+  static constexpr int kSide = 4;  // tiles
+
+ private:
+  static constexpr int kWarpSide = 2;
   static constexpr int kOperand = kNumbers * kSide;           // vectors of tiles
   static constexpr int kVectors = 2 * kOperand, kStages = 2;  // rows of the left operand, columns of the right one
 
@@ -77,30 +156,22 @@ template <class T, bool kDual> class GridProductBlock {
   static constexpr int kCopyLanes = 8, kDepth = kThreads / kCopyLanes / kVectors;
   static constexpr int kStageBytes = kVectors * kDepth * Tiles::kBytes, kLastStage = (kStages - 1) * kStageBytes;
 
-  /// What is this block's to compute, and what a vector of tiles is copied from. They lie after the stages: products
-  /// need the registers.
-  struct Share {
-    int product, sample;
-    TilePlace first;
-  };
+  /// What a vector of tiles is copied from. It lies after the stages, as this block's share does: products need the
+  /// registers.
   struct Source {
     const char *upper, *transpose;
     int vector;
   };
 
  public:
-  static constexpr int kSharedBytes = kStages * kStageBytes + int(sizeof(Share)) + kVectors * int(sizeof(Source));
+  static constexpr int kSharedBytes = kStages * kStageBytes + int(sizeof(GridShare)) + kVectors * int(sizeof(Source));
   /// As many as have room, in shared memory and in registers, on a multiprocessor of sm_90.
   static constexpr int kBlocks = sizeof(T) == 8 ? 2 : kDual ? 3 : 5;
-
-  /// Blocks in each direction, and of a product of a sample.
-  static ISQRT_FN int sides(const GridShape& shape) { return (shape.rows() + kSide - 1) / kSide; }
-  static ISQRT_FN int places(const GridShape& shape) { return sides(shape) * (sides(shape) + 1) / 2; }
 
   __device__ GridProductBlock(const GridProducts& products, const GridShape& shape)
       : products_(products), shape_(shape) {
     prepare();
-    const Share own = share();
+    const GridShare own = share();
     row_ = own.first.I + warp_row(), column_ = own.first.J + warp_column();
     left_ = opaque(shared_begin() + warp_row() * Tiles::kBytes);
     right_ = opaque(shared_begin() + (kOperand + warp_column()) * Tiles::kBytes);
@@ -130,30 +201,20 @@ template <class T, bool kDual> class GridProductBlock {
   }
 
  private:
-  static __device__ Share& share() { return *reinterpret_cast<Share*>(shared_memory<char>() + kStages * kStageBytes); }
+  static __device__ GridShare& share() {
+    return *reinterpret_cast<GridShare*>(shared_memory<char>() + kStages * kStageBytes);
+  }
   static __device__ Source& source(int vector) {
-    return reinterpret_cast<Source*>(shared_memory<char>() + kStages * kStageBytes + sizeof(Share))[vector];
+    return reinterpret_cast<Source*>(shared_memory<char>() + kStages * kStageBytes + sizeof(GridShare))[vector];
   }
 
   /// This warp's tiles in the block; anew wherever they are wanted.
   static __device__ int warp_row() { return int(opaque(threadIdx.x)) / kWarp / 2 * kWarpSide; }
   static __device__ int warp_column() { return int(opaque(threadIdx.x)) / kWarp % 2 * kWarpSide; }
 
-  /// The most work first: blocks on the diagonal, where a warp is idle, come last.
-  __device__ Share find_share() const {
-    const unsigned batch = unsigned(shape_.batch), each = products_.count * batch, work = blockIdx.x % each;
-    const int place = int(blockIdx.x / each), count = sides(shape_), above = count * (count - 1) / 2;
-    TilePlace first{place - above, place - above};
-    if (place < above) {
-      first = TilePlace::after(place, count - 1);
-      ++first.J;
-    }
-    return {int(work / batch), int(work % batch), {kSide * first.I, kSide * first.J}};
-  }
-
   __device__ void prepare() const {
     if (threadIdx.x < kVectors) {
-      const Share own = find_share();
+      const GridShare own = GridShare::own(products_, shape_, kSide);
       if (threadIdx.x == 0) share() = own;
       const int t = int(threadIdx.x), number = t / kSide % kNumbers, last = shape_.rows() - 1;
       const bool right = t >= kOperand;
@@ -215,40 +276,26 @@ template <class T, bool kDual> class GridProductBlock {
   }
 
   __device__ __forceinline__ void store(const Sum (&sum)[kNumbers][kWarpSide][kWarpSide]) const {
-    const Share own = share();
+    const GridShare own = share();
     const GridProduct& product = products_.product[own.product];
-    const T alpha = T(product.alpha), beta = T(product.beta);
     const int row = own.first.I + warp_row(), column = own.first.J + warp_column();
 #pragma unroll
     for (int number = 0; number < kNumbers; ++number) {
-      if (!product.result[number]) return;
-      const bool adds = product.added[number];
-      typename Tiles::Packed added[kWarpSide][kWarpSide] = {};
-      if (adds) {  // all of it is asked for before the first is waited for
-#pragma unroll
-        for (int r = 0; r < kWarpSide; ++r)
-#pragma unroll
-          for (int c = 0; c < kWarpSide; ++c) {
-            const TilePlace at{row + r, column + c}, from = is_wanted(at) ? at : TilePlace{row, column};
-            added[r][c] = Tiles::read_packed(shape_.tile<T>(product.added[number], own.sample, from));
-          }
-      }
+      if (!product.result[number].upper) return;
+      const auto result = [&](int r, int c) {
+        return GridResult<T, false>{shape_, product, number, own.sample, {row + r, column + c}};
+      };
+      typename Tiles::Packed added[kWarpSide][kWarpSide];  // all of it is asked for before the first is waited for
 #pragma unroll
       for (int r = 0; r < kWarpSide; ++r)
 #pragma unroll
-        for (int c = 0; c < kWarpSide; ++c) {
-          const TilePlace at{row + r, column + c};
-          WarpTile<T> result = sum[number][r][c].total();
-          result.for_each([&](T& a, int, int) { a *= beta; });
-          if (adds) result.combine(Tiles::unpack(added[r][c]), [&](T& a, T d) { a += alpha * d; });
-          const auto packed = Tiles::pack(result);
-          if (is_wanted(at))
-            Tiles::write(shape_.tile<T>(product.result[number], own.sample, at), packed,
-                         r == c && at.I == at.J && product.symmetric);
-        }
+        for (int c = 0; c < kWarpSide; ++c) added[r][c] = result(r, c).added();
+#pragma unroll
+      for (int r = 0; r < kWarpSide; ++r)
+#pragma unroll
+        for (int c = 0; c < kWarpSide; ++c) result(r, c).store(sum[number][r][c].total(), added[r][c]);
     }
   }
-  __device__ bool is_wanted(const TilePlace& at) const { return at.I <= at.J && at.J < shape_.rows(); }
 
   const GridProducts& products_;
   const GridShape& shape_;

@@ -20,6 +20,15 @@
 #define ISQRT_PTX_SM90(native, otherwise, emulated) otherwise
 #endif
 
+// Code of sm_90a has what Hopper alone has, and runs on nothing else.
+#if !defined(__CUDACC__)
+#define ISQRT_PTX_SM90A(native, emulated) emulated
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define ISQRT_PTX_SM90A(native, emulated) native
+#else
+#define ISQRT_PTX_SM90A(native, emulated) __trap()
+#endif
+
 namespace isqrt::cuda {
 
 #if defined(__CUDACC__)
@@ -241,6 +250,81 @@ __device__ __forceinline__ void store_async(void* own, unsigned rank, const uint
       __trap(), emulation::store_async(own, rank, words, barrier, caller));
 }
 
+// ---- warpgroups: four warps, the first one's number a multiple of four ----------------------------------------------
+
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWarpgroups = false;
+#else
+constexpr bool kHasWarpgroups = true;
+#endif
+
+/// A warpgroup has 64 x 64 sums, each warp 16 rows of them: of columns 8 c to 8 c + 7 sum[4 c] to sum[4 c + 3], as in
+/// mma_f16's d.
+constexpr int kWarpgroup = 128, kWarpgroupSide = 64, kWarpgroupSums = kWarpgroupSide * kWarpgroupSide / kWarpgroup;
+using WarpgroupSums = float[kWarpgroupSums];
+
+#define ISQRT_SUMS(constraint)                                                                                      \
+  constraint(d[0]), constraint(d[1]), constraint(d[2]), constraint(d[3]), constraint(d[4]), constraint(d[5]),       \
+      constraint(d[6]), constraint(d[7]), constraint(d[8]), constraint(d[9]), constraint(d[10]), constraint(d[11]), \
+      constraint(d[12]), constraint(d[13]), constraint(d[14]), constraint(d[15]), constraint(d[16]),                \
+      constraint(d[17]), constraint(d[18]), constraint(d[19]), constraint(d[20]), constraint(d[21]),                \
+      constraint(d[22]), constraint(d[23]), constraint(d[24]), constraint(d[25]), constraint(d[26]),                \
+      constraint(d[27]), constraint(d[28]), constraint(d[29]), constraint(d[30]), constraint(d[31])
+#define ISQRT_WARPGROUP_PRODUCT(adds)                                                                           \
+  "{\n.reg .pred p;\nsetp.ne.s32 p, " adds                                                                      \
+  ", 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "                                                   \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28," \
+  "%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, %37;\n}"
+
+/// Without the compiler's knowing: they are computed here, not later.
+__device__ __forceinline__ void opaque([[maybe_unused]] WarpgroupSums& d) {
+  ISQRT_PTX(asm volatile("" : ISQRT_SUMS("+f")), (void)0);
+}
+
+/// fence.proxy.async: products of warpgroups see, after a barrier, what this thread has written to shared memory, or
+/// copied there and waited for.
+__device__ __forceinline__ void fence_for_warpgroups() {
+  ISQRT_PTX_SM90A(asm volatile("fence.proxy.async.shared::cta;" :: : "memory"), emulation::fence_for_warpgroups());
+}
+
+/// wgmma.fence: what this thread does with registers comes before the products that follow, which use the same ones.
+__device__ __forceinline__ void warpgroup_begin([[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90A(asm volatile("wgmma.fence.sync.aligned;" :: : "memory"), emulation::warpgroup_begin(caller));
+}
+
+/// The right operand of such a product, 16 terms of 64 vectors: parts of 8 x 8 elements of 16 bits, 128 bytes each and
+/// aligned to 16, the first one at `address` in shared memory; so many bytes from part to part.
+__device__ __forceinline__ uint64_t describe_parts(int address, int to_next_terms, int to_next_vectors) {
+  constexpr unsigned kUnit = 16, kAddresses = 1 << 18;
+  return unsigned(address) % kAddresses / kUnit | uint64_t(unsigned(to_next_terms) / kUnit) << 16 |
+         uint64_t(unsigned(to_next_vectors) / kUnit) << 32;
+}
+
+/// wgmma.mma_async.m64n64k16 of f16, d = a b, or += where kAdds: in the course of time until warpgroup_end(), and of
+/// several after each other. a: each warp's 16 rows, as mma_f16's. A row of b's parts has eight terms of a vector, or,
+/// `by_terms`, a term of eight vectors.
+template <bool kAdds, bool kByTerms>
+__device__ __forceinline__ void multiply_warpgroup(WarpgroupSums& d, const uint32_t (&a)[4], uint64_t b,
+                                                   [[maybe_unused]] Caller caller = Caller::here()) {
+  if constexpr (kAdds)
+    ISQRT_PTX_SM90A(asm volatile(ISQRT_WARPGROUP_PRODUCT("1") : ISQRT_SUMS("+f") : "r"(a[0]), "r"(a[1]), "r"(a[2]),
+                                 "r"(a[3]), "l"(b), "n"(int(kByTerms))),
+                    emulation::multiply_warpgroup(d, a, b, true, kByTerms, caller));
+  else
+    ISQRT_PTX_SM90A(asm volatile(ISQRT_WARPGROUP_PRODUCT("0") : ISQRT_SUMS("=f") : "r"(a[0]), "r"(a[1]), "r"(a[2]),
+                                 "r"(a[3]), "l"(b), "n"(int(kByTerms))),
+                    emulation::multiply_warpgroup(d, a, b, false, kByTerms, caller));
+}
+
+/// wgmma.commit_group and wgmma.wait_group 0: this warpgroup's products are done, d among them.
+__device__ __forceinline__ void warpgroup_end(WarpgroupSums& d, [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90A(
+      asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" : ISQRT_SUMS("+f")::"memory"),
+      emulation::warpgroup_end(d, caller));
+}
+#undef ISQRT_WARPGROUP_PRODUCT
+#undef ISQRT_SUMS
+
 // ---- named barriers -------------------------------------------------------------------------------------------------
 
 /// bar.sync: waits for `threads` threads, whole warps, at barrier `id`, 1 to 15 (0 is that of __syncthreads).
@@ -253,3 +337,4 @@ __device__ __forceinline__ void named_barrier(int id, int threads, [[maybe_unuse
 
 #undef ISQRT_PTX
 #undef ISQRT_PTX_SM90
+#undef ISQRT_PTX_SM90A

@@ -196,8 +196,10 @@ Limits limits(int device) {
     check(cudaDeviceGetAttribute(&value, attribute, device), "limits");
     return value;
   };
+  const bool hopper = get(cudaDevAttrComputeCapabilityMajor) == 9;
   return {get(cudaDevAttrMaxSharedMemoryPerBlockOptin), get(cudaDevAttrMultiProcessorCount),
-          is_of_sm90(reinterpret_cast<const void*>(root_cluster_kernel<Variant::kMatrix>), "limits")};
+          is_of_sm90(reinterpret_cast<const void*>(root_cluster_kernel<Variant::kMatrix>), "limits"),
+          hopper && architectures().find("9.0a") != std::string::npos};
 }
 
 std::string architectures() { return ISQRT_CUDA_ARCHITECTURES; }

@@ -286,8 +286,8 @@ template <> struct Tiles<double> {
 /// and smaller ones lose no more than 2^-39 of it. A tile of NaN, or with an infinite element, has the scale 1. The
 /// scale stands there four times: tiles begin at multiples of 16 bytes, and are copied whole.
 ///
-/// A tile's four parts of 8 x 8 follow each other, row by row: 128 bytes each, all banks once. ldmatrix reads a part, and
-/// so does a warp that reads or writes its pairs of neighbours.
+/// A tile's four parts of 8 x 8 follow each other, row by row: 128 bytes each, all banks once. ldmatrix reads a part,
+/// and so does a warp that reads or writes its pairs of neighbours.
 template <> struct Tiles<float> {
   static constexpr int kLow = 2 * kTileSize, kScale = 4 * kTileSize, kBytes = tile_bytes(sizeof(float));
   static constexpr int kPart = 2 * 8 * 8;  // bytes
@@ -380,6 +380,17 @@ template <> struct Tiles<float> {
       pairs.template at<uint32_t>(pair, 0) = packed.high[pair];
       pairs.template at<uint32_t>(pair, kLow) = packed.low[pair];
     }
+  }
+
+  static __device__ __forceinline__ Packed transposed(const Packed& packed) {
+    Packed result;
+    result.scale = packed.scale;
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {  // column by column
+      result.high[part] = transpose_matrix(packed.high[part % 2 * 2 + part / 2]);
+      result.low[part] = transpose_matrix(packed.low[part % 2 * 2 + part / 2]);
+    }
+    return result;
   }
 
   /// What is under the diagonal becomes what is above it, in parts of 8 x 8, column by column.

@@ -55,6 +55,7 @@ void copy_async_wait(unsigned pending) {
   if (ends.size() <= pending) return;
   const size_t groups = ends.size() - pending, done = ends[groups - 1];
   for (size_t c = 0; c < done; ++c) finish_copy(copies[c]);
+  if (done > 0) launch.running->copied_without_fence = true;
   const Quiet quiet;
   copies.erase(copies.begin(), copies.begin() + done);
   ends.erase(ends.begin(), ends.begin() + groups);

@@ -24,7 +24,7 @@ CXX = os.environ.get("CXX", "g++")
 COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 COMMON += [f"-I{ROOT / 'csrc'}", f"-I{EMULATION}"]
 # CUDA code reads and writes floats as wider types, and unrolls loops with a pragma of its own.
-KERNELS = ["-x", "c++", "-fno-strict-aliasing", "-Wno-unknown-pragmas", '-DISQRT_CUDA_ARCHITECTURES="emulated"']
+KERNELS = ["-x", "c++", "-fno-strict-aliasing", "-Wno-unknown-pragmas", '-DISQRT_CUDA_ARCHITECTURES="9.0a, emulated"']
 MODES = {
     # -Og: compiled in half of -O1's time, and runs as fast; threads wait more than they compute.
     "plain": {"optimise": ["-Og"]},

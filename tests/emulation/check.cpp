@@ -114,7 +114,7 @@ struct NewtonSchulz {
     const Buffer result(type, B * size), grad = random_numbers(type, B * size, 2), grad_sigma(compute, B * C * C);
     const auto fits = [&](bool backward) {
       const auto shared_bytes = blocks > 1 ? launchers::cluster_shared_bytes : launchers::root_shared_bytes;
-      return blocks == 0 || shared_bytes(C, compute.size, backward, iterations, 0) > 0;
+      return blocks <= 0 || shared_bytes(C, compute.size, backward, iterations, 0) > 0;
     };
     if (!fits(false)) return;
     launchers::root(type.name, sigma.array(B, C, C), iterations, root, output, 0, blocks, kNone, result.array(B, size));
@@ -144,6 +144,7 @@ void check_newton_schulz(int64_t channels) {
     newton_schulz.run(3, 0, 0, 2);
     newton_schulz.run(2, 0, 2, 4);
     newton_schulz.run(2, 0, 0, 0);
+    if (type == &kFloat32) newton_schulz.run(2, 0, 0, -1);
   }
 }
 

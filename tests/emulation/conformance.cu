@@ -3,7 +3,7 @@
 //
 //     python tests/emulation/build.py plain                                       builds it for the emulation
 //     nvcc -std=c++20 -O3 -arch=native -Icsrc tests/emulation/conformance.cu      builds it for the device that is
-//     there
+//     there; -arch=sm_90a where that is of sm_90
 //
 // The program names what it runs, and exits with 1 where a wrapper does something else.
 #include <cuda_bf16.h>
@@ -92,6 +92,43 @@ __global__ void transpose_matrix_kernel(const uint16_t* x, uint16_t* y) {
   const unsigned at = threadIdx.x * 2, transposed = transpose_matrix(x[at] | uint32_t(x[at + 1]) << 16);
   y[at] = uint16_t(transposed);
   y[at + 1] = uint16_t(transposed >> 16);
+}
+
+/// x is A, 64 x 16, and B, 16 x 64, row by row; y is A B, and 2 A B + A' B, where A' has A's rows in reverse order. B's
+/// parts do not follow each other.
+template <bool kByTerms> __global__ void warpgroup_kernel(const uint16_t* x, float* y) {
+  if constexpr (kHasWarpgroups) {
+    constexpr int kPart = 64, kToTerms = kPart + 8, kToVectors = 2 * kToTerms + 16;  // elements
+    uint16_t* const s = shared_memory<uint16_t>();
+    for (int i = threadIdx.x; i < 16 * 64; i += kThreads) {
+      const int k = i / 64, n = i % 64, row = kByTerms ? k % 8 : n % 8, column = kByTerms ? n % 8 : k % 8;
+      s[k / 8 * kToTerms + n / 8 * kToVectors + 8 * row + column] = x[64 * 16 + i];
+    }
+    fence_for_warpgroups();
+    __syncthreads();
+    const int lane = int(threadIdx.x) % kWarp, first = int(threadIdx.x) / kWarp * 16 + lane / 4;
+    uint32_t a[2][4];
+    for (int reverse = 0; reverse < 2; ++reverse)
+      for (int r = 0; r < 4; ++r) {
+        const int row = first + r % 2 * 8, column = 2 * (lane % 4) + r / 2 * 8;
+        const uint16_t* const from = x + 16 * (reverse ? 63 - row : row) + column;
+        a[reverse][r] = from[0] | uint32_t(from[1]) << 16;
+      }
+    const uint64_t b = describe_parts(shared_begin(), 2 * kToTerms, 2 * kToVectors);
+    WarpgroupSums d, e;
+    warpgroup_begin();
+    multiply_warpgroup<false, kByTerms>(d, a[0], b);
+    warpgroup_end(d);
+    for (int i = 0; i < kWarpgroupSums; ++i) e[i] = d[i];
+    warpgroup_begin();
+    multiply_warpgroup<true, kByTerms>(e, a[1], b);
+    multiply_warpgroup<true, kByTerms>(e, a[0], b);
+    warpgroup_end(e);
+    for (int i = 0; i < kWarpgroupSums; ++i) {
+      const int at = 64 * (first + i / 2 % 2 * 8) + i / 4 * 8 + 2 * (lane % 4) + i % 2;
+      y[at] = d[i], y[64 * 64 + at] = e[i];
+    }
+  }
 }
 
 /// Each block writes to the next one, around the cluster, three times: to places that its threads have just read.
@@ -298,6 +335,24 @@ bool check_transpose_matrix() {
   return true;
 }
 
+template <bool kByTerms> bool check_warpgroup() {
+  std::vector<float> X(2 * 64 * 16);
+  std::vector<uint16_t> x;
+  for (float& value : X) x.push_back(encode<Kind::kF16, uint16_t>(value = float(int(generator() % 127) - 63)));
+  const std::vector<float> y = run(warpgroup_kernel<kByTerms>, x, 2 * 64 * 64, kThreads);
+  const auto expected = [&](int i, int j) {
+    float sum = 0;
+    for (int k = 0; k < 16; ++k) sum += X[16 * i + k] * X[64 * 16 + 64 * k + j];
+    return sum;
+  };
+  for (int i = 0; i < 64; ++i)
+    for (int j = 0; j < 64; ++j) {
+      const float own = expected(i, j), both = 2 * own + expected(63 - i, j);
+      if (y[64 * i + j] != own || y[64 * 64 + 64 * i + j] != both) return false;
+    }
+  return true;
+}
+
 bool check_cluster(unsigned size) {
   const unsigned blocks = 3 * size;
   const std::vector<int> x = counting<int>(blocks * kThreads);
@@ -353,11 +408,14 @@ struct Check {
   const char* wrappers;
   int capability;  // the least compute capability
   std::function<bool()> holds;
+  int most = 99;
 };
 
 #define CLUSTER_WRAPPERS                                                                                     \
   "cluster_rank, cluster_size, cluster_arrive, cluster_wait, cluster_sync, mbarrier_init, mbarrier_expect, " \
   "mbarrier_arrive, mbarrier_wait, store_async; "
+
+#define WARPGROUP_WRAPPERS "fence_for_warpgroups, warpgroup_begin, describe_parts, multiply_warpgroup, warpgroup_end"
 
 const Check kChecks[] = {
     {"opaque", 8, check_opaque},
@@ -375,6 +433,8 @@ const Check kChecks[] = {
     {CLUSTER_WRAPPERS "2 blocks", 9, [] { return check_cluster(2); }},
     {CLUSTER_WRAPPERS "8 blocks", 9, [] { return check_cluster(8); }},
     {"named_barrier", 8, check_named_barrier},
+    {WARPGROUP_WRAPPERS, 9, check_warpgroup<false>, 9},
+    {WARPGROUP_WRAPPERS "; by terms", 9, check_warpgroup<true>, 9},
 };
 
 /// The number of checks that fail.
@@ -382,7 +442,7 @@ int run_checks(int capability) {
   int failed = 0;
   for (const Check& each : kChecks) {
     const char* verdict = "ok";
-    if (capability < each.capability)
+    if (capability < each.capability || capability > each.most)
       verdict = "skipped: not on this device";
     else if (!each.holds())
       verdict = "FAILED", ++failed;

@@ -13,7 +13,7 @@ using namespace isqrt::cuda;
 
 namespace {
 
-constexpr unsigned kThreads = 64, kSpare = 4, kAllLanes = 0xffffffffu;
+constexpr unsigned kThreads = 128, kSpare = 4, kAllLanes = 0xffffffffu;
 
 template <bool kFault> __global__ void read_too_early(float* y) {
   float* s = shared_memory<float>();
@@ -163,6 +163,25 @@ template <bool kFault> __global__ void copy_misaligned(float* y, const float* x)
   copy_async_wait<0>();
   y[threadIdx.x] = 1;
 }
+
+/// A product of copied numbers: its right operand is one part, wherever it is described.
+enum class Warpgroup { kComplete, kNotBegun, kNotEnded, kNotFenced, kNoBarrier, kNoWarp };
+template <Warpgroup kFault> __global__ void warpgroup(float* y, const float* x) {
+  float* s = shared_memory<float>();
+  copy_all(s, x);
+  copy_async_wait<0>();
+  if (kFault != Warpgroup::kNotFenced) fence_for_warpgroups();
+  if (kFault != Warpgroup::kNoBarrier) __syncthreads();
+  WarpgroupSums d;
+  const uint32_t a[4] = {};
+  if (kFault != Warpgroup::kNotBegun) warpgroup_begin();
+  if (kFault != Warpgroup::kNoWarp || threadIdx.x < 96)
+    multiply_warpgroup<false, false>(d, a, describe_parts(shared_begin(), 0, 0));  // fault: warpgroup_no_barrier
+  if (kFault != Warpgroup::kNotEnded) warpgroup_end(d);
+  y[threadIdx.x] = d[0];
+}
+template <bool kFault, Warpgroup kKind>
+constexpr auto* warpgroup_kernel = warpgroup<(kFault ? kKind : Warpgroup::kComplete)>;
 
 template <bool kFault> __global__ void named_wrong_count(float* y) {
   if (threadIdx.x < 32) named_barrier(1, kFault ? kThreads : 32);  // fault: named_wrong_count
@@ -324,6 +343,11 @@ template <bool kFault> std::map<std::string, std::function<std::vector<float>()>
       {"copy_too_early", [=] { return run(1, 1, copy_too_early<kFault>, data); }},
       {"copy_bounds", [=] { return run(1, 1, copy_bounds<kFault>, data); }},
       {"copy_misaligned", [=] { return run(1, 1, copy_misaligned<kFault>, data); }},
+      {"warpgroup_not_begun", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kNotBegun>, data); }},
+      {"warpgroup_not_ended", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kNotEnded>, data); }},
+      {"warpgroup_not_fenced", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kNotFenced>, data); }},
+      {"warpgroup_no_barrier", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kNoBarrier>, data); }},
+      {"warpgroup_no_warp", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kNoWarp>, data); }},
       {"store_without_wait", [] { return run(2, 2, store_without_wait<kFault>); }},
       {"store_without_cluster", [] { return run(1, 1, store_without_cluster<kFault>); }},
       {"store_wrong_size", [] { return run(2, 2, store_wrong_size<kFault>); }},

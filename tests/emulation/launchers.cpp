@@ -84,13 +84,14 @@ void pool_backward(const std::string& dtype, const Array& grad_sigma, const Arra
 
 void root(const std::string& dtype, const Array& sigma, int iterations, int root, int output, double floor, int blocks,
           const Array& scale, const Array& result) {
-  const bool grid = blocks == 0;
+  const bool grid = blocks <= 0, warpgroups = blocks < 0;
   dispatch(dtype, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;
     const int64_t B = sigma.shape[0], C = sigma.shape[1];
     const Steps steps = choose_steps(iterations, floor);
-    std::vector<T> workspace(grid ? cuda::grid_workspace_size(B, C, sizeof(T), false, steps.any_in_full()) : 0, T(NAN));
+    std::vector<T> workspace(
+        grid ? cuda::grid_workspace_size(B, C, sizeof(T), false, steps.any_in_full(), warpgroups) : 0, T(NAN));
     const RootTask<X> task{B,
                            {contiguous<const T>(sigma), Output::kMatrix, C},
                            steps,
@@ -99,19 +100,20 @@ void root(const std::string& dtype, const Array& sigma, int iterations, int root
                            numbers<const T>(scale),
                            workspace.data(),
                            blocks};
-    grid ? cuda::grid_root(task, nullptr) : cuda::root(task, nullptr);
+    grid ? cuda::grid_root(task, warpgroups, nullptr) : cuda::root(task, nullptr);
   });
 }
 
 void root_backward(const std::string& dtype, const Array& grad, const Array& sigma, int iterations, int root,
                    int output, double floor, int blocks, const Array& grad_sigma) {
-  const bool grid = blocks == 0;
+  const bool grid = blocks <= 0, warpgroups = blocks < 0;
   dispatch(dtype, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;
     const int64_t B = sigma.shape[0], C = sigma.shape[1];
     const Steps steps = choose_steps(iterations, floor);
-    std::vector<T> workspace(grid ? cuda::grid_workspace_size(B, C, sizeof(T), true, steps.any_in_full()) : 0, T(NAN));
+    std::vector<T> workspace(
+        grid ? cuda::grid_workspace_size(B, C, sizeof(T), true, steps.any_in_full(), warpgroups) : 0, T(NAN));
     const RootBackwardTask<X> task{B,
                                    {contiguous<const X>(grad), static_cast<Output>(output), C},
                                    {contiguous<const T>(sigma), Output::kMatrix, C},
@@ -120,7 +122,7 @@ void root_backward(const std::string& dtype, const Array& grad, const Array& sig
                                    {contiguous<T>(grad_sigma), Output::kMatrix, C},
                                    workspace.data(),
                                    blocks};
-    grid ? cuda::grid_root_backward(task, nullptr) : cuda::root_backward(task, nullptr);
+    grid ? cuda::grid_root_backward(task, warpgroups, nullptr) : cuda::root_backward(task, nullptr);
   });
 }
 

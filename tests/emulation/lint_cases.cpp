@@ -47,13 +47,13 @@ Steps three_steps(bool in_full) {
   return steps;
 }
 
-/// In a block, in a cluster of so many, or with 0 on the whole device.
+/// In a block, in a cluster of so many, or on the whole device: with 0, and with -1 by warpgroups.
 template <class T> void root(const std::string& label, int64_t C, bool in_full, int blocks = 1) {
-  const bool grid = blocks == 0;
+  const bool grid = blocks <= 0, warpgroups = blocks < 0;
   const Steps steps = three_steps(in_full);
   lint::record(label, [&] {
     T *sigma = allocate<T>(C * C), *result = allocate<T>(C * C), *grad_sigma = allocate<T>(C * C);
-    T* workspace = grid ? allocate<T>(cuda::grid_workspace_size(1, C, sizeof(T), true, in_full)) : nullptr;
+    T* workspace = grid ? allocate<T>(cuda::grid_workspace_size(1, C, sizeof(T), true, in_full, warpgroups)) : nullptr;
     for (int64_t i = 0; i < C; ++i) sigma[i * C + i] = T(1);
     const RootView<const T> source{sigma, Output::kMatrix, C};
     const auto fits = [&](bool backward) {
@@ -64,8 +64,9 @@ template <class T> void root(const std::string& label, int64_t C, bool in_full, 
     const RootBackwardTask<T> backward{
         1,     {result, Output::kMatrix, C}, source, steps, Root::kSquare, {grad_sigma, Output::kMatrix, C}, workspace,
         blocks};
-    if (fits(false)) (grid ? cuda::grid_root<T> : cuda::root<T>)(forward, nullptr);
-    if (fits(true)) (grid ? cuda::grid_root_backward<T> : cuda::root_backward<T>)(backward, nullptr);
+    if (fits(false)) grid ? cuda::grid_root(forward, warpgroups, nullptr) : cuda::root(forward, nullptr);
+    if (fits(true))
+      grid ? cuda::grid_root_backward(backward, warpgroups, nullptr) : cuda::root_backward(backward, nullptr);
   });
 }
 
@@ -83,4 +84,5 @@ int main() {
   root<float>("128 x 128", 128, false);
   root<double>("64 x 64", 64, false);
   root<float>("160 x 160", 160, true, 0);
+  root<float>("160 x 160 by warpgroups", 160, true, -1);
 }

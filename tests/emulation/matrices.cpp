@@ -6,6 +6,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -144,6 +145,95 @@ uint32_t transpose_matrix(uint32_t r, const Caller& caller) {
     return uint32_t(half_of(pair, int(j % 2)));
   };
   return element(2 * t, g) | element(2 * t + 1, g) << 16;
+}
+
+// ---- warpgroups -----------------------------------------------------------------------------------------------------
+
+// The hardware may read the right operand at any time from the instruction to the wait: as with copies, the sanitizers
+// see it at both ends, where a warp's first lane reads for all, and in between sums are NaN.
+
+namespace {
+
+constexpr unsigned kWarpgroup = 128, kTerms = 16, kVectors = 64, kPartBytes = 128;
+
+const char* part_of(const WarpgroupProduct& product, unsigned k, unsigned n) {
+  return product.b + k / 8 * product.to_next_terms + n / 8 * product.to_next_vectors;
+}
+
+void read_right(const WarpgroupProduct& product) {
+  if (lane() != 0) return;
+  for (unsigned k = 0; k < kTerms; k += 8)
+    for (unsigned n = 0; n < kVectors; n += 8) {
+      require_shared(part_of(product, k, n), kPartBytes, product.site);
+      note_read(part_of(product, k, n), kPartBytes, product.site);
+    }
+}
+
+void finish(const WarpgroupProduct& product) {
+  read_right(product);
+  for (unsigned i = 0; i < 32; ++i) {
+    const unsigned n = i / 4 * 8 + lane() % 4 * 2 + i % 2;
+    double sum = product.continues ? product.d[i] : product.before[i];
+    for (unsigned k = 0; k < kTerms; ++k) {
+      const unsigned row = product.by_terms ? k % 8 : n % 8, column = product.by_terms ? n % 8 : k % 8;
+      const auto* part = reinterpret_cast<const uint16_t*>(part_of(product, k, n));
+      sum += double(product.a[i / 2 % 2][k]) * __half2float(__ushort_as_half(part[8 * row + column]));
+    }
+    product.d[i] = toward_zero(sum);
+  }
+}
+
+}  // namespace
+
+void fence_for_warpgroups() { launch.running->copied_without_fence = false; }
+
+void warpgroup_begin(const Caller& caller) {
+  converge({"warpgroup_begin", caller.file, caller.line});
+  launch.running->warpgroup_began = true;
+}
+
+void multiply_warpgroup(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool adds, bool by_terms,
+                        const Caller& caller) {
+  const CalledFrom here(__builtin_return_address(0));
+  const Site site{"multiply_warpgroup", caller.file, caller.line};
+  Thread& me = *launch.running;
+  Block& block = *me.block;
+  if (block.threads.size() % kWarpgroup != 0) fail("is in a block that is not made of warpgroups", site);
+  if (!me.warpgroup_began) fail("multiplies without having begun", site);
+  if (lane() == 0)
+    for (const Thread& thread : block.threads)
+      if (thread.copied_without_fence) fail("reads what was copied, and no fence followed", site);
+  WarpgroupProduct product = {.d = d,
+                              .b = static_cast<char*>(dynamic_shared()) + (b & 0x3fff) * 16,
+                              .to_next_terms = unsigned(b >> 16 & 0x3fff) * 16,
+                              .to_next_vectors = unsigned(b >> 32 & 0x3fff) * 16,
+                              .by_terms = by_terms,
+                              .site = site};
+  const Slots& slots = gather(~0u, a, sizeof a, false, site);
+  for (unsigned t = 0; t < 4; ++t) {
+    const auto& of = reinterpret_cast<const uint32_t (&)[4]>(slots[lane() / 4 * 4 + t]);
+    for (unsigned r = 0; r < 4; ++r)
+      for (unsigned e = 0; e < 2; ++e)
+        product.a[r % 2][r / 2 * 8 + 2 * t + e] = __half2float(__ushort_as_half(half_of(of[r], int(e))));
+  }
+  read_right(product);
+  meet(block.warpgroups[me.number / kWarpgroup], kWarpgroup, false, site);
+  const Quiet quiet;
+  product.continues = adds && std::any_of(me.products.begin(), me.products.end(),
+                                          [&](const WarpgroupProduct& earlier) { return earlier.d == d; });
+  for (unsigned i = 0; i < 32; ++i) product.before[i] = adds ? d[i] : 0;
+  memset(d, 0xff, sizeof d);
+  me.products.push_back(product);
+}
+
+void warpgroup_end(float (&)[32], const Caller& caller) {
+  const CalledFrom here(__builtin_return_address(0));
+  converge({"warpgroup_end", caller.file, caller.line});
+  Thread& me = *launch.running;
+  for (const WarpgroupProduct& product : me.products) finish(product);
+  const Quiet quiet;
+  me.products.clear();
+  me.warpgroup_began = false;
 }
 
 }  // namespace emulation

@@ -190,6 +190,7 @@ void prepare(Block& block, unsigned number, unsigned rank) {
   block.rank = rank;
   block.running = count;
   block.collectives.resize((count + 31) / 32);
+  block.warpgroups.resize(count / 128);
   block.shared = new_shared_memory();
   block.threads.resize(count);
   for (unsigned t = 0; t < count; ++t) {
@@ -312,10 +313,7 @@ void meet(Rendezvous& r, unsigned expected, bool orders_memory, const Site& site
   if (orders_memory) acquire_memory(order);
 }
 
-namespace {
-/// For instructions that all lanes of a warp have to execute together.
 void converge(const Site& site) { gather(~0u, "", 1, false, site); }
-}  // namespace
 
 void block_barrier(const Site& site) {
   Block& block = *launch.running->block;

@@ -29,6 +29,18 @@ struct AsyncStore {
   Site site;
 };
 
+/// What a thread has of a product of its warpgroup: two rows of the left operand, and the place of the right one.
+struct WarpgroupProduct {
+  float* d;
+  bool continues = false;  // adds to an earlier one that is not done
+  float before[32] = {};   // what d was otherwise
+  float a[2][16] = {};
+  const char* b;
+  unsigned to_next_terms, to_next_vectors;
+  bool by_terms;
+  Site site;
+};
+
 struct Thread {
   uint3 index, block_index;
   Fiber fiber;
@@ -42,6 +54,9 @@ struct Thread {
   unsigned cluster_generation = 0;
   std::vector<AsyncCopy> copies;   // not waited for yet
   std::vector<size_t> group_ends;  // those of each committed group end at such a place of `copies`
+  bool copied_without_fence = false;
+  bool warpgroup_began = false;
+  std::vector<WarpgroupProduct> products;  // not waited for yet
 };
 
 /// Where threads wait for each other, over and over.
@@ -71,6 +86,7 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<std::vector<std::unique_ptr<Collective>>> collectives;  // by warp
   Rendezvous barrier, named_barriers[kNamedBarriers];
+  std::vector<Rendezvous> warpgroups;
   char* shared = nullptr;
   std::vector<AsyncStore> stores;  // on their way to this block
 };
@@ -104,6 +120,9 @@ void leave(bool last = false);
 
 /// The running thread will go on once `expected` threads have met at r; at the same site where `one_site`.
 void meet(Rendezvous& r, unsigned expected, bool orders_memory, const Site& site, bool one_site = true);
+
+/// For instructions that all lanes of a warp have to execute together.
+void converge(const Site& site);
 
 /// All of those that wait at r can go on.
 void open(Rendezvous& r);
