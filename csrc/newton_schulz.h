@@ -157,9 +157,11 @@ ISQRT_FN void newton_schulz_tangent(Engine& e, Iterates<Matrix>& m, Iterates<Mat
       continue;
     }
     const Step s = steps[n];
-    if (want_Z) e.scale(d.Z, s.b, d.Y);                         // dZ = b G
+    // Z comes before dY, and Y after it: engines compute products that follow each other at the same time.
+    if (want_Z) e.scale(d.Z, s.b, d.Y);  // dZ = b G
+    newton_schulz_step(e, m, steps, n, false, want_Z);
     if (want_Y) e.products(d.Y, s.a, s.b, d.Y, m.Y, m.Y, d.Y);  // dY = a G + b (G A + A G)
-    newton_schulz_step(e, m, steps, n, want_Y, want_Z);
+    newton_schulz_step(e, m, steps, n, want_Y, false);
   }
 }
 

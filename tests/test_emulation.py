@@ -193,32 +193,47 @@ def test_newton_schulz_matches_reference(kernels, channels, dtype):
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-@pytest.mark.parametrize(("channels", "blocks"), ((1, 2), (33, 4), (64, 4), (70, 2), (96, 8)))
+@pytest.mark.parametrize(
+    ("channels", "blocks"),
+    ((1, 2), (33, 4), (64, 4), (70, 2), (96, 8), (97, 8), (112, 4), (113, 2), (128, 2), (128, 8)),
+)
 def test_a_cluster_computes_the_bits_of_a_block(kernels, channels, blocks, output):
     sigma = covariances(2, channels, torch.float32)
-    cases = [(iterations, "square") for iterations in (1, 2, 5)] + [(3, "inverse")] * (output != "mean")
-    for iterations, name in cases if channels < 96 else cases[1:2]:
-        expected, result = (root(kernels, sigma, iterations, name, output, blocks=n) for n in (1, blocks))
+    cases = [(iterations, "square", 0) for iterations in (1, 2, 5)]
+    cases += [(3, "inverse" if output != "mean" else "square", 1e-2)]
+    for iterations, name, floor in cases if channels < 96 else cases[3:]:
+        expected, result = (root(kernels, sigma, iterations, name, output, floor, blocks=n) for n in (1, blocks))
         assert torch.equal(result, expected)
         upstream = torch.randn_like(result)
-        run = partial(root_backward, kernels, upstream, sigma, iterations, name, output)
+        run = partial(root_backward, kernels, upstream, sigma, iterations, name, output, floor)
         assert torch.equal(run(blocks=blocks), run())
 
 
-@pytest.mark.parametrize(("channels", "backward", "kilobytes"), ((80, False, 60), (80, True, 99), (128, False, 120)))
+@pytest.mark.parametrize(
+    ("channels", "backward", "kilobytes", "blocks"),
+    (
+        (80, False, 60, 1),
+        (80, True, 99, 1),
+        (128, False, 120, 1),
+        (33, False, 20, 8),
+        (80, False, 60, 2),
+        (80, True, 99, 4),
+    ),
+)
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_one_block_without_room_for_spare_matrices(kernels, output, channels, backward, kilobytes):
-    """It goes through the steps then, and does not run them as a list."""
+def test_roots_without_room_for_spare_matrices(kernels, output, channels, backward, kilobytes, blocks):
+    """One block goes through the steps then, and does not run them as a list; in a cluster results wait."""
     sigma = covariances(1, channels, torch.float32)
-    upstream = torch.randn_like(root(kernels, sigma, 3, "square", output))
+    upstream = torch.randn_like(root(kernels, sigma, 4, "square", output))
     results = []
     for shared_bytes in (HOPPER_SHARED_BYTES, kilobytes * 1024):
         kernels.set_device(shared_bytes, 9)
         if backward:
-            results.append(root_backward(kernels, upstream, sigma, 3, "square", output))
+            results.append(root_backward(kernels, upstream, sigma, 4, "square", output, blocks=blocks))
         else:
-            results.append(root(kernels, sigma, 3, "square", output))
+            results.append(root(kernels, sigma, 4, "square", output, blocks=blocks))
     assert_close(results[1], results[0].double(), tolerance(torch.float32, channels))
+    assert blocks == 1 or torch.equal(*results)
 
 
 FLOAT_ENGINES = {
@@ -332,15 +347,19 @@ def test_pooling_reads_and_writes_every_half(kernels, dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("grid", (False, True), ids=("block", "grid"))
+@pytest.mark.parametrize(
+    ("channels", "engine"),
+    ((20, {"blocks": 1}), (20, {"grid": True}), (100, {"blocks": 4})),
+    ids=("block", "grid", "cluster"),
+)
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_newton_schulz_of_half_results(kernels, output, grid, dtype):
-    sigma, scale = covariances(2, 20, torch.float32), torch.tensor((1.0, 0.25))
-    run = partial(root, kernels, sigma, 2, "square", output, grid=grid, scale=scale)
+def test_newton_schulz_of_half_results(kernels, output, channels, engine, dtype):
+    sigma, scale = covariances(2, channels, torch.float32), torch.tensor((1.0, 0.25))
+    run = partial(root, kernels, sigma, 2, "square", output, scale=scale, **engine)
     half = run(dtype=dtype)
     assert torch.equal(half, run().to(dtype))
     upstream = torch.randn(half.shape).to(dtype)
-    grads = [root_backward(kernels, g, sigma, 2, "square", output, grid=grid) for g in (upstream, upstream.float())]
+    grads = [root_backward(kernels, g, sigma, 2, "square", output, **engine) for g in (upstream, upstream.float())]
     assert torch.equal(*grads)
 
 
@@ -517,10 +536,13 @@ def test_plan_shares_samples_between_idle_multiprocessors(kernels):
     assert blocks(31, 64, 2304, 4) == blocks(66, 64, 2304, 4) == (2, 2) and blocks(67, 64, 2304, 4) == (1, 1)
     assert blocks(8, 80, 2304, 4) == (4, 8) and blocks(9, 80, 2304, 4) == (4, 4)
     assert blocks(16, 48, 2304, 4) == (1, 4) and blocks(16, 16, 2304, 4) == (1, 1)  # too few tiles
-    assert blocks(16, 96, 2304, 4) == (4, 4) and blocks(16, 128, 2304, 4) == (4, 1)  # too much shared memory
+    assert blocks(8, 128, 2304, 4) == (4, 8) and blocks(16, 128, 2304, 4) == (4, 4)
+    assert blocks(64, 128, 2304, 4) == (2, 2) and blocks(67, 128, 2304, 4) == (1, 1)
     assert blocks(16, 64, 2304, 8) == (1, 1)  # float64
     assert blocks(16, 64, 2304, 4, 12) == (1, 1)  # steps in full
     assert blocks(99, 129, 2304, 4) == blocks(99, 129, 2304, 8) == (1, 1)  # the grid's
+    kernels.set_device(99 * 1024, 9)
+    assert blocks(16, 80, 2304, 4) == (4, 4) and blocks(16, 81, 2304, 4) == (4, 1)  # which is the grid's
     kernels.set_device(163 * 1024, 8)  # no clusters
     assert blocks(16, 64, 2304, 4) == (1, 1)
 

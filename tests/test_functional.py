@@ -172,7 +172,7 @@ def test_plan_on_cuda():
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("output", OUTPUTS)
-@pytest.mark.parametrize(("batch", "channels"), ((3, 64), (12, 64), (40, 64), (5, 80)))
+@pytest.mark.parametrize(("batch", "channels"), ((3, 64), (12, 64), (40, 64), (5, 80), (5, 128), (12, 100), (40, 128)))
 def test_clusters_compute_the_bits_of_blocks(batch, channels, output):
     """Without a name for the engine blocks of a GPU form clusters; where it is named, they do not."""
     if reason := missing_cuda():

@@ -18,7 +18,8 @@ ISQRT_FN constexpr int cluster_threads(int channels) {
   return kWarp * (tiles < kMostClusterWarps ? tiles : kMostClusterWarps);
 }
 
-template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
+/// kInPlace: without spare matrices, see ProgramRecorder.
+template <bool kColumns, bool kInPlace> class ClusterEngine : public BlockMatrices<float> {
   using T = float;
   using Base = BlockMatrices<T>;
 
@@ -147,15 +148,42 @@ template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
     return {program_.operation[stage.first + product], Place::numbered(n - product * tile_count(channels_))};
   }
 
+  /// Results, the last one first.
+  class Waiting {
+    Tiles::Packed result_[Stage::kMostWaiting] = {};
+
+   public:
+    __device__ __forceinline__ void push(const Tiles::Packed& result) {
+#pragma unroll
+      for (int n = Stage::kMostWaiting - 1; n > 0; --n) result_[n] = result_[n - 1];
+      result_[0] = result;
+    }
+    __device__ __forceinline__ Tiles::Packed pop() {
+      const Tiles::Packed first = result_[0];
+#pragma unroll
+      for (int n = 1; n < Stage::kMostWaiting; ++n) result_[n - 1] = result_[n];
+      return first;
+    }
+  };
+
   /// The products of a stage, in each block of the cluster. Consecutive tiles go to different blocks.
   __device__ __forceinline__ void compute(const Stage& stage, const Reader& reader) {
     const int all = int(stage.count) * tile_count(channels_);
     Work next = work(stage, worker_ < all ? worker_ : 0);  // found out before it is waited for the other warps
     if (stage.meets) meet();
+    [[maybe_unused]] Waiting waiting;
+    const bool waits = kInPlace && stage.waits;
+    const auto put = [&](const Work& work, const Tiles::Packed& result) {
+      const OwnTile to = tile(at(work.o.to), work.own);
+      Tiles::write(to, result, work.own.I == work.own.J);
+      if (blocks_ > 1) send(to);
+    };
+    int n = worker_;
 #pragma unroll 1
-    for (int n = worker_; n < all;) {
-      const Operation o = next.o;
-      const Place own = next.own;
+    while (n < all) {
+      const Work here = next;
+      const Operation& o = here.o;
+      const Place& own = here.own;
       WarpTile<T> previous;
       if (o.added != Operation::kNone) previous = Tiles::read(tile(at(o.added), own));
       Tiles::Sum sum;
@@ -164,11 +192,15 @@ template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
         multiply(sum, at(term ? o.A1 : o.A0).first, at(term ? o.B1 : o.B0).first, own, reader);
       WarpTile<T> result = sum.total();
       result.combine(previous, [&](T& a, T d) { a = o.alpha * d + o.beta * a; });
-      const Base::Matrix to = at(o.to);
-      write_tile(to, own, result);
-      if (blocks_ > 1) send(tile(to, own));
+      const Tiles::Packed packed = Tiles::pack(result);
+      waits ? waiting.push(packed) : put(here, packed);
       n += workers();
       if (n < all) next = work(stage, n);
+    }
+    if (waits) {
+      meet();
+#pragma unroll 1
+      for (n -= workers(); n >= 0; n -= workers()) put(work(stage, n), waiting.pop());
     }
     expected_ += (all - ((all + blocks_ - 1 - rank_) * block_share_ >> 16)) * Tiles::kBytes;  // from other blocks
   }
@@ -243,31 +275,32 @@ template <bool kColumns> class ClusterEngine : public BlockMatrices<float> {
 };
 
 /// Of newton_schulz.h and normalization.h, in the way of this engine.
-template <bool kColumns, class Matrix>
-__device__ void newton_schulz(ClusterEngine<kColumns>& e, Iterates<Matrix>& m, const Steps&, Root) {
+template <bool kColumns, bool kInPlace, class Matrix>
+__device__ void newton_schulz(ClusterEngine<kColumns, kInPlace>& e, Iterates<Matrix>& m, const Steps&, Root) {
   e.run();
   m.Y = e.at(e.program().Y), m.Z = e.at(e.program().Z);
 }
-template <bool kColumns, class Matrix>
-__device__ void newton_schulz_tangent(ClusterEngine<kColumns>& e, Iterates<Matrix>& m, Iterates<Matrix>& d,
+template <bool kColumns, bool kInPlace, class Matrix>
+__device__ void newton_schulz_tangent(ClusterEngine<kColumns, kInPlace>& e, Iterates<Matrix>& m, Iterates<Matrix>& d,
                                       const Steps& steps, Root root) {
   newton_schulz(e, m, steps, root);
   d.Y = e.at(e.program().dY), d.Z = e.at(e.program().dZ);
 }
-template <class Matrix, class Column>
-__device__ void newton_schulz_sums(ClusterEngine<true>& e, Iterates<Matrix>& m, const Steps& steps, Column&, Column&,
-                                   Column&) {
+template <bool kInPlace, class Matrix, class Column>
+__device__ void newton_schulz_sums(ClusterEngine<true, kInPlace>& e, Iterates<Matrix>& m, const Steps& steps, Column&,
+                                   Column&, Column&) {
   newton_schulz(e, m, steps, Root::kSquare);
 }
-template <class Matrix, class Column>
-__device__ void newton_schulz_tangent_sums(ClusterEngine<true>& e, Iterates<Matrix>& m, Iterates<Matrix>& d,
+template <bool kInPlace, class Matrix, class Column>
+__device__ void newton_schulz_tangent_sums(ClusterEngine<true, kInPlace>& e, Iterates<Matrix>& m, Iterates<Matrix>& d,
                                            const Steps& steps, const Column&, double, Column&, Column&, Column&) {
   newton_schulz_tangent(e, m, d, steps, Root::kSquare);
 }
 
-template <bool kColumns, class Matrix, class SigmaSource, class GradSource>
-__device__ InnerProducts<float> inner_products(ClusterEngine<kColumns>& e, const GradSource& grad, const Matrix& P,
-                                               const SigmaSource& sigma, const Matrix& D, const float& factor) {
+template <bool kColumns, bool kInPlace, class Matrix, class SigmaSource, class GradSource>
+__device__ InnerProducts<float> inner_products(ClusterEngine<kColumns, kInPlace>& e, const GradSource& grad,
+                                               const Matrix& P, const SigmaSource& sigma, const Matrix& D,
+                                               const float& factor) {
   return e.inner_products(grad, P, sigma, D, factor);
 }
 

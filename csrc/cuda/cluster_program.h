@@ -22,8 +22,10 @@ struct alignas(16) Operation {
 /// Products that can be computed at the same time; or one operation that each block does for itself.
 struct Stage {
   enum Kind : uint32_t { kProducts, kIdentityPlus, kSums, kMultiply, kAdd, kRankTwo };
+  static constexpr int kMostWaiting = 3;  // tiles of a warp
   uint32_t kind : 8;
-  uint32_t meets : 8;  // all stages so far are done, in each block, before this one begins
+  uint32_t meets : 4;  // all stages so far are done, in each block, before this one begins
+  uint32_t waits : 4;  // and all is read, in each block, before results of this one replace it
   uint32_t first : 8, count : 8;
 };
 
@@ -31,7 +33,7 @@ struct Program {
   static constexpr int kMost = 56;  // 4 and 6 for each of at most 8 further steps: later ones would be in full
   /// A matrix; and the worker that has the first of its tiles, if the stage that it comes from was not met for.
   struct Place {
-    uint8_t number, dealt;
+    uint8_t number = 0, dealt = 0;
   };
   int operations = 0, stages = 0;
   bool meets = false, maps = false;  // since the last meeting there were products, or what is done elementwise
@@ -43,35 +45,38 @@ struct Program {
 /// The Engine of newton_schulz.h that makes the list. Operations need no meeting between them as long as none reads or
 /// overwrites what other warps have read or written since the last one: what a product changes is written to a spare
 /// matrix, which takes its place. So a step of the iteration has two meetings, and all products between them are
-/// computed at the same time.
+/// computed at the same time. Without spare matrices the results wait in registers for one meeting more, and as many
+/// products as find room there are computed at the same time.
 class ProgramRecorder {
  public:
   struct Matrix {
-    uint8_t number = 0, dealt = 0;
+    uint8_t number = 0;
     unsigned bit() const { return 1u << number; }
   };
   struct Column {
     uint8_t number;
   };
 
-  /// For so many workers, tiles of a matrix, matrices that will be asked for, and spare ones.
+  /// For so many workers, tiles of a matrix, matrices that will be asked for, and spare ones, or none.
   ProgramRecorder(int workers, int tiles, int matrices, int spares)
       : workers_(workers), tiles_(tiles), spares_(spares) {
     for (int s = 0; s < spares; ++s) spare_[s].number = uint8_t(matrices + s);
   }
 
-  Matrix matrix() { return {next_matrix_++, 0}; }
+  Matrix matrix() { return {next_matrix_++}; }
   Column column() { return {next_column_++}; }
 
   /// Each block has this matrix in all of its warps' tiles.
   void load(const Matrix& A) { mapped_ |= A.bit(); }
 
   void product(Matrix& D, double alpha, double beta, Matrix A, Matrix B) { products(D, alpha, beta, A, B, A, B, 1); }
-  void products(Matrix& D, double alpha, double beta, Matrix A1, Matrix B1, Matrix A2, Matrix B2, int terms = 2) {
+  void products(Matrix& D, double alpha, double beta, Matrix A1, Matrix B1, Matrix A2, Matrix B2, unsigned terms = 2) {
     const Matrix previous = D;
-    D = spare_[0];
-    for (int s = 0; s + 1 < spares_; ++s) spare_[s] = spare_[s + 1];
-    spare_[spares_ - 1] = previous;
+    if (spares_ > 0) {
+      D = spare_[0];
+      for (int s = 0; s + 1 < spares_; ++s) spare_[s] = spare_[s + 1];
+      spare_[spares_ - 1] = previous;
+    }
     add_products(D, &previous, alpha, beta, A1, B1, A2, B2, terms);
   }
   Matrix product(Matrix& D, Matrix, Matrix A, Matrix B, bool) {
@@ -101,7 +106,6 @@ class ProgramRecorder {
   }
 
   Program finish(const Iterates<Matrix>& m, const Iterates<Matrix>& d) {
-    const auto place = [](const Matrix& A) { return Program::Place{A.number, A.dealt}; };
     program_.meets = written_ != 0, program_.maps = mapped_ != 0;
     program_.Y = place(m.Y), program_.Z = place(m.Z), program_.dY = place(d.Y), program_.dZ = place(d.Z);
     return program_;
@@ -110,24 +114,42 @@ class ProgramRecorder {
  private:
   Stage& last() { return program_.stage[program_.stages - 1]; }
 
-  void append(Stage::Kind kind, const Operation& operation, bool meets) {
+  void append(Stage::Kind kind, const Operation& operation, bool meets, bool waits = false) {
     if (program_.operations == Program::kMost) throw std::logic_error("ProgramRecorder: too many operations");
     if (meets) read_ = written_ = mapped_ = 0;
-    const bool joins = !meets && kind == Stage::kProducts && program_.stages > 0 && last().kind == kind;
-    if (!joins) program_.stage[program_.stages++] = {kind, meets, uint32_t(program_.operations), 0};
-    program_.operation[program_.operations++] = operation;
-    ++last().count;
+    if (meets || kind != Stage::kProducts || !joins(waits))
+      program_.stage[program_.stages++] = {kind, meets, waits, uint32_t(program_.operations), 0};
+    // The longest ones first: they are dealt out to the workers one by one.
+    Stage& stage = last();
+    stage.waits |= waits;
+    Operation* at = program_.operation + program_.operations++;
+    for (; at > program_.operation + stage.first && at[-1].terms < operation.terms; --at) at[0] = at[-1];
+    *at = operation;
+    ++stage.count;
   }
-  void add_products(Matrix& D, const Matrix* added, double alpha, double beta, Matrix A1, Matrix B1, Matrix A2,
-                    Matrix B2, int terms) {
+  /// Whether products belong to the last stage, whose results all wait if those of one do.
+  bool joins(bool waits) {
+    if (program_.stages == 0 || last().kind != Stage::kProducts) return false;
+    return !(waits || last().waits) || int(last().count + 1) * tiles_ <= Stage::kMostWaiting * workers_;
+  }
+  void add_products(Matrix D, const Matrix* added, double alpha, double beta, Matrix A1, Matrix B1, Matrix A2,
+                    Matrix B2, unsigned terms) {
     const unsigned operands = A1.bit() | B1.bit() | A2.bit() | B2.bit() | (added ? added->bit() : 0);
+    const bool meets = (operands | D.bit()) & (written_ | mapped_) || (spares_ > 0 && (D.bit() & read_));
     append(Stage::kProducts,
-           {D.number, added ? added->number : Operation::kNone, uint32_t(terms), A1.number, B1.number, A2.number,
-            B2.number, float(alpha), float(beta)},
-           (operands & (written_ | mapped_)) || (D.bit() & (read_ | written_ | mapped_)));
+           {D.number, added ? added->number : Operation::kNone, terms, A1.number, B1.number, A2.number, B2.number,
+            float(alpha), float(beta)},
+           meets, D.bit() & (operands | (meets ? 0 : read_)));
     read_ |= operands;
     written_ |= D.bit();
-    D.dealt = uint8_t((last().count - 1) * tiles_ % workers_);
+  }
+  Program::Place place(const Matrix& A) const {
+    for (int s = program_.stages - 1; s >= 0; --s) {
+      const Stage& stage = program_.stage[s];
+      for (unsigned n = 0; stage.kind == Stage::kProducts && n < stage.count; ++n)
+        if (program_.operation[stage.first + n].to == A.number) return {A.number, uint8_t(int(n) * tiles_ % workers_)};
+    }
+    return {A.number};
   }
   /// D = f(A) elementwise: each block for itself, a warp its own tiles of both.
   void map(Stage::Kind kind, const Operation& operation, Matrix D, Matrix A) {

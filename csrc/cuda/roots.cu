@@ -72,24 +72,19 @@ __global__ void __launch_bounds__(most_threads(kMostChannels<T, true, kVariant>)
   run_root_backward<kVariant>(e, task, blockIdx.x);
 }
 
-/// In a cluster each result of a step that is an operand, too, has a spare matrix: Y and Z, and their derivatives.
-constexpr int spares(bool backward) { return backward ? 4 : 2; }
-template <bool kBackward>
-constexpr int kMostClusterChannels = max_matrix_channels(sizeof(float), matrices(kBackward, false) + spares(kBackward));
-
-template <Variant kVariant>
+template <Variant kVariant, bool kInPlace>
 __global__ void __launch_bounds__(kWarp* kMostClusterWarps, 1)
     root_cluster_kernel(const RootTask<float, Elements<float>> task, const __grid_constant__ Program program) {
-  ClusterEngine<kVariant == Variant::kMean> e(int(task.sigma.channels), program);
+  ClusterEngine<kVariant == Variant::kMean, kInPlace> e(int(task.sigma.channels), program);
   wait_for_kernels_before();
   run_root<kVariant>(e, task, blockIdx.x / cluster_size());
 }
 
-template <Variant kVariant>
+template <Variant kVariant, bool kInPlace>
 __global__ void __launch_bounds__(kWarp* kMostClusterWarps, 1)
     root_backward_cluster_kernel(const RootBackwardTask<float, Elements<const float>> task,
                                  const __grid_constant__ Program program) {
-  ClusterEngine<kVariant == Variant::kMean> e(int(task.sigma.channels), program);
+  ClusterEngine<kVariant == Variant::kMean, kInPlace> e(int(task.sigma.channels), program);
   wait_for_kernels_before();
   run_root_backward<kVariant>(e, task, blockIdx.x / cluster_size());
 }
@@ -114,35 +109,47 @@ void launch_blocks(const char* name, const Choose& choose, int64_t channels, boo
   launch(name, kernel, task.batch, matrix_threads(C), shared_bytes, stream, task);
 }
 
-template <class Task, class Record>
-void launch_cluster(const char* name, void (*kernel)(Task, Program), int64_t channels, bool backward, bool mean,
+/// For each result of a step that is an operand, too: Y and Z, and their derivatives.
+constexpr int spare_matrices(bool backward) { return backward ? 4 : 2; }
+
+/// Whether the current device has room for them.
+template <class Task> bool has_spares(const char* name, int64_t channels, bool backward, const Task& task) {
+  const int count = matrices(backward, false) + spare_matrices(backward);
+  return cluster_shared_bytes(channels, sizeof(float), backward, task.steps.any_in_full()) > 0 &&
+         matrix_shared_bytes(int(channels), sizeof(float), count) <= most_shared_bytes(name);
+}
+
+/// A cluster for each sample, of the kernel that choose(variant, in_place) returns, both as types.
+template <class Task, class Choose, class Record>
+void launch_cluster(const char* name, const Choose& choose, int64_t channels, bool backward, bool mean, bool has_spares,
                     const Record& record, void* stream, const Task& task) {
-  const int64_t shared_bytes = cluster_shared_bytes(channels, sizeof(float), backward, task.steps.any_in_full());
-  if (shared_bytes == 0)
+  if (cluster_shared_bytes(channels, sizeof(float), backward, task.steps.any_in_full()) == 0)
     throw std::runtime_error(std::string(name) + ": a cluster has no such steps, or not so many channels");
   if (task.blocks > kMostClusterBlocks || (task.blocks & (task.blocks - 1)))
     throw std::runtime_error(std::string(name) + ": " + std::to_string(task.blocks) +
                              " blocks of a cluster are not 1, 2, 4 or 8");
+  const auto choose_place = [&](auto variant) {
+    return has_spares ? choose(variant, std::false_type()) : choose(variant, std::true_type());
+  };
+  void (*const kernel)(Task, Program) =
+      mean ? choose_place(constant<Variant::kMean>()) : choose_place(constant<Variant::kMatrix>());
   const int C = int(channels), threads = cluster_threads(C);
-  const Program program = record(task.steps, task.root, mean, task.blocks * threads / kWarp, C,
-                                 matrices(backward, false), spares(backward));
-  launch_clusters(name, kernel, task.batch, task.blocks, threads, shared_bytes, stream, task, program);
-}
-
-/// One block, too, runs the program of a cluster, faster than it would go through the steps, where it has room for the
-/// spare matrices.
-template <class Task> bool runs_program(const char* name, int64_t channels, bool backward, const Task& task) {
-  const int64_t bytes = cluster_shared_bytes(channels, sizeof(float), backward, task.steps.any_in_full());
-  return task.blocks > 1 || (bytes > 0 && bytes <= most_shared_bytes(name));
+  const int count = matrices(backward, false), spares = has_spares ? spare_matrices(backward) : 0;
+  const Program program = record(task.steps, task.root, mean, task.blocks * threads / kWarp, C, count, spares);
+  launch_clusters(name, kernel, task.batch, task.blocks, threads, matrix_shared_bytes(C, sizeof(float), count + spares),
+                  stream, task, program);
 }
 
 template <class T> void launch_root(const RootTask<T, Elements<T>>& task, void* stream) {
   const int64_t C = task.sigma.channels;
   const bool mean = task.result.output == Output::kMean;
-  if constexpr (std::is_same_v<T, float>)
-    if (runs_program("root", C, false, task))
-      return launch_cluster("root", mean ? root_cluster_kernel<Variant::kMean> : root_cluster_kernel<Variant::kMatrix>,
-                            C, false, mean, record_root, stream, task);
+  if constexpr (std::is_same_v<T, float>) {
+    // One block, too, runs the program of a cluster, faster than it would go through the steps, if it has spares.
+    const bool spares = has_spares("root", C, false, task);
+    const auto choose = [](auto variant, auto in_place) { return root_cluster_kernel<variant, in_place>; };
+    if (task.blocks > 1 || spares)
+      return launch_cluster("root", choose, C, false, mean, spares, record_root, stream, task);
+  }
   const auto choose = [](auto slots, auto variant) { return root_kernel<T, slots, variant>; };
   launch_blocks<kMostSlots<T, false>>("root", choose, C, mean,
                                       root_shared_bytes(C, sizeof(T), false, task.steps.any_in_full()), stream, task);
@@ -151,12 +158,12 @@ template <class T> void launch_root(const RootTask<T, Elements<T>>& task, void* 
 template <class T> void launch_root_backward(const RootBackwardTask<T, Elements<const T>>& task, void* stream) {
   const int64_t C = task.sigma.channels;
   const bool mean = task.grad.output == Output::kMean;
-  if constexpr (std::is_same_v<T, float>)
-    if (runs_program("root_backward", C, true, task))
-      return launch_cluster(
-          "root_backward",
-          mean ? root_backward_cluster_kernel<Variant::kMean> : root_backward_cluster_kernel<Variant::kMatrix>, C, true,
-          mean, record_root_backward, stream, task);
+  if constexpr (std::is_same_v<T, float>) {
+    const bool spares = has_spares("root_backward", C, true, task);
+    const auto choose = [](auto variant, auto in_place) { return root_backward_cluster_kernel<variant, in_place>; };
+    if (task.blocks > 1 || spares)
+      return launch_cluster("root_backward", choose, C, true, mean, spares, record_root_backward, stream, task);
+  }
   const auto choose = [](auto slots, auto variant) { return root_backward_kernel<T, slots, variant>; };
   launch_blocks<kMostSlots<T, true>>("root_backward", choose, C, mean,
                                      root_shared_bytes(C, sizeof(T), true, task.steps.any_in_full()), stream, task);
@@ -185,9 +192,7 @@ int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward,
 }
 
 int64_t cluster_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full) {
-  const int most = backward ? kMostClusterChannels<true> : kMostClusterChannels<false>;
-  if (element_size != sizeof(float) || in_full || channels > most) return 0;
-  return matrix_shared_bytes(int(channels), element_size, matrices(backward, false) + spares(backward));
+  return element_size == sizeof(float) && !in_full ? root_shared_bytes(channels, element_size, backward, false) : 0;
 }
 
 Limits limits(int device) {
@@ -198,7 +203,7 @@ Limits limits(int device) {
   };
   const bool hopper = get(cudaDevAttrComputeCapabilityMajor) == 9;
   return {get(cudaDevAttrMaxSharedMemoryPerBlockOptin), get(cudaDevAttrMultiProcessorCount),
-          is_of_sm90(reinterpret_cast<const void*>(root_cluster_kernel<Variant::kMatrix>), "limits"),
+          is_of_sm90(reinterpret_cast<const void*>(root_cluster_kernel<Variant::kMatrix, false>), "limits"),
           hopper && architectures().find("9.0a") != std::string::npos};
 }
 

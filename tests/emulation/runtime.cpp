@@ -293,6 +293,7 @@ void open(Rendezvous& r) {
   launch.ready.insert(launch.ready.end(), r.waiting.begin(), r.waiting.end());
   r.waiting.clear();
   ++r.generation;
+  launch.fruitless = 0;
 }
 
 void meet(Rendezvous& r, unsigned expected, bool orders_memory, const Site& site, bool one_site) {
