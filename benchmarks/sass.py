@@ -172,7 +172,7 @@ def demangle(names: list[str]) -> list[str]:
     return run.stdout.splitlines()
 
 
-VARIANTS = ("Matrix", "Mean", "InFull")  # of csrc/cuda/roots.cu
+VARIANTS = ("Mirrored", "InFull")  # of csrc/cuda/roots.cu
 
 
 def shorten(name: str) -> str:

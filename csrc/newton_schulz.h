@@ -18,7 +18,7 @@
 //     product(D, E, A, B, in_full)              D = A B; in full it is not symmetric, and E = D' = B A
 //     products(D, E, A1, B1, A2, B2, in_full)   D = A1 B1 + A2 B2 likewise
 // which return D', that is E or D itself. Both may be second operands of the products above.
-// Where only the mean of a root is wanted, its last step acts on a vector, and the engine offers
+// Where only the mean of a root is wanted, its last step can act on a vector: on a CPU, whose engine offers
 //     column()                                  a new vector
 //     sums(u, A), multiply(u, A, v)             u = A 1, u = A v
 //     add(u, alpha, beta, v)                    u = alpha u + beta v

@@ -5,7 +5,7 @@
 //     load_normalized(A, source) A = sym(source) / t, Eq. 2, and returns t = tr(source), as its Scalar; 1 divides for 0
 //     inner(source, A), inner(source, A, s)   inner products, that of s source
 //     result(beta, A), result(alpha, beta, A)  beta A and alpha I + beta A, in place of A: they are only written
-//     load(g, source), dot(g, u) a mean's upstream gradient as a vector, inner products of vectors
+//     load(g, source), dot(g, u) a mean's upstream gradient as a vector, inner products of vectors: on a CPU
 // A Scalar is a number, or a class with arithmetic, sqrt(s) and nonzero(s) of its own.
 #pragma once
 #include <cmath>

@@ -19,7 +19,7 @@ ISQRT_FN constexpr int cluster_threads(int channels) {
 }
 
 /// kInPlace: without spare matrices, see ProgramRecorder.
-template <bool kColumns, bool kInPlace> class ClusterEngine : public BlockMatrices<float> {
+template <bool kInPlace> class ClusterEngine : public BlockMatrices<float> {
   using T = float;
   using Base = BlockMatrices<T>;
 
@@ -53,7 +53,6 @@ template <bool kColumns, bool kInPlace> class ClusterEngine : public BlockMatric
 
   __device__ Matrix matrix() { return {new_matrix(), 0}; }
 
-  using Base::load;
   template <class Source> __device__ void load(const Matrix& A, const Source& source) const { load_tiles(A, source); }
   template <class Source> __device__ T load_normalized(const Matrix& A, const Source& source) const {
     return load_normalized_tiles(A, source);
@@ -70,18 +69,8 @@ template <bool kColumns, bool kInPlace> class ClusterEngine : public BlockMatric
         continue;
       }
       if (stage.meets) meet();
-      const Operation o = program_.operation[stage.first];
-      if (stage.kind == Stage::kIdentityPlus) {
-        identity_plus_tiles(at(o.to), o.alpha, o.beta, at(o.A0));
-      } else if constexpr (kColumns) {
-        const Column u{column_at(o.to)}, v{column_at(o.B0)};
-        if (stage.kind == Stage::kRankTwo)
-          rank_two_tiles(at(o.to), o.alpha, o.beta, {column_at(o.A0)}, v, {column_at(o.A1)});
-        else if (stage.kind == Stage::kAdd)
-          add(u, o.alpha, o.beta, v);
-        else
-          sum_rows(u, at(o.A0), [&](int j) { return stage.kind == Stage::kSums ? T(1) : element(v, j); });
-      }
+      const Operation& o = program_.operation[stage.first];
+      identity_plus_tiles(at(o.to), o.alpha, o.beta, at(o.A0));
     }
     if (program_.maps) __syncthreads();
     meets_ = program_.meets;
@@ -125,8 +114,9 @@ template <bool kColumns, bool kInPlace> class ClusterEngine : public BlockMatric
       write_tile(result, Place::numbered(t), view, factor);
     if (meets_ && blocks_ > 1) meet();  // other blocks still write to this one's memory
   }
-  template <class View> __device__ void write(Column u, const View& view, T factor = 1) const {
-    if (rank_ == 0) Base::write(u, view, factor);
+  template <class View> __device__ void write_means(const Result& result, const View& view, T factor) {
+    if (meets_) meet();
+    Base::write_means(result, view, factor, worker_, workers());
   }
 
  private:
@@ -136,7 +126,6 @@ template <bool kColumns, bool kInPlace> class ClusterEngine : public BlockMatric
     const int first = matrices() + number * tile_count(channels_) * Tiles::kBytes;
     return {first, first};
   }
-  __device__ int column_at(int number) const { return columns() + number * kTile * tiles_ * int(sizeof(T)); }
 
   /// A tile of a product.
   struct Work {
@@ -275,53 +264,36 @@ template <bool kColumns, bool kInPlace> class ClusterEngine : public BlockMatric
 };
 
 /// Of newton_schulz.h and normalization.h, in the way of this engine.
-template <bool kColumns, bool kInPlace, class Matrix>
-__device__ void newton_schulz(ClusterEngine<kColumns, kInPlace>& e, Iterates<Matrix>& m, const Steps&, Root) {
+template <bool kInPlace, class Matrix>
+__device__ void newton_schulz(ClusterEngine<kInPlace>& e, Iterates<Matrix>& m, const Steps&, Root) {
   e.run();
   m.Y = e.at(e.program().Y), m.Z = e.at(e.program().Z);
 }
-template <bool kColumns, bool kInPlace, class Matrix>
-__device__ void newton_schulz_tangent(ClusterEngine<kColumns, kInPlace>& e, Iterates<Matrix>& m, Iterates<Matrix>& d,
+template <bool kInPlace, class Matrix>
+__device__ void newton_schulz_tangent(ClusterEngine<kInPlace>& e, Iterates<Matrix>& m, Iterates<Matrix>& d,
                                       const Steps& steps, Root root) {
   newton_schulz(e, m, steps, root);
   d.Y = e.at(e.program().dY), d.Z = e.at(e.program().dZ);
 }
-template <bool kInPlace, class Matrix, class Column>
-__device__ void newton_schulz_sums(ClusterEngine<true, kInPlace>& e, Iterates<Matrix>& m, const Steps& steps, Column&,
-                                   Column&, Column&) {
-  newton_schulz(e, m, steps, Root::kSquare);
-}
-template <bool kInPlace, class Matrix, class Column>
-__device__ void newton_schulz_tangent_sums(ClusterEngine<true, kInPlace>& e, Iterates<Matrix>& m, Iterates<Matrix>& d,
-                                           const Steps& steps, const Column&, double, Column&, Column&, Column&) {
-  newton_schulz_tangent(e, m, d, steps, Root::kSquare);
-}
-
-template <bool kColumns, bool kInPlace, class Matrix, class SigmaSource, class GradSource>
-__device__ InnerProducts<float> inner_products(ClusterEngine<kColumns, kInPlace>& e, const GradSource& grad,
-                                               const Matrix& P, const SigmaSource& sigma, const Matrix& D,
-                                               const float& factor) {
+template <bool kInPlace, class Matrix, class SigmaSource, class GradSource>
+__device__ InnerProducts<float> inner_products(ClusterEngine<kInPlace>& e, const GradSource& grad, const Matrix& P,
+                                               const SigmaSource& sigma, const Matrix& D, const float& factor) {
   return e.inner_products(grad, P, sigma, D, factor);
 }
 
 /// What such a kernel runs for this task.
-inline Program record_root(const Steps& steps, Root root, bool mean, int workers, int channels, int matrices,
-                           int spares) {
-  ProgramRecorder e(workers, tile_count(channels), matrices, spares);
+inline Program record_root(const Steps& steps, Root root, int workers, int tiles, int matrices, int spares) {
+  ProgramRecorder e(workers, tiles, matrices, spares);
   auto m = make_iterates(e, steps);
-  auto sums = e.column(), u = e.column(), v = e.column();
   e.load(m.Y);
-  mean ? newton_schulz_sums(e, m, steps, sums, u, v) : newton_schulz(e, m, steps, root);
+  newton_schulz(e, m, steps, root);
   return e.finish(m, m);
 }
-inline Program record_root_backward(const Steps& steps, Root root, bool mean, int workers, int channels, int matrices,
-                                    int spares) {
-  ProgramRecorder e(workers, tile_count(channels), matrices, spares);
+inline Program record_root_backward(const Steps& steps, Root root, int workers, int tiles, int matrices, int spares) {
+  ProgramRecorder e(workers, tiles, matrices, spares);
   auto m = make_iterates(e, steps), d = make_iterates(e, steps);
-  auto g = e.column(), sums = e.column(), u = e.column(), v = e.column();
   e.load(m.Y), e.load(d.Y);
-  mean ? newton_schulz_tangent_sums(e, m, d, steps, g, 0.5 / channels, sums, u, v)
-       : newton_schulz_tangent(e, m, d, steps, root);
+  newton_schulz_tangent(e, m, d, steps, root);
   return e.finish(m, d);
 }
 

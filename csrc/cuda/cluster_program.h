@@ -8,10 +8,8 @@
 
 namespace isqrt::cuda {
 
-/// to = alpha added + beta (A0 B0 + A1 B1), without A1 B1 where terms = 1, for matrices. Other operations have names of
-/// their own for what they use: alpha I + beta A0; columns A0 1, A0 B0 and alpha to + beta B0; and the matrix
-/// alpha to + beta (A0 B0' + B0 A0' + A1 1' + 1 A1') of columns. Matrices and columns are numbers, in the order in
-/// which they were asked for.
+/// to = alpha added + beta (A0 B0 + A1 B1), without A1 B1 where terms = 1; or alpha I + beta A0. Matrices are numbers,
+/// in the order in which they were asked for.
 struct alignas(16) Operation {
   static constexpr uint32_t kNone = 0xff;
   uint32_t to : 8 = 0, added : 8 = 0, terms : 16 = 0;
@@ -21,7 +19,7 @@ struct alignas(16) Operation {
 
 /// Products that can be computed at the same time; or one operation that each block does for itself.
 struct Stage {
-  enum Kind : uint32_t { kProducts, kIdentityPlus, kSums, kMultiply, kAdd, kRankTwo };
+  enum Kind : uint32_t { kProducts, kIdentityPlus };
   static constexpr int kMostWaiting = 3;  // tiles of a warp
   uint32_t kind : 8;
   uint32_t meets : 4;  // all stages so far are done, in each block, before this one begins
@@ -53,9 +51,6 @@ class ProgramRecorder {
     uint8_t number = 0;
     unsigned bit() const { return 1u << number; }
   };
-  struct Column {
-    uint8_t number;
-  };
 
   /// For so many workers, tiles of a matrix, matrices that will be asked for, and spare ones, or none.
   ProgramRecorder(int workers, int tiles, int matrices, int spares)
@@ -64,7 +59,6 @@ class ProgramRecorder {
   }
 
   Matrix matrix() { return {next_matrix_++}; }
-  Column column() { return {next_column_++}; }
 
   /// Each block has this matrix in all of its warps' tiles.
   void load(const Matrix& A) { mapped_ |= A.bit(); }
@@ -89,20 +83,12 @@ class ProgramRecorder {
   }
 
   void scale(Matrix D, double alpha, Matrix A) { identity_plus(D, 0, alpha, A); }
+  /// Each block for itself, a warp its own tiles of both.
   void identity_plus(Matrix D, double alpha, double beta, Matrix A) {
-    map(Stage::kIdentityPlus, {.to = D.number, .A0 = A.number, .alpha = float(alpha), .beta = float(beta)}, D, A);
-  }
-  void rank_two(Matrix D, double alpha, double beta, Column u, Column v, Column w) {
-    map(Stage::kRankTwo,
-        {.to = D.number, .A0 = u.number, .B0 = v.number, .A1 = w.number, .alpha = float(alpha), .beta = float(beta)}, D,
-        D);
-  }
-  void sums(Column u, Matrix A) { rows(Stage::kSums, {.to = u.number, .A0 = A.number}, A); }
-  void multiply(Column u, Matrix A, Column v) {
-    rows(Stage::kMultiply, {.to = u.number, .A0 = A.number, .B0 = v.number}, A);
-  }
-  void add(Column u, double alpha, double beta, Column v) {
-    append(Stage::kAdd, {.to = u.number, .B0 = v.number, .alpha = float(alpha), .beta = float(beta)}, false);
+    append(Stage::kIdentityPlus, {.to = D.number, .A0 = A.number, .alpha = float(alpha), .beta = float(beta)},
+           (A.bit() & written_) || (D.bit() & (read_ | written_)));
+    read_ |= A.bit();
+    mapped_ |= D.bit();
   }
 
   Program finish(const Iterates<Matrix>& m, const Iterates<Matrix>& d) {
@@ -151,21 +137,10 @@ class ProgramRecorder {
     }
     return {A.number};
   }
-  /// D = f(A) elementwise: each block for itself, a warp its own tiles of both.
-  void map(Stage::Kind kind, const Operation& operation, Matrix D, Matrix A) {
-    append(kind, operation, (A.bit() & written_) || (D.bit() & (read_ | written_)));
-    read_ |= A.bit();
-    mapped_ |= D.bit();
-  }
-  /// What reads whole rows of A, in each block.
-  void rows(Stage::Kind kind, const Operation& operation, Matrix A) {
-    append(kind, operation, A.bit() & (written_ | mapped_));
-    read_ |= A.bit();
-  }
 
   static constexpr int kMostSpares = 4;
   int workers_, tiles_, spares_;
-  uint8_t next_matrix_ = 0, next_column_ = 0;
+  uint8_t next_matrix_ = 0;
   Matrix spare_[kMostSpares];
   unsigned read_ = 0, written_ = 0, mapped_ = 0;  // since the last meeting: mapped is written elementwise
   Program program_;

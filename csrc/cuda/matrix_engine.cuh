@@ -21,11 +21,6 @@ template <class T> class BlockMatrices {
     int first = 0, transpose = first;
   };
 
-  /// Where a vector of C elements begins.
-  struct Column {
-    int first;
-  };
-
   /// alpha I + beta A, which is only written.
   template <class M> struct ResultOf {
     T alpha, beta;
@@ -34,31 +29,7 @@ template <class T> class BlockMatrices {
 
   __device__ explicit BlockMatrices(int channels)
       : channels_(channels), tiles_(tile_rows(channels)), warp_(__shfl_sync(0xffffffffu, int(threadIdx.x / kWarp), 0)) {
-    next_column_ = columns();
     next_ = matrices();
-  }
-
-  __device__ Column column() {
-    const Column u{next_column_};
-    next_column_ += kTile * tiles_ * int(sizeof(T));
-    return u;
-  }
-
-  template <class Source> __device__ void load(Column u, const Source& source) const {
-    map(u, [&](int i) { return source.data[i]; });
-  }
-  __device__ void add(Column u, T alpha, T beta, Column v) const {
-    map(u, [&](int i) { return alpha * element(u, i) + beta * element(v, i); });
-  }
-  __device__ T dot(Column u, Column v) const {
-    T sum = 0;
-    for (int i = threadIdx.x; i < channels_; i += blockDim.x) sum += element(u, i) * element(v, i);
-    return block_sum(sum, shared_memory<T>());
-  }
-
-  /// Copies factor u out.
-  template <class Result> __device__ void write(Column u, const Result& result, T factor = 1) const {
-    for (int i = threadIdx.x; i < channels_; i += blockDim.x) store_number(result.data + i, factor * element(u, i));
   }
 
  protected:
@@ -77,19 +48,10 @@ template <class T> class BlockMatrices {
   __device__ int warp() const { return warp_; }
   static __device__ int warps() { return int(blockDim.x / kWarp); }
 
-  /// Where the vectors begin, and the matrices, and tile (I, J) of one.
-  static __device__ int columns() { return shared_begin() + kSums * int(sizeof(T)); }
-  __device__ int matrices() const { return columns() + int(sizeof(T)) * kVectors * kTile * tiles_; }
+  /// Where the matrices begin, and tile (I, J) of one.
+  static __device__ int matrices() { return shared_begin() + kSums * int(sizeof(T)); }
   static __device__ int tile(int first, int I, int J) { return first + Place{I, J}.number() * Tiles::kBytes; }
   static __device__ OwnTile tile(const Matrix& A, const Place& at) { return {tile(A.first, at.I, at.J)}; }
-
-  static __device__ T& element(Column u, int i) { return at_shared<T>(u.first + int(sizeof(T)) * i); }
-
-  /// u_i = f(i)
-  template <class F> __device__ __forceinline__ void map(Column u, const F& f) const {
-    for (int i = threadIdx.x; i < channels_; i += blockDim.x) element(u, i) = f(i);
-    __syncthreads();
-  }
 
   /// f(own) for each of this warp's tiles, one after the other: what runs once is not worth its instructions' way to
   /// the multiprocessor several times. Each warp has at least one.
@@ -158,14 +120,6 @@ template <class T> class BlockMatrices {
   __device__ void identity_plus_tiles(const Matrix& D, T alpha, T beta, const Matrix& A) const {
     map_tiles(D, A, [&](T a, int i, int j) { return beta * a + (i == j && i < channels_ ? alpha : T(0)); });
   }
-  __device__ void rank_two_tiles(const Matrix& D, T alpha, T beta, Column u, Column v, Column w) const {
-    map_tiles(D, D, [&](T d, int i, int j) {
-      if (i >= channels_ || j >= channels_) return T(0);
-      return alpha * d +
-             beta * (element(u, i) * element(v, j) + element(v, i) * element(u, j) + element(w, i) + element(w, j));
-    });
-  }
-
   /// Copies a tile of factor times `result` out.
   template <class M, class View>
   __device__ __forceinline__ void write_tile(const ResultOf<M>& result, const Place& own, const View& view,
@@ -176,28 +130,28 @@ template <class T> class BlockMatrices {
     store_tile(view, values, own);
   }
 
-  /// u_i = sum_j A_ij factor(j). Each warp takes 16 rows, which its lanes read as for a product.
-  template <class F> __device__ __forceinline__ void sum_rows(Column u, const Matrix& A, const F& factor) const {
+  /// Writes the means of the columns of factor times the result, whose alpha is 0: of every `workers`-th 16 of them
+  /// from `first` on, which the lanes read as rows for a product.
+  template <class M, class View>
+  __device__ __forceinline__ void write_means(const ResultOf<M>& result, const View& view, T factor, int first,
+                                              int workers) const {
     const Lane lane;
     const Reader reader;
-    for (int I = warp(); I < tiles_; I += warps()) {
+    for (int I = first; I < tiles_; I += workers) {
       T sum[2] = {};
       for (int J = 0; J < tiles_; ++J) {
-        Terms terms = read_A(reader, A, I, J);
-        terms.for_each([&](int h, int term, T a) {
-          const int j = kTile * J + term;
-          if (j < channels_) sum[h] += a * factor(j);
-        });
+        Terms terms = read_A(reader, result.A, I, J);
+        terms.for_each([&](int h, int, T a) { sum[h] += a; });
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
         sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
         const int i = kTile * I + lane.group + 8 * h;
-        if (lane.quad == 0 && i < channels_) element(u, i) = sum[h];
+        if (lane.quad == 0 && i < channels_)
+          store_number(view.data + i, factor * result.beta * (sum[h] / T(channels_)));
       }
     }
-    __syncthreads();
   }
 
   /// Terms [16 K, 16 K + 16) of A's rows in tile row I, A being symmetric, and of B's columns in tile column J.
@@ -212,7 +166,7 @@ template <class T> class BlockMatrices {
   int channels_, tiles_;
 
  private:
-  int warp_, next_, next_column_;
+  int warp_, next_;
 };
 
 /// With some products in full, which takes registers that the usual few steps do without.
@@ -222,7 +176,7 @@ template <class T, int kSlots, bool kInFull = false> class MatrixEngine : public
   using typename Base::Place, typename Base::Tiles, typename Base::Terms, typename Base::Reader;
 
  public:
-  using typename Base::Column, typename Base::Matrix;
+  using typename Base::Matrix;
   using Result = typename Base::template ResultOf<Matrix>;
 
   __device__ explicit MatrixEngine(int channels) : Base(channels) {
@@ -233,7 +187,6 @@ template <class T, int kSlots, bool kInFull = false> class MatrixEngine : public
 
   __device__ Matrix matrix() { return Base::new_matrix(); }
 
-  using Base::load;
   template <class Source> __device__ void load(Matrix A, const Source& source) const {
     Base::load_tiles(A, source);
     __syncthreads();
@@ -254,17 +207,6 @@ template <class T, int kSlots, bool kInFull = false> class MatrixEngine : public
     Base::identity_plus_tiles(D, alpha, beta, A);
     __syncthreads();
   }
-  __device__ void rank_two(Matrix D, T alpha, T beta, Column u, Column v, Column w) const {
-    Base::rank_two_tiles(D, alpha, beta, u, v, w);
-    __syncthreads();
-  }
-  __device__ void sums(Column u, Matrix A) const {
-    Base::sum_rows(u, A, [](int) { return T(1); });
-  }
-  __device__ void multiply(Column u, Matrix A, Column v) const {
-    Base::sum_rows(u, A, [&](int j) { return Base::element(v, j); });
-  }
-
   __device__ void product(Matrix D, T alpha, T beta, Matrix A, Matrix B) const {
     combine<true>(D, alpha, beta, A, B, A, B, 1);
   }
@@ -281,16 +223,12 @@ template <class T, int kSlots, bool kInFull = false> class MatrixEngine : public
   __device__ Result result(T beta, Matrix A) const { return {0, beta, A}; }
   __device__ Result result(T alpha, T beta, Matrix A) const { return {alpha, beta, A}; }
 
-  using Base::write;
   template <class View> __device__ void write(const Result& result, const View& view, T factor = 1) const {
     Base::for_own_tiles([&](const Place& own) { Base::write_tile(result, own, view, factor); });
   }
 
-  /// The means of the columns of factor times the result, whose alpha is 0.
   template <class View> __device__ void write_means(const Result& result, const View& view, T factor) const {
-    const Column u{Base::columns()};
-    sums(u, result.A);
-    write(u, view, factor * result.beta / T(channels_));
+    Base::write_means(result, view, factor, Base::warp(), Base::warps());
   }
 
  private:

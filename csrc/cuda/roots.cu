@@ -1,5 +1,8 @@
 // Kernels and launchers of the matrix root and its gradient: one block a sample, or a cluster of them, and nothing but
 // shared memory.
+#if defined(__CUDACC__)
+#pragma nv_diag_suppress 20011, 20014  // the algorithm is for host and device, the recorder of programs for the host
+#endif
 #include "../tasks.h"
 #include "cluster_engine.cuh"
 #include "cuda.h"
@@ -10,14 +13,13 @@ namespace {
 /// Those of the algorithm.
 constexpr int matrices(bool backward, bool in_full) { return (in_full ? 4 : 3) * (backward ? 2 : 1); }
 
-/// What a kernel is compiled for: the matrix or its triangle; the mean, whose last step acts on a vector; or any of
-/// them where some steps are in full.
-enum class Variant { kMatrix, kMean, kInFull };
+/// Whether some steps are in full.
+enum class Variant { kMirrored, kInFull };
 
 template <Variant kVariant> using constant = std::integral_constant<Variant, kVariant>;
 
 /// Of any C for which a kernel is launched: the most tiles of a warp, and the most threads of a block.
-template <class T, bool kBackward, Variant kVariant = Variant::kMatrix>
+template <class T, bool kBackward, Variant kVariant = Variant::kMirrored>
 constexpr int kMostChannels = max_matrix_channels(sizeof(T), matrices(kBackward, kVariant == Variant::kInFull));
 template <class T, bool kBackward> constexpr int kMostSlots = matrix_slots(kMostChannels<T, kBackward>);
 constexpr int most_threads(int channels) {
@@ -26,34 +28,19 @@ constexpr int most_threads(int channels) {
   return most;
 }
 
-template <Variant kVariant, class Engine, class T>
+template <class Engine, class T>
 __device__ __forceinline__ void run_root(Engine& e, const RootTask<T, Elements<T>>& task, int64_t sample) {
-  const int64_t C = task.sigma.channels;
-  const auto sigma = task.sigma.sample(sample);
   const auto result = task.result.sample(sample);
-  const auto factor = [&] { return task.scale ? 1 / task.scale[sample] : T(1); };
-  if constexpr (kVariant == Variant::kMean) {
-    const auto mean = matrix_root_mean(e, sigma, task.steps, C);
-    e.write(mean, result, factor());
-  } else {
-    const auto root = matrix_root(e, sigma, task.steps, task.root);
-    if constexpr (kVariant == Variant::kInFull)
-      if (result.output == Output::kMean) return e.write_means(root, result, factor());
-    e.write(root, result, factor());
-  }
+  const auto root = matrix_root(e, task.sigma.sample(sample), task.steps, task.root);
+  const T factor = task.scale ? 1 / task.scale[sample] : T(1);
+  result.output == Output::kMean ? e.write_means(root, result, factor) : e.write(root, result, factor);
 }
 
-template <Variant kVariant, class Engine, class T>
+template <class Engine, class T>
 __device__ __forceinline__ void run_root_backward(Engine& e, const RootBackwardTask<T, Elements<const T>>& task,
                                                   int64_t sample) {
-  const int64_t C = task.sigma.channels;
-  const auto sigma = task.sigma.sample(sample);
-  const auto grad = task.grad.sample(sample);
-  const auto result = task.grad_sigma.sample(sample);
-  if constexpr (kVariant == Variant::kMean)
-    e.write(matrix_root_mean_backward(e, sigma, grad, task.steps, C), result);
-  else
-    e.write(matrix_root_backward(e, sigma, grad, task.steps, task.root), result);
+  e.write(matrix_root_backward(e, task.sigma.sample(sample), task.grad.sample(sample), task.steps, task.root),
+          task.grad_sigma.sample(sample));
 }
 
 template <class T, int kSlots, Variant kVariant>
@@ -61,7 +48,7 @@ __global__ void __launch_bounds__(most_threads(kMostChannels<T, false, kVariant>
     root_kernel(const RootTask<T, Elements<T>> task) {
   wait_for_kernels_before();
   MatrixEngine<T, kSlots, kVariant == Variant::kInFull> e(int(task.sigma.channels));
-  run_root<kVariant>(e, task, blockIdx.x);
+  run_root(e, task, blockIdx.x);
 }
 
 template <class T, int kSlots, Variant kVariant>
@@ -69,43 +56,40 @@ __global__ void __launch_bounds__(most_threads(kMostChannels<T, true, kVariant>)
     root_backward_kernel(const RootBackwardTask<T, Elements<const T>> task) {
   wait_for_kernels_before();
   MatrixEngine<T, kSlots, kVariant == Variant::kInFull> e(int(task.sigma.channels));
-  run_root_backward<kVariant>(e, task, blockIdx.x);
+  run_root_backward(e, task, blockIdx.x);
 }
 
-template <Variant kVariant, bool kInPlace>
+template <bool kInPlace>
 __global__ void __launch_bounds__(kWarp* kMostClusterWarps, 1)
     root_cluster_kernel(const RootTask<float, Elements<float>> task, const __grid_constant__ Program program) {
-  ClusterEngine<kVariant == Variant::kMean, kInPlace> e(int(task.sigma.channels), program);
+  ClusterEngine<kInPlace> e(int(task.sigma.channels), program);
   wait_for_kernels_before();
-  run_root<kVariant>(e, task, blockIdx.x / cluster_size());
+  run_root(e, task, blockIdx.x / cluster_size());
 }
 
-template <Variant kVariant, bool kInPlace>
+template <bool kInPlace>
 __global__ void __launch_bounds__(kWarp* kMostClusterWarps, 1)
     root_backward_cluster_kernel(const RootBackwardTask<float, Elements<const float>> task,
                                  const __grid_constant__ Program program) {
-  ClusterEngine<kVariant == Variant::kMean, kInPlace> e(int(task.sigma.channels), program);
+  ClusterEngine<kInPlace> e(int(task.sigma.channels), program);
   wait_for_kernels_before();
-  run_root_backward<kVariant>(e, task, blockIdx.x / cluster_size());
+  run_root_backward(e, task, blockIdx.x / cluster_size());
 }
 
 /// One block a sample, of the kernel that choose(slots, variant) returns, both as types; kSlots where two are not
 /// enough and where steps are in full.
 template <int kSlots, class Task, class Choose>
-void launch_blocks(const char* name, const Choose& choose, int64_t channels, bool mean, int64_t shared_bytes,
-                   void* stream, const Task& task) {
+void launch_blocks(const char* name, const Choose& choose, int64_t channels, int64_t shared_bytes, void* stream,
+                   const Task& task) {
   if (shared_bytes == 0)
     throw std::runtime_error(std::string(name) + ": " + std::to_string(channels) +
                              " channels are more than a block can hold");
   const int C = int(channels);
-  const auto choose_slots = [&](auto variant) {
-    return matrix_slots(C) <= 2 ? choose(std::integral_constant<int, 2>(), variant)
-                                : choose(std::integral_constant<int, kSlots>(), variant);
-  };
+  constexpr constant<Variant::kMirrored> kMirrored;
   void (*const kernel)(Task) = task.steps.any_in_full()
                                    ? choose(std::integral_constant<int, kSlots>(), constant<Variant::kInFull>())
-                               : mean ? choose_slots(constant<Variant::kMean>())
-                                      : choose_slots(constant<Variant::kMatrix>());
+                               : matrix_slots(C) <= 2 ? choose(std::integral_constant<int, 2>(), kMirrored)
+                                                      : choose(std::integral_constant<int, kSlots>(), kMirrored);
   launch(name, kernel, task.batch, matrix_threads(C), shared_bytes, stream, task);
 }
 
@@ -119,53 +103,46 @@ template <class Task> bool has_spares(const char* name, int64_t channels, bool b
          matrix_shared_bytes(int(channels), sizeof(float), count) <= most_shared_bytes(name);
 }
 
-/// A cluster for each sample, of the kernel that choose(variant, in_place) returns, both as types.
+/// A cluster for each sample, of the kernel that choose(in_place) returns.
 template <class Task, class Choose, class Record>
-void launch_cluster(const char* name, const Choose& choose, int64_t channels, bool backward, bool mean, bool has_spares,
+void launch_cluster(const char* name, const Choose& choose, int64_t channels, bool backward, bool has_spares,
                     const Record& record, void* stream, const Task& task) {
   if (cluster_shared_bytes(channels, sizeof(float), backward, task.steps.any_in_full()) == 0)
     throw std::runtime_error(std::string(name) + ": a cluster has no such steps, or not so many channels");
   if (task.blocks > kMostClusterBlocks || (task.blocks & (task.blocks - 1)))
     throw std::runtime_error(std::string(name) + ": " + std::to_string(task.blocks) +
                              " blocks of a cluster are not 1, 2, 4 or 8");
-  const auto choose_place = [&](auto variant) {
-    return has_spares ? choose(variant, std::false_type()) : choose(variant, std::true_type());
-  };
-  void (*const kernel)(Task, Program) =
-      mean ? choose_place(constant<Variant::kMean>()) : choose_place(constant<Variant::kMatrix>());
+  void (*const kernel)(Task, Program) = has_spares ? choose(std::false_type()) : choose(std::true_type());
   const int C = int(channels), threads = cluster_threads(C);
   const int count = matrices(backward, false), spares = has_spares ? spare_matrices(backward) : 0;
-  const Program program = record(task.steps, task.root, mean, task.blocks * threads / kWarp, C, count, spares);
+  const Program program = record(task.steps, task.root, task.blocks * threads / kWarp, tile_count(C), count, spares);
   launch_clusters(name, kernel, task.batch, task.blocks, threads, matrix_shared_bytes(C, sizeof(float), count + spares),
                   stream, task, program);
 }
 
 template <class T> void launch_root(const RootTask<T, Elements<T>>& task, void* stream) {
   const int64_t C = task.sigma.channels;
-  const bool mean = task.result.output == Output::kMean;
   if constexpr (std::is_same_v<T, float>) {
     // One block, too, runs the program of a cluster, faster than it would go through the steps, if it has spares.
     const bool spares = has_spares("root", C, false, task);
-    const auto choose = [](auto variant, auto in_place) { return root_cluster_kernel<variant, in_place>; };
-    if (task.blocks > 1 || spares)
-      return launch_cluster("root", choose, C, false, mean, spares, record_root, stream, task);
+    const auto choose = [](auto in_place) { return root_cluster_kernel<in_place>; };
+    if (task.blocks > 1 || spares) return launch_cluster("root", choose, C, false, spares, record_root, stream, task);
   }
   const auto choose = [](auto slots, auto variant) { return root_kernel<T, slots, variant>; };
-  launch_blocks<kMostSlots<T, false>>("root", choose, C, mean,
+  launch_blocks<kMostSlots<T, false>>("root", choose, C,
                                       root_shared_bytes(C, sizeof(T), false, task.steps.any_in_full()), stream, task);
 }
 
 template <class T> void launch_root_backward(const RootBackwardTask<T, Elements<const T>>& task, void* stream) {
   const int64_t C = task.sigma.channels;
-  const bool mean = task.grad.output == Output::kMean;
   if constexpr (std::is_same_v<T, float>) {
     const bool spares = has_spares("root_backward", C, true, task);
-    const auto choose = [](auto variant, auto in_place) { return root_backward_cluster_kernel<variant, in_place>; };
+    const auto choose = [](auto in_place) { return root_backward_cluster_kernel<in_place>; };
     if (task.blocks > 1 || spares)
-      return launch_cluster("root_backward", choose, C, true, mean, spares, record_root_backward, stream, task);
+      return launch_cluster("root_backward", choose, C, true, spares, record_root_backward, stream, task);
   }
   const auto choose = [](auto slots, auto variant) { return root_backward_kernel<T, slots, variant>; };
-  launch_blocks<kMostSlots<T, true>>("root_backward", choose, C, mean,
+  launch_blocks<kMostSlots<T, true>>("root_backward", choose, C,
                                      root_shared_bytes(C, sizeof(T), true, task.steps.any_in_full()), stream, task);
 }
 
@@ -203,7 +180,7 @@ Limits limits(int device) {
   };
   const bool hopper = get(cudaDevAttrComputeCapabilityMajor) == 9;
   return {get(cudaDevAttrMaxSharedMemoryPerBlockOptin), get(cudaDevAttrMultiProcessorCount),
-          is_of_sm90(reinterpret_cast<const void*>(root_cluster_kernel<Variant::kMatrix, false>), "limits"),
+          is_of_sm90(reinterpret_cast<const void*>(root_cluster_kernel<false>), "limits"),
           hopper && architectures().find("9.0a") != std::string::npos};
 }
 

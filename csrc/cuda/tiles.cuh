@@ -108,8 +108,8 @@ ISQRT_FN constexpr int matrix_threads(int channels) {
   return kWarp * (slots == 1 ? tiles : kSchedulers * ((tiles + each - 1) / each));
 }
 
-/// Elements of shared memory before the matrices: for block_sum, and for vectors.
-constexpr int kSums = 32, kVectors = 4;
+/// Elements of shared memory before the matrices: for block_sum.
+constexpr int kSums = 32;
 
 /// Bytes of a tile: with its scale where numbers are pairs, see Tiles.
 ISQRT_FN constexpr int tile_bytes(int64_t element_size) {
@@ -117,8 +117,7 @@ ISQRT_FN constexpr int tile_bytes(int64_t element_size) {
 }
 
 ISQRT_FN constexpr int64_t matrix_shared_bytes(int channels, int64_t element_size, int matrices) {
-  return element_size * (kSums + kVectors * kTile * tile_rows(channels)) +
-         int64_t(matrices) * tile_count(channels) * tile_bytes(element_size);
+  return element_size * kSums + int64_t(matrices) * tile_count(channels) * tile_bytes(element_size);
 }
 
 /// The most channels for which that many matrices fit into the shared memory of any device, and their tiles into the
