@@ -16,9 +16,9 @@ template <bool kDual> class WarpgroupProductBlock {
   static constexpr int kDepth = kDual ? 2 : 4, kStages = 3;  // in terms
 
   /// Of a term of one number: the left operand's tiles as they are; and of the right operand's two panels of four tiles
-  /// the high halves of all, the low ones, and the scales.
+  /// the high halves of all, the low ones, and the scales. Each part begins where all banks do.
   static constexpr int kPanelHalf = kGroup * Tiles::kLow, kPanelScales = 2 * kPanelHalf,
-                       kPanelBytes = kPanelScales + kGroup * int(sizeof(float));
+                       kPanelBytes = kPanelScales + Tiles::kPart;
 
  public:
   static constexpr int kSide = 2 * kGroup, kThreads = kWarpgroup * kSide * kSide / (kGroup * kGroup);
@@ -26,6 +26,7 @@ template <bool kDual> class WarpgroupProductBlock {
  private:
   static constexpr int kRight = kSide * Tiles::kBytes, kTermBytes = kRight + 2 * kPanelBytes;
   static constexpr int kStageBytes = kDepth * kNumbers * kTermBytes;
+  static_assert(kTermBytes % Tiles::kPart == 0);
 
  public:
   static constexpr int kSharedBytes = kStages * kStageBytes;
