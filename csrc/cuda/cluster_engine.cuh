@@ -137,7 +137,7 @@ template <bool kInPlace> class ClusterEngine : public BlockMatrices<float> {
     return {program_.operation[stage.first + product], Place::numbered(n - product * tile_count(channels_))};
   }
 
-  /// Results, the last one first.
+  /// Results in registers, the last one first: at constant places, or they would lie in local memory.
   class Waiting {
     Tiles::Packed result_[Stage::kMostWaiting] = {};
 
@@ -160,7 +160,7 @@ template <bool kInPlace> class ClusterEngine : public BlockMatrices<float> {
     const int all = int(stage.count) * tile_count(channels_);
     Work next = work(stage, worker_ < all ? worker_ : 0);  // found out before it is waited for the other warps
     if (stage.meets) meet();
-    [[maybe_unused]] Waiting waiting;
+    Waiting waiting;
     const bool waits = kInPlace && stage.waits;
     const auto put = [&](const Work& work, const Tiles::Packed& result) {
       const OwnTile to = tile(at(work.o.to), work.own);

@@ -21,8 +21,8 @@ int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_siz
                             bool warpgroups);
 
 /// Shared memory in bytes that one block needs for root or root_backward of a C x C matrix, with or without steps in
-/// full, 0 where no kernel is compiled for so many channels; and each block of a cluster, with task.blocks > 1. With
-/// more some of them are faster.
+/// full, 0 where no kernel is compiled for so many channels; and each block of a cluster, with task.blocks > 1. In
+/// float32 they take more for spare matrices where the device has it.
 int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full);
 int64_t cluster_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full);
 
