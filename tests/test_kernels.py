@@ -116,7 +116,10 @@ def test_names_are_what_a_reader_knows():
         (f"{inside}pool_kernel<isqrt::BFloat16>(isqrt::PoolTask<isqrt::BFloat16>, long)", "pool<bfloat16>"),
         (f"{inside}root_kernel<double>(isqrt::RootTask<double>)", "root<float64>"),
         (f"{inside}product_kernel<float, (int)64, (bool)1>(float const*)", "product<float32, 64, 1>"),
-        (f"{inside}root_kernel<double, 3, ({inside[5:]}Variant)1>(isqrt::RootTask<double>)", "root<float64, 3, InFull>"),
+        (
+            f"{inside}root_kernel<double, 3, ({inside[5:]}Variant)1>(isqrt::RootTask<double>)",
+            "root<float64, 3, InFull>",
+        ),
         ("isqrt::cuda::plain_kernel(long)", "plain"),
     ):
         assert sass.shorten(name) == short

@@ -8,9 +8,6 @@ from pathlib import Path
 
 from .build import CUDA, ROOT, object_path
 
-# What does not run on the emulated device: a file, what the line contains, and why.
-NOT_RUN = (("csrc/cuda/roots.cu", "std::string architectures()", "for build_info(); no kernel has a part in it"),)
-
 
 def counts():
     """{(file, line): how often it ran} for the lines of csrc that the compiler made code of, summed over instances of a
@@ -44,23 +41,11 @@ def forget():
 
 
 def missed():
-    """What did not run and should have, in words; and what NOT_RUN says although it ran, or is gone."""
+    """What did not run, in words."""
     lines, functions = counts()
     if not lines:
         return ["nothing was compiled for coverage"]
-    complaints, used = [], set()
-
-    def excused(file, line):
-        text = (ROOT / file).read_text().splitlines()[line - 1]
-        entries = [entry for entry in NOT_RUN if entry[0] == file and entry[1] in text]
-        used.update(entries)
-        return entries != []
-
-    for (file, line), count in sorted(lines.items()):
-        if count == 0 and not excused(file, line):
-            complaints.append(f"{file}:{line} did not run")
-    for (file, line, name), count in sorted(functions.items()):
-        if count == 0 and not excused(file, line):
-            complaints.append(f"{file}:{line} did not run as {name}")
-    complaints += [f"coverage.NOT_RUN, which runs or is gone: {entry}" for entry in NOT_RUN if entry not in used]
-    return complaints
+    complaints = [f"{file}:{line} did not run" for (file, line), count in sorted(lines.items()) if count == 0]
+    return complaints + [
+        f"{file}:{line} did not run as {name}" for (file, line, name), count in sorted(functions.items()) if count == 0
+    ]
