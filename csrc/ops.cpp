@@ -86,16 +86,15 @@ void check_matrices(const Tensor& sigma) {
 }
 
 /// `t` has the sizes and the dtype given, and lies where x or sigma, the first argument, does.
-void check_beside(const Tensor& t, const char* name, const std::vector<int64_t>& sizes, ScalarType dtype,
-                  const Tensor& first) {
-  check(t.sizes() == Sizes(sizes), name, ": expected shape ", Shape{sizes}, ", got ", shape(t));
+void check_beside(const Tensor& t, const char* name, Sizes sizes, ScalarType dtype, const Tensor& first) {
+  check(t.sizes() == sizes, name, ": expected shape ", Shape{sizes}, ", got ", shape(t));
   check(t.scalar_type() == dtype, name, ": expected dtype ", torch::headeronly::toString(dtype), ", got ",
         torch::headeronly::toString(t.scalar_type()));
   check(place(t) == place(first), name, ": expected ", place(first), ", got ", place(t));
 }
 
 /// The upstream gradient of a result that was put out in x's dtype, or in the one it is computed in.
-void check_gradient(const Tensor& grad, const std::vector<int64_t>& sizes, const Tensor& x) {
+void check_gradient(const Tensor& grad, Sizes sizes, const Tensor& x) {
   const ScalarType kept = compute_dtype(x.scalar_type());
   check_beside(grad, "grad", sizes, grad.scalar_type() == kept ? kept : x.scalar_type(), x);
 }
@@ -173,7 +172,7 @@ Tensor matrices(const Tensor& t) { return dense(as(t, compute_dtype(t.scalar_typ
 
 /// A new tensor beside `like`. What torch::stable::new_empty looks up and converts for the dispatcher takes as long as
 /// a small batch.
-Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(1, sizes[d])) strides[d] = stride;
@@ -290,7 +289,7 @@ template <class Device> struct Engine {
   /// `scale` is [B] or empty, as for all below.
   Tensor pool_backward(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& scale) {
     hold(grad), hold(mean), hold(scale);
-    const Tensor dx = torch::stable::empty_like(x);
+    const Tensor dx = x.is_contiguous() ? empty(x, x.sizes(), x.scalar_type()) : torch::stable::empty_like(x);
     if (x.size(0) == 0) return dx;
     dispatch(x, [&](auto zero) {
       using X = decltype(zero);

@@ -13,7 +13,7 @@ import torch
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 
 from . import reference, transforms
-from .transforms import call_gradient, compute_dtype
+from .transforms import compute_dtype
 
 # The enumerations of csrc, in their order.
 OUTPUTS = ("matrix", "triu", "mean")
@@ -70,8 +70,8 @@ def _times(scale, x):
 
 def _register(name, fake, *derivatives, autocast=True):
     torch.library.register_fake(f"isqrt_cov::{name}", fake)
-    transforms.register_derivatives(name, *derivatives, autocast=autocast)
     transforms.register_batching(name)
+    return transforms.register_derivatives(name, *derivatives, autocast=autocast)
 
 
 def _register_gradient(name, fake, function):
@@ -95,7 +95,7 @@ def _register_gradient(name, fake, function):
         _, curvature = _second_order(function(*ctx.arguments), x, upstream, x_tangent)
         return op(upstream_tangent, x, *kept, *ctx.arguments) + curvature
 
-    _register(name, fake, setup_context, backward, jvp, autocast=False)
+    return _register(name, fake, setup_context, backward, jvp, autocast=False)
 
 
 # ---- covariance_pool: x [B, C, H, W] or [B, C, M] -> sigma [B, C, C], mean [B, C] ------------------------------------
@@ -123,7 +123,7 @@ def _pool_backward(ctx, grad, _):
     if grad is None:
         return None, None, None
     x, mean = ctx.saved_tensors
-    return call_gradient(_ops.covariance_pool_backward.default, grad, x, mean, ctx.engine), None, None
+    return covariance_pool_backward(grad, x, mean, ctx.engine), None, None
 
 
 def _pool_tangent(x, tangent):
@@ -140,8 +140,10 @@ def _pool_backward_fake(grad, x, mean, engine=0):
     return torch.empty_like(x)
 
 
-_register("covariance_pool", _pool_fake, _pool_setup, _pool_backward, _pool_jvp)
-_register_gradient("covariance_pool_backward", _pool_backward_fake, lambda engine: reference.covariance_pool)
+covariance_pool = _register("covariance_pool", _pool_fake, _pool_setup, _pool_backward, _pool_jvp)
+covariance_pool_backward = _register_gradient(
+    "covariance_pool_backward", _pool_backward_fake, lambda engine: reference.covariance_pool
+)
 
 
 # ---- matrix_root: sigma [B, C, C] -> its square or inverse square root [B, C, C] -------------------------------------
@@ -159,7 +161,7 @@ def _root_setup(ctx, inputs, output):
 
 def _root_backward(ctx, grad):
     (sigma,) = ctx.saved_tensors
-    dsigma = call_gradient(_ops.matrix_root_backward.default, grad, sigma, *ctx.arguments)
+    dsigma = matrix_root_backward(grad, sigma, *ctx.arguments)
     return dsigma, None, None, None, None
 
 
@@ -200,8 +202,8 @@ def _root_function(iterations, root, spectrum_floor, engine):
     return functools.partial(function, iterations=iterations, step=_steps(iterations, spectrum_floor))
 
 
-_register("matrix_root", _root_fake, _root_setup, _root_backward, _root_jvp)
-_register_gradient("matrix_root_backward", _root_backward_fake, _root_function)
+matrix_root = _register("matrix_root", _root_fake, _root_setup, _root_backward, _root_jvp)
+matrix_root_backward = _register_gradient("matrix_root_backward", _root_backward_fake, _root_function)
 
 
 # ---- cov_sqrt: x [B, C, H, W] or [B, C, M] -> y, sigma [B, C, C], mean [B, C], scale [B] -----------------------------
@@ -228,7 +230,7 @@ def _cov_sqrt_setup(ctx, inputs, output):
 def _cov_sqrt_backward(ctx, grad, *_):
     if grad is None:
         return None, None, None, None, None, None
-    dx = call_gradient(_ops.cov_sqrt_backward.default, grad, *ctx.saved_tensors, *ctx.arguments)
+    dx = cov_sqrt_backward(grad, *ctx.saved_tensors, *ctx.arguments)
     return dx, None, None, None, None, None
 
 
@@ -262,5 +264,5 @@ def _cov_sqrt_function(iterations, output, spectrum_floor, engine):
     return function
 
 
-_register("cov_sqrt", _cov_sqrt_fake, _cov_sqrt_setup, _cov_sqrt_backward, _cov_sqrt_jvp)
-_register_gradient("cov_sqrt_backward", _cov_sqrt_backward_fake, _cov_sqrt_function)
+cov_sqrt = _register("cov_sqrt", _cov_sqrt_fake, _cov_sqrt_setup, _cov_sqrt_backward, _cov_sqrt_jvp)
+cov_sqrt_backward = _register_gradient("cov_sqrt_backward", _cov_sqrt_backward_fake, _cov_sqrt_function)

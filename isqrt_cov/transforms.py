@@ -23,12 +23,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def call_gradient(op: torch._ops.OpOverload, *args: Any) -> Any:
-    """A gradient. It need not go through Python once more, to its own derivatives, where nobody asks for them."""
-    if torch.compiler.is_compiling() or _C.is_grad_enabled() or forward_ad._current_level >= 0:
-        return op(*args)
-    with _C._AutoDispatchBelowAutograd():
-        return op(*args)
+def _only_autograd_cares(x: Any) -> bool:
+    """True for an argument of which autograd alone would come to know before the operator runs."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not _C._are_functorch_transforms_active()
+        and not _C._get_tracing_state()
+        and not _C._dispatch_tls_is_dispatch_key_excluded(_C.DispatchKey.AutogradFunctionality)
+    )
 
 
 def register_derivatives(
@@ -38,8 +41,11 @@ def register_derivatives(
     jvp: Callable[..., Any],
     *,
     autocast: bool,
-) -> None:
+) -> Callable[..., Any]:
     """Derivatives of ``isqrt_cov::name`` by the methods of ``torch.autograd.Function`` of these names.
+
+    Returns the operator as a function of positional arguments, the first one a tensor, that calls what is registered
+    here without the way through the dispatcher, which takes as long as a small batch.
 
     ``jvp(ctx, saved, *tangents)`` is given what was saved for it as values without a tangent. With ``autocast``
     the operator returns float32 for 16-bit tensors in an autocast region: by its argument ``wide``, or where it has
@@ -48,9 +54,9 @@ def register_derivatives(
     op = getattr(torch.ops.isqrt_cov, name).default
     defaults = tuple(a.default_value if a.has_default_value() else None for a in op._schema.arguments)
 
-    def below_autograd(keyset, args):
+    def run(*args):
         with _C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & _C._after_autograd_keyset, *args)
+            return op(*args)
 
     def refuse_autocast(like):
         # torch.func restores an outer level's autocast, and only a product shows whether it did.
@@ -62,13 +68,8 @@ def register_derivatives(
 
     class Derivatives(_SingleLevelFunction):
         @staticmethod
-        def forward(ctx, keyset, *args):
-            # Function turns both modes off for its forward; the outer levels of torch.func, below, want them on.
-            if _C._are_functorch_transforms_active():
-                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                    output = below_autograd(keyset, args)
-            else:
-                output = below_autograd(keyset, args)
+        def forward(ctx, run, *args):
+            output = run(*args)
             setup_context(ctx, args + defaults[len(args) :], output)  # the dispatcher leaves out trailing defaults
             return output
 
@@ -89,20 +90,40 @@ def register_derivatives(
 
     Derivatives.__name__ = Derivatives.__qualname__ = name
 
+    def is_differentiated(args):
+        return forward_ad._current_level >= 0 or (_C.is_grad_enabled() and _C._any_requires_grad(*args))
+
     def kernel(keyset, *args):
-        if forward_ad._current_level < 0 and not (_C.is_grad_enabled() and _C._any_requires_grad(*args)):
-            return below_autograd(keyset, args)
+        def run_next(*args):
+            with _C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & _C._after_autograd_keyset, *args)
+
+        def run_with_modes(*args):
+            # Function turns both modes off for its forward; the outer levels of torch.func, below, want them on.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return run_next(*args)
+
+        if not is_differentiated(args):
+            return run_next(*args)
+        if not _C._are_functorch_transforms_active():
+            return Derivatives.apply(run_next, *args)
         with enable_single_level_autograd_function():
-            return Derivatives.apply(keyset, *args)  # type: ignore[attr-defined]  # torch declares it in a subclass
+            return Derivatives.apply(run_with_modes, *args)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+    def call(*args):
+        if not _only_autograd_cares(args[0]):
+            return op(*args)
+        return Derivatives.apply(run, *args) if is_differentiated(args) else run(*args)
+
     if not autocast:
-        return
+        return call
     names = [argument.name for argument in op._schema.arguments]
     if "wide" not in names:
         for device in ("cpu", "cuda"):
             torch.library.register_autocast(f"isqrt_cov::{name}", device, torch.float32, lib=_library)
-        return
+        return call
 
     def wide(_, *args):
         keys = _C.DispatchKeySet(_C.DispatchKey.AutocastCPU).add(_C.DispatchKey.AutocastCUDA)
@@ -111,6 +132,7 @@ def register_derivatives(
 
     for key in ("AutocastCPU", "AutocastCUDA"):
         _library.impl(name, wide, key, with_keyset=True)
+    return call
 
 
 def register_batching(name: str) -> None:
