@@ -133,7 +133,7 @@ void launch_cluster(const char* name, void (*kernel)(Task, Program), int64_t cha
 /// spare matrices.
 template <class Task> bool runs_program(const char* name, int64_t channels, bool backward, const Task& task) {
   const int64_t bytes = cluster_shared_bytes(channels, sizeof(float), backward, task.steps.any_in_full());
-  return task.blocks > 1 || (bytes > 0 && bytes <= most_shared_bytes(name));
+  return task.blocks > 1 || (bytes > 0 && bytes <= limits(current_device(name)).shared_bytes);
 }
 
 template <class T> void launch_root(const RootTask<T, Elements<T>>& task, void* stream) {
@@ -191,13 +191,7 @@ int64_t cluster_shared_bytes(int64_t channels, int64_t element_size, bool backwa
 }
 
 Limits limits(int device) {
-  const auto get = [&](cudaDeviceAttr attribute) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, attribute, device), "limits");
-    return value;
-  };
-  return {get(cudaDevAttrMaxSharedMemoryPerBlockOptin), get(cudaDevAttrMultiProcessorCount),
-          is_of_sm90(reinterpret_cast<const void*>(root_cluster_kernel<Variant::kMatrix>), "limits")};
+  return limits(device, reinterpret_cast<const void*>(root_cluster_kernel<Variant::kMatrix>), "limits");
 }
 
 std::string architectures() { return ISQRT_CUDA_ARCHITECTURES; }
