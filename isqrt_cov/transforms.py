@@ -47,12 +47,15 @@ def register_derivatives(
     Returns the operator as a function of positional arguments, the first one a tensor, that calls what is registered
     here without the way through the dispatcher, which takes as long as a small batch.
 
-    ``jvp(ctx, saved, *tangents)`` is given what was saved for it as values without a tangent. With ``autocast``
-    the operator returns float32 for 16-bit tensors in an autocast region: by its argument ``wide``, or where it has
-    none by a cast of them.
+    ``setup_context(ctx, tensors, output)`` is given the tensors among the arguments, which come first; the others are
+    ``ctx.arguments``. Only the first result has derivatives: ``backward(ctx, grad)`` returns gradients of the first
+    tensors, and ``jvp(ctx, saved, *tangents)`` is given what was saved for it as values without a tangent. With
+    ``autocast`` the operator returns float32 for 16-bit tensors in an autocast region: by its argument ``wide``, or
+    where it has none by a cast of them.
     """
     op = getattr(torch.ops.isqrt_cov, name).default
     defaults = tuple(a.default_value if a.has_default_value() else None for a in op._schema.arguments)
+    tensor_count = sum(isinstance(a.type, torch.TensorType) for a in op._schema.arguments)
 
     def run(*args):
         with _C._AutoDispatchBelowAutograd():
@@ -68,17 +71,22 @@ def register_derivatives(
 
     class Derivatives(_SingleLevelFunction):
         @staticmethod
-        def forward(ctx, run, *args):
-            output = run(*args)
-            setup_context(ctx, args + defaults[len(args) :], output)  # the dispatcher leaves out trailing defaults
-            return output
+        def forward(ctx, run, arguments, results, *tensors):
+            output = run(*tensors, *arguments)
+            ctx.arguments = arguments
+            setup_context(ctx, tensors, output)
+            if not isinstance(output, tuple):
+                return output
+            results.extend(output[1:])
+            return output[0]
 
         @staticmethod
-        def backward(ctx, *grads):
-            return None, *backward(ctx, *grads)
+        def backward(ctx, grad):
+            grads = backward(ctx, grad)
+            return None, None, None, *grads, *(None,) * (tensor_count - len(grads))
 
         @staticmethod
-        def jvp(ctx, _, *tangents):
+        def jvp(ctx, _run, _arguments, _results, *tangents):
             # What was saved carries the tangent of this level, which is done with, and those of outer levels.
             like = ctx.saved_tensors[0]
             with forward_ad._set_fwd_grad_enabled(True), torch.autocast(like.device.type, enabled=False):
@@ -89,6 +97,12 @@ def register_derivatives(
         _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
     Derivatives.__name__ = Derivatives.__qualname__ = name
+
+    def differentiate(run, args):
+        args += defaults[len(args) :]  # the dispatcher leaves out trailing defaults
+        others: list[Tensor] = []  # that are no results of Function have not to be freed of its derivatives
+        result = Derivatives.apply(run, args[tensor_count:], others, *args[:tensor_count])  # type: ignore[attr-defined]
+        return (result, *others) if others else result
 
     def is_differentiated(args):
         return forward_ad._current_level >= 0 or (_C.is_grad_enabled() and _C._any_requires_grad(*args))
@@ -106,16 +120,16 @@ def register_derivatives(
         if not is_differentiated(args):
             return run_next(*args)
         if not _C._are_functorch_transforms_active():
-            return Derivatives.apply(run_next, *args)
+            return differentiate(run_next, args)
         with enable_single_level_autograd_function():
-            return Derivatives.apply(run_with_modes, *args)
+            return differentiate(run_with_modes, args)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
     def call(*args):
         if not _only_autograd_cares(args[0]):
             return op(*args)
-        return Derivatives.apply(run, *args) if is_differentiated(args) else run(*args)
+        return differentiate(run, args) if is_differentiated(args) else run(*args)
 
     if not autocast:
         return call

@@ -69,9 +69,7 @@ const char* cudaGetErrorString(cudaError_t error) {
 cudaError_t cudaGetLastError() { return std::exchange(emulation::last_error, cudaSuccess); }
 
 cudaError_t cudaGetDevice(int* device) {
-  // One that says other things of itself is another one.
-  const auto& options = emulation::options;
-  *device = int(options.shared_limit / 1024) * 100 + options.capability_major * 10 + options.capability_minor;
+  *device = emulation::options.device();
   return cudaSuccess;
 }
 

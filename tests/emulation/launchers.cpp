@@ -1,12 +1,11 @@
 #include "launchers.h"
 
-#include <cuda_runtime.h>
-
 #include <cmath>
 #include <stdexcept>
 #include <vector>
 
 #include "cuda/cuda.h"
+#include "emulation.h"
 #include "plan.h"
 
 using namespace isqrt;
@@ -126,18 +125,10 @@ void root_backward(const std::string& dtype, const Array& grad, const Array& sig
   });
 }
 
-namespace {
-int current_device() {
-  int device = 0;
-  cudaGetDevice(&device);
-  return device;
-}
-}  // namespace
-
 Choice plan(int64_t batch, int64_t channels, int64_t positions, int64_t element_size, int iterations) {
   const bool in_full = choose_steps(iterations, 0).any_in_full();
-  const Plan p =
-      isqrt::plan({true, current_device(), batch, channels, positions, element_size, in_full}, EngineKind::kAuto);
+  const int device = emulation::options.device();
+  const Plan p = isqrt::plan({true, device, batch, channels, positions, element_size, in_full}, EngineKind::kAuto);
   return {engine_name(p.forward), engine_name(p.backward), p.pool.length,
           p.pool_backward.length, p.forward_blocks,        p.backward_blocks};
 }
@@ -148,6 +139,6 @@ int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward,
 int64_t cluster_shared_bytes(int64_t channels, int64_t element_size, bool backward, int iterations, double floor) {
   return cuda::cluster_shared_bytes(channels, element_size, backward, choose_steps(iterations, floor).any_in_full());
 }
-int64_t shared_bytes_limit() { return cuda::limits(current_device()).shared_bytes; }
+int64_t shared_bytes_limit() { return cuda::limits(emulation::options.device()).shared_bytes; }
 
 }  // namespace launchers
