@@ -71,13 +71,13 @@ def register_derivatives(
 
     class Derivatives(_SingleLevelFunction):
         @staticmethod
-        def forward(ctx, run, arguments, results, *tensors):
+        def forward(ctx, run, arguments, others, *tensors):
             output = run(*tensors, *arguments)
             ctx.arguments = arguments
             setup_context(ctx, tensors, output)
             if not isinstance(output, tuple):
                 return output
-            results.extend(output[1:])
+            others.extend(output[1:])
             return output[0]
 
         @staticmethod
@@ -86,7 +86,7 @@ def register_derivatives(
             return None, None, None, *grads, *(None,) * (tensor_count - len(grads))
 
         @staticmethod
-        def jvp(ctx, _run, _arguments, _results, *tangents):
+        def jvp(ctx, _run, _arguments, _others, *tangents):
             # What was saved carries the tangent of this level, which is done with, and those of outer levels.
             like = ctx.saved_tensors[0]
             with forward_ad._set_fwd_grad_enabled(True), torch.autocast(like.device.type, enabled=False):
@@ -100,7 +100,7 @@ def register_derivatives(
 
     def differentiate(run, args):
         args += defaults[len(args) :]  # the dispatcher leaves out trailing defaults
-        others: list[Tensor] = []  # that are no results of Function have not to be freed of its derivatives
+        others: list[Tensor] = []  # pass by Function, whose every argument and result takes time
         result = Derivatives.apply(run, args[tensor_count:], others, *args[:tensor_count])  # type: ignore[attr-defined]
         return (result, *others) if others else result
 
