@@ -37,15 +37,28 @@ template <class... Args> void check(bool condition, const Args&... message) {
   throw std::runtime_error(text.str());
 }
 
-std::string shape(const Tensor& t) {
-  std::ostringstream text;
-  text << '(';
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
-  text << ')';
-  return text.str();
-}
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-std::string device(const Tensor& t) { return t.is_cpu() ? "cpu" : "device " + std::to_string(t.get_device_index()); }
+// What messages say of a tensor, made into text only where there is one.
+struct Shape {
+  Sizes sizes;
+};
+std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+  out << '(';
+  for (size_t d = 0; d < shape.sizes.size(); ++d) out << (d ? ", " : "") << shape.sizes[d];
+  return out << ')';
+}
+Shape shape(const Tensor& t) { return {t.sizes()}; }
+
+struct Place {
+  bool cpu;
+  int index;
+  bool operator==(const Place&) const = default;
+};
+std::ostream& operator<<(std::ostream& out, const Place& place) {
+  return place.cpu ? out << "cpu" : out << "device " << place.index;
+}
+Place place(const Tensor& t) { return {t.is_cpu(), t.get_device_index()}; }
 
 bool is_half(ScalarType dtype) { return dtype == ScalarType::Half || dtype == ScalarType::BFloat16; }
 
@@ -73,21 +86,15 @@ void check_matrices(const Tensor& sigma) {
 }
 
 /// `t` has the sizes and the dtype given, and lies where x or sigma, the first argument, does.
-void check_beside(const Tensor& t, const char* name, std::vector<int64_t> sizes, ScalarType dtype,
-                  const Tensor& first) {
-  bool same = t.dim() == int64_t(sizes.size());
-  for (size_t d = 0; same && d < sizes.size(); ++d) same = t.size(d) == sizes[d];
-  std::ostringstream expected;
-  for (size_t d = 0; d < sizes.size(); ++d) expected << (d ? ", " : "") << sizes[d];
-  check(same, name, ": expected shape (", expected.str(), "), got ", shape(t));
+void check_beside(const Tensor& t, const char* name, Sizes sizes, ScalarType dtype, const Tensor& first) {
+  check(t.sizes() == sizes, name, ": expected shape ", Shape{sizes}, ", got ", shape(t));
   check(t.scalar_type() == dtype, name, ": expected dtype ", torch::headeronly::toString(dtype), ", got ",
         torch::headeronly::toString(t.scalar_type()));
-  check(t.is_cpu() == first.is_cpu() && t.get_device_index() == first.get_device_index(), name, ": expected ",
-        device(first), ", got ", device(t));
+  check(place(t) == place(first), name, ": expected ", place(first), ", got ", place(t));
 }
 
 /// The upstream gradient of a result that was put out in x's dtype, or in the one it is computed in.
-void check_gradient(const Tensor& grad, std::vector<int64_t> sizes, const Tensor& x) {
+void check_gradient(const Tensor& grad, Sizes sizes, const Tensor& x) {
   const ScalarType kept = compute_dtype(x.scalar_type());
   check_beside(grad, "grad", sizes, grad.scalar_type() == kept ? kept : x.scalar_type(), x);
 }
@@ -157,11 +164,30 @@ template <class F> void dispatch(const Tensor& t, const F& f) {
 /// A matrix or vector per sample in another dtype; itself where it has that one. Small beside x.
 Tensor as(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
 
-/// The scale of what has none.
-Tensor none(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+/// Contiguous; itself where it is.
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 /// Contiguous, and in the dtype that matrices of its kind are computed in.
-Tensor matrices(const Tensor& t) { return torch::stable::contiguous(as(t, compute_dtype(t.scalar_type()))); }
+Tensor matrices(const Tensor& t) { return dense(as(t, compute_dtype(t.scalar_type()))); }
+
+/// A new tensor beside `like`. What torch::stable::new_empty looks up and converts for the dispatcher takes as long as
+/// a small batch.
+Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(1, sizes[d])) strides[d] = stride;
+  int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle result = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device,
+                               like.get_device_index(), &result));
+  return Tensor(result);
+}
+
+/// The scale of what has none.
+Tensor none(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
 
 // ---- devices ------------------------------------------------------------------------------------------------------
 
@@ -244,13 +270,12 @@ template <class Device> struct Engine {
   /// wanted.
   Pooled pool(const Tensor& x, bool want_scale) {
     const int64_t B = x.size(0), C = x.size(1), count = choice.pool.count;
-    const auto empty = [&](std::vector<int64_t> sizes) {
-      return torch::stable::new_empty(x, sizes, compute_dtype(x.scalar_type()));
-    };
-    const Tensor sigma = empty({B, C, C}), mean = empty({B, C}), scale = empty({want_scale ? B : 0});
+    const ScalarType dtype = compute_dtype(x.scalar_type());
+    const Tensor sigma = empty(x, {B, C, C}, dtype), mean = empty(x, {B, C}, dtype),
+                 scale = empty(x, {want_scale ? B : 0}, dtype);
     if (B == 0) return {sigma, mean, scale};
-    const Tensor& partial_mean = hold(count == 1 ? mean : empty({B, count, C}));
-    const Tensor& partial_moment = hold(count == 1 ? sigma : empty({B, count, C, C}));
+    const Tensor& partial_mean = hold(count == 1 ? mean : empty(x, {B, count, C}, dtype));
+    const Tensor& partial_moment = hold(count == 1 ? sigma : empty(x, {B, count, C, C}, dtype));
     dispatch(x, [&](auto zero) {
       using X = decltype(zero);
       using T = Compute<X>;
@@ -266,7 +291,7 @@ template <class Device> struct Engine {
   /// `scale` is [B] or empty, as for all below.
   Tensor pool_backward(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& scale) {
     hold(grad), hold(mean), hold(scale);
-    const Tensor dx = torch::stable::empty_like(x);
+    const Tensor dx = x.is_contiguous() ? empty(x, x.sizes(), x.scalar_type()) : torch::stable::empty_like(x);
     if (x.size(0) == 0) return dx;
     dispatch(x, [&](auto zero) {
       using X = decltype(zero);
@@ -286,10 +311,10 @@ template <class Device> struct Engine {
     if (choice.forward == EngineKind::kLibrary && B > 0)
       return as(library::root(finish(sigma), scale, steps, root, output), dtype);
     hold(sigma), hold(scale);
-    const Tensor result = torch::stable::new_empty(sigma, output_shape(B, C, output), dtype);
+    const Tensor result = empty(sigma, output_shape(B, C, output), dtype);
     if (B == 0) return result;
     const Tensor& workspace =
-        hold(torch::stable::new_empty(sigma, {device.workspace_size(choice.forward, sigma, steps, false)}));
+        hold(empty(sigma, {device.workspace_size(choice.forward, sigma, steps, false)}, sigma.scalar_type()));
     dispatch(result, [&](auto zero) {
       using X = decltype(zero);
       using T = Compute<X>;
@@ -306,10 +331,10 @@ template <class Device> struct Engine {
     if (choice.backward == EngineKind::kLibrary && B > 0)
       return library::root_backward(as(grad, sigma.scalar_type()), sigma, steps, root, output);
     hold(grad), hold(sigma);
-    const Tensor result = torch::stable::new_empty(sigma, {B, C, C});
+    const Tensor result = empty(sigma, {B, C, C}, sigma.scalar_type());
     if (B == 0) return result;
     const Tensor& workspace =
-        hold(torch::stable::new_empty(sigma, {device.workspace_size(choice.backward, sigma, steps, true)}));
+        hold(empty(sigma, {device.workspace_size(choice.backward, sigma, steps, true)}, sigma.scalar_type()));
     dispatch(grad, [&](auto zero) {
       using X = decltype(zero);
       using T = Compute<X>;
@@ -357,8 +382,7 @@ Tensor matrix_root_backward(const Tensor& grad, const Tensor& sigma, int64_t ite
   check_beside(grad, "grad", {sigma.size(0), sigma.size(1), sigma.size(1)}, sigma.scalar_type(), sigma);
   const Steps steps = check_steps(iterations, spectrum_floor);
   Engine<Device> chosen(sigma, 1, check_engine(engine), steps);
-  const Tensor gradient =
-      chosen.root_backward(torch::stable::contiguous(grad), matrices(sigma), steps, check_root(root), Output::kMatrix);
+  const Tensor gradient = chosen.root_backward(dense(grad), matrices(sigma), steps, check_root(root), Output::kMatrix);
   return as(chosen.finish(gradient), sigma.scalar_type());
 }
 
@@ -388,8 +412,7 @@ Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigm
   check_beside(mean, "mean", {B, C}, kept, x);
   check_beside(scale, "scale", {B}, kept, x);
   Engine<Device> chosen(x, positions_of(x), check_engine(engine), steps);
-  const Tensor grad_sigma =
-      chosen.root_backward(torch::stable::contiguous(grad), matrices(sigma), steps, Root::kSquare, layout);
+  const Tensor grad_sigma = chosen.root_backward(dense(grad), matrices(sigma), steps, Root::kSquare, layout);
   return chosen.finish(chosen.pool_backward(grad_sigma, x, matrices(mean), matrices(scale)));
 }
 

@@ -68,7 +68,8 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
         throw std::runtime_error("engine: 'block' needs more shared memory than this device has for " +
                                  std::to_string(p.channels) + " channels");
       case EngineKind::kWarpgroup:
-        if (device.warpgroups && p.element_size == sizeof(float)) return requested;
+        if (device.hopper && cuda::architectures().find("9.0a") != std::string::npos && p.element_size == sizeof(float))
+          return requested;
         throw std::runtime_error(
             "engine: 'warpgroup' computes in float32 on devices of compute capability 9.0, with code of sm_90a");
       case EngineKind::kGrid:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ops
 from .ops import ENGINES, OUTPUTS, ROOTS, code
 from .transforms import compute_dtype
 
@@ -33,7 +34,7 @@ def _call(operator: Callable[..., Any], x: Tensor, *arguments: Any, in_place: bo
         return operator(x, *arguments)
     with torch.autocast(x.device.type, enabled=False):
         if in_place:
-            return operator(x, *arguments, wide=True)
+            return operator(x, *arguments, 0, True)  # engine, wide
         return operator(x.to(compute_dtype(x.dtype)), *arguments)
 
 
@@ -51,7 +52,7 @@ def covariance_pool(x: Tensor) -> Tensor:
     Raises:
         RuntimeError: ``x`` has another rank or dtype, no channel or no position.
     """
-    return _call(_ops.covariance_pool.default, x)[0]
+    return _call(ops.covariance_pool, x)[0]
 
 
 def matrix_sqrt(
@@ -85,7 +86,7 @@ def matrix_sqrt(
         ValueError: other ``coefficients``.
     """
     floor = _spectrum_floor(coefficients, spectrum_floor)
-    return _call(_ops.matrix_root.default, sigma, iterations, ROOTS.index("square"), floor, in_place=False)
+    return _call(ops.matrix_root, sigma, iterations, ROOTS.index("square"), floor, in_place=False)
 
 
 def matrix_inv_sqrt(
@@ -96,7 +97,7 @@ def matrix_inv_sqrt(
     Zero, with zero gradient, where ``sigma`` is zero.
     """
     floor = _spectrum_floor(coefficients, spectrum_floor)
-    return _call(_ops.matrix_root.default, sigma, iterations, ROOTS.index("inverse"), floor, in_place=False)
+    return _call(ops.matrix_root, sigma, iterations, ROOTS.index("inverse"), floor, in_place=False)
 
 
 def cov_sqrt(
@@ -124,7 +125,7 @@ def cov_sqrt(
         ValueError: another ``output``, other ``coefficients``.
     """
     floor = _spectrum_floor(coefficients, spectrum_floor)
-    return _call(_ops.cov_sqrt.default, x, iterations, code("output", output, OUTPUTS), floor)[0]
+    return _call(ops.cov_sqrt, x, iterations, code("output", output, OUTPUTS), floor)[0]
 
 
 def triu_vector(y: Tensor) -> Tensor:

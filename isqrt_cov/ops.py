@@ -13,7 +13,7 @@ import torch
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 
 from . import reference, transforms
-from .transforms import call_gradient, compute_dtype
+from .transforms import compute_dtype
 
 # The enumerations of csrc, in their order.
 OUTPUTS = ("matrix", "triu", "mean")
@@ -70,24 +70,21 @@ def _times(scale, x):
 
 def _register(name, fake, *derivatives, autocast=True):
     torch.library.register_fake(f"isqrt_cov::{name}", fake)
-    transforms.register_derivatives(name, *derivatives, autocast=autocast)
     transforms.register_batching(name)
+    return transforms.register_derivatives(name, *derivatives, autocast=autocast)
 
 
 def _register_gradient(name, fake, function):
     """The operator ``name(upstream, x, *kept, *arguments)``: vjp of ``function(*arguments)`` at x, which fixes kept."""
     op = getattr(_ops, name).default
 
-    def setup_context(ctx, inputs, output):
-        tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
-        ctx.arguments = inputs[len(tensors) :]
-        ctx.others = [None] * (len(inputs) - 2)
+    def setup_context(ctx, tensors, output):
         ctx.save_for_backward(*tensors[:2])
         ctx.save_for_forward(*tensors)
 
     def backward(ctx, direction):
         upstream, x = ctx.saved_tensors
-        return *_second_order(function(*ctx.arguments), x, upstream, direction), *ctx.others
+        return _second_order(function(*ctx.arguments), x, upstream, direction)
 
     def jvp(ctx, saved, upstream_tangent, x_tangent, *_):
         upstream, x, *kept = saved
@@ -95,7 +92,7 @@ def _register_gradient(name, fake, function):
         _, curvature = _second_order(function(*ctx.arguments), x, upstream, x_tangent)
         return op(upstream_tangent, x, *kept, *ctx.arguments) + curvature
 
-    _register(name, fake, setup_context, backward, jvp, autocast=False)
+    return _register(name, fake, setup_context, backward, jvp, autocast=False)
 
 
 # ---- covariance_pool: x [B, C, H, W] or [B, C, M] -> sigma [B, C, C], mean [B, C] ------------------------------------
@@ -111,19 +108,14 @@ def _pool_fake(x, engine=0, wide=False):
     return sigma, x.new_empty(batch, channels, dtype=compute_dtype(x.dtype))
 
 
-def _pool_setup(ctx, inputs, output):
-    x, ctx.engine, ctx.wide = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, output[1])
-    ctx.save_for_forward(x)
+def _pool_setup(ctx, tensors, output):
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_forward(*tensors)
 
 
-def _pool_backward(ctx, grad, _):
-    if grad is None:
-        return None, None, None
-    x, mean = ctx.saved_tensors
-    return call_gradient(_ops.covariance_pool_backward.default, grad, x, mean, ctx.engine), None, None
+def _pool_backward(ctx, grad):
+    engine, _ = ctx.arguments
+    return (covariance_pool_backward(grad, *ctx.saved_tensors, engine),)
 
 
 def _pool_tangent(x, tangent):
@@ -131,17 +123,20 @@ def _pool_tangent(x, tangent):
     return reference.covariance_pool_tangent(tangent.to(dtype), x.to(dtype))
 
 
-def _pool_jvp(ctx, saved, tangent, *_):
+def _pool_jvp(ctx, saved, tangent):
     (x,) = saved
-    return _pool_tangent(x, tangent).to(_result_dtype(x, ctx.wide)), None
+    _, wide = ctx.arguments
+    return _pool_tangent(x, tangent).to(_result_dtype(x, wide))
 
 
 def _pool_backward_fake(grad, x, mean, engine=0):
     return torch.empty_like(x)
 
 
-_register("covariance_pool", _pool_fake, _pool_setup, _pool_backward, _pool_jvp)
-_register_gradient("covariance_pool_backward", _pool_backward_fake, lambda engine: reference.covariance_pool)
+covariance_pool = _register("covariance_pool", _pool_fake, _pool_setup, _pool_backward, _pool_jvp)
+covariance_pool_backward = _register_gradient(
+    "covariance_pool_backward", _pool_backward_fake, lambda engine: reference.covariance_pool
+)
 
 
 # ---- matrix_root: sigma [B, C, C] -> its square or inverse square root [B, C, C] -------------------------------------
@@ -151,16 +146,13 @@ def _root_fake(sigma, iterations, root, spectrum_floor=0.0, engine=0):
     return torch.empty_like(sigma, memory_format=torch.contiguous_format)
 
 
-def _root_setup(ctx, inputs, output):
-    sigma, *ctx.arguments = inputs
-    ctx.save_for_backward(sigma)
-    ctx.save_for_forward(sigma)
+def _root_setup(ctx, tensors, output):
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
 
 
 def _root_backward(ctx, grad):
-    (sigma,) = ctx.saved_tensors
-    dsigma = call_gradient(_ops.matrix_root_backward.default, grad, sigma, *ctx.arguments)
-    return dsigma, None, None, None, None
+    return (matrix_root_backward(grad, *ctx.saved_tensors, *ctx.arguments),)
 
 
 def _root_tangent(sigma, tangent, *arguments):
@@ -185,7 +177,7 @@ def _root_tangent(sigma, tangent, *arguments):
     return gradient(tangent) + trace(tangent) * e - (tangent * e).sum((1, 2), keepdim=True) * eye
 
 
-def _root_jvp(ctx, saved, tangent, *_):
+def _root_jvp(ctx, saved, tangent):
     (sigma,) = saved
     dtype = compute_dtype(sigma.dtype)
     return _root_tangent(sigma.to(dtype), tangent.to(dtype), *ctx.arguments).to(sigma.dtype)
@@ -200,8 +192,8 @@ def _root_function(iterations, root, spectrum_floor, engine):
     return functools.partial(function, iterations=iterations, step=_steps(iterations, spectrum_floor))
 
 
-_register("matrix_root", _root_fake, _root_setup, _root_backward, _root_jvp)
-_register_gradient("matrix_root_backward", _root_backward_fake, _root_function)
+matrix_root = _register("matrix_root", _root_fake, _root_setup, _root_backward, _root_jvp)
+matrix_root_backward = _register_gradient("matrix_root_backward", _root_backward_fake, _root_function)
 
 
 # ---- cov_sqrt: x [B, C, H, W] or [B, C, M] -> y, sigma [B, C, C], mean [B, C], scale [B] -----------------------------
@@ -217,28 +209,22 @@ def _cov_sqrt_fake(x, iterations, output, spectrum_floor=0.0, engine=0, wide=Fal
     return x.new_empty(shape, dtype=_result_dtype(x, wide)), sigma, mean, mean.new_empty(batch)
 
 
-def _cov_sqrt_setup(ctx, inputs, output):
-    x, *ctx.arguments, ctx.wide = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *output[1:])
-    ctx.save_for_forward(x, output[3])
+def _cov_sqrt_setup(ctx, tensors, output):
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.save_for_forward(*tensors, output[3])
 
 
-def _cov_sqrt_backward(ctx, grad, *_):
-    if grad is None:
-        return None, None, None, None, None, None
-    dx = call_gradient(_ops.cov_sqrt_backward.default, grad, *ctx.saved_tensors, *ctx.arguments)
-    return dx, None, None, None, None, None
+def _cov_sqrt_backward(ctx, grad):
+    return (cov_sqrt_backward(grad, *ctx.saved_tensors, *ctx.arguments[:-1]),)
 
 
-def _cov_sqrt_jvp(ctx, saved, tangent, *_):
+def _cov_sqrt_jvp(ctx, saved, tangent):
     x, scale = saved
-    iterations, output, *rest = ctx.arguments
+    iterations, output, *rest, wide = ctx.arguments
     scaled = _times(scale, x.to(scale.dtype))  # where the derivative is the same
     sigma, _ = _ops.covariance_pool(scaled)  # not the one put out, which is a constant
     root = _root_tangent(sigma, _pool_tangent(scaled, tangent), iterations, ROOTS.index("square"), *rest)
-    return reference.convert_output(root, OUTPUTS[output]).to(_result_dtype(x, ctx.wide)), None, None, None
+    return reference.convert_output(root, OUTPUTS[output]).to(_result_dtype(x, wide))
 
 
 def _cov_sqrt_backward_fake(grad, x, sigma, mean, scale, iterations, output, spectrum_floor=0.0, engine=0):
@@ -262,5 +248,5 @@ def _cov_sqrt_function(iterations, output, spectrum_floor, engine):
     return function
 
 
-_register("cov_sqrt", _cov_sqrt_fake, _cov_sqrt_setup, _cov_sqrt_backward, _cov_sqrt_jvp)
-_register_gradient("cov_sqrt_backward", _cov_sqrt_backward_fake, _cov_sqrt_function)
+cov_sqrt = _register("cov_sqrt", _cov_sqrt_fake, _cov_sqrt_setup, _cov_sqrt_backward, _cov_sqrt_jvp)
+cov_sqrt_backward = _register_gradient("cov_sqrt_backward", _cov_sqrt_backward_fake, _cov_sqrt_function)

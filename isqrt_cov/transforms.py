@@ -23,12 +23,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def call_gradient(op: torch._ops.OpOverload, *args: Any) -> Any:
-    """A gradient. It need not go through Python once more, to its own derivatives, where nobody asks for them."""
-    if torch.compiler.is_compiling() or _C.is_grad_enabled() or forward_ad._current_level >= 0:
-        return op(*args)
-    with _C._AutoDispatchBelowAutograd():
-        return op(*args)
+def _only_autograd_cares(x: Any) -> bool:
+    """True for an argument of which autograd alone would come to know before the operator runs."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not _C._are_functorch_transforms_active()
+        and not _C._get_tracing_state()
+        and not _C._dispatch_tls_is_dispatch_key_excluded(_C.DispatchKey.AutogradFunctionality)
+    )
 
 
 def register_derivatives(
@@ -38,19 +41,25 @@ def register_derivatives(
     jvp: Callable[..., Any],
     *,
     autocast: bool,
-) -> None:
+) -> Callable[..., Any]:
     """Derivatives of ``isqrt_cov::name`` by the methods of ``torch.autograd.Function`` of these names.
 
-    ``jvp(ctx, saved, *tangents)`` is given what was saved for it as values without a tangent. With ``autocast``
-    the operator returns float32 for 16-bit tensors in an autocast region: by its argument ``wide``, or where it has
-    none by a cast of them.
+    Returns the operator as a function of positional arguments, the first one a tensor, that calls what is registered
+    here without the way through the dispatcher, which takes as long as a small batch.
+
+    ``setup_context(ctx, tensors, output)`` is given the tensors among the arguments, which come first; the others are
+    ``ctx.arguments``. Only the first result has derivatives: ``backward(ctx, grad)`` returns gradients of the first
+    tensors, and ``jvp(ctx, saved, *tangents)`` is given what was saved for it as values without a tangent. With
+    ``autocast`` the operator returns float32 for 16-bit tensors in an autocast region: by its argument ``wide``, or
+    where it has none by a cast of them.
     """
     op = getattr(torch.ops.isqrt_cov, name).default
     defaults = tuple(a.default_value if a.has_default_value() else None for a in op._schema.arguments)
+    tensor_count = sum(isinstance(a.type, torch.TensorType) for a in op._schema.arguments)
 
-    def below_autograd(keyset, args):
+    def run(*args):
         with _C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & _C._after_autograd_keyset, *args)
+            return op(*args)
 
     def refuse_autocast(like):
         # torch.func restores an outer level's autocast, and only a product shows whether it did.
@@ -62,22 +71,22 @@ def register_derivatives(
 
     class Derivatives(_SingleLevelFunction):
         @staticmethod
-        def forward(ctx, keyset, *args):
-            # Function turns both modes off for its forward; the outer levels of torch.func, below, want them on.
-            if _C._are_functorch_transforms_active():
-                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                    output = below_autograd(keyset, args)
-            else:
-                output = below_autograd(keyset, args)
-            setup_context(ctx, args + defaults[len(args) :], output)  # the dispatcher leaves out trailing defaults
-            return output
+        def forward(ctx, run, arguments, others, *tensors):
+            output = run(*tensors, *arguments)
+            ctx.arguments = arguments
+            setup_context(ctx, tensors, output)
+            if not isinstance(output, tuple):
+                return output
+            others.extend(output[1:])
+            return output[0]
 
         @staticmethod
-        def backward(ctx, *grads):
-            return None, *backward(ctx, *grads)
+        def backward(ctx, grad):
+            grads = backward(ctx, grad)
+            return None, None, None, *grads, *(None,) * (tensor_count - len(grads))
 
         @staticmethod
-        def jvp(ctx, _, *tangents):
+        def jvp(ctx, _run, _arguments, _others, *tangents):
             # What was saved carries the tangent of this level, which is done with, and those of outer levels.
             like = ctx.saved_tensors[0]
             with forward_ad._set_fwd_grad_enabled(True), torch.autocast(like.device.type, enabled=False):
@@ -89,20 +98,46 @@ def register_derivatives(
 
     Derivatives.__name__ = Derivatives.__qualname__ = name
 
+    def differentiate(run, args):
+        args += defaults[len(args) :]  # the dispatcher leaves out trailing defaults
+        others: list[Tensor] = []  # pass by Function, whose every argument and result takes time
+        result = Derivatives.apply(run, args[tensor_count:], others, *args[:tensor_count])  # type: ignore[attr-defined]
+        return (result, *others) if others else result
+
+    def is_differentiated(args):
+        return forward_ad._current_level >= 0 or (_C.is_grad_enabled() and _C._any_requires_grad(*args))
+
     def kernel(keyset, *args):
-        if forward_ad._current_level < 0 and not (_C.is_grad_enabled() and _C._any_requires_grad(*args)):
-            return below_autograd(keyset, args)
+        def run_next(*args):
+            with _C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & _C._after_autograd_keyset, *args)
+
+        def run_with_modes(*args):
+            # Function turns both modes off for its forward; the outer levels of torch.func, below, want them on.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return run_next(*args)
+
+        if not is_differentiated(args):
+            return run_next(*args)
+        if not _C._are_functorch_transforms_active():
+            return differentiate(run_next, args)
         with enable_single_level_autograd_function():
-            return Derivatives.apply(keyset, *args)  # type: ignore[attr-defined]  # torch declares it in a subclass
+            return differentiate(run_with_modes, args)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+    def call(*args):
+        if not _only_autograd_cares(args[0]):
+            return op(*args)
+        return differentiate(run, args) if is_differentiated(args) else run(*args)
+
     if not autocast:
-        return
+        return call
     names = [argument.name for argument in op._schema.arguments]
     if "wide" not in names:
         for device in ("cpu", "cuda"):
             torch.library.register_autocast(f"isqrt_cov::{name}", device, torch.float32, lib=_library)
-        return
+        return call
 
     def wide(_, *args):
         keys = _C.DispatchKeySet(_C.DispatchKey.AutocastCPU).add(_C.DispatchKey.AutocastCUDA)
@@ -111,6 +146,7 @@ def register_derivatives(
 
     for key in ("AutocastCPU", "AutocastCUDA"):
         _library.impl(name, wide, key, with_keyset=True)
+    return call
 
 
 def register_batching(name: str) -> None:

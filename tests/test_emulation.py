@@ -11,7 +11,7 @@ from emulation import coverage
 from emulation.build import build
 from emulation.tensors import check_pooling, check_root, fits, in_layout, pool, pool_backward, root, root_backward
 from isqrt_cov import reference
-from isqrt_cov.ops import OUTPUTS, ROOTS
+from isqrt_cov.ops import ENGINES, OUTPUTS, ROOTS
 
 pytestmark = [needs_emulation, pytest.mark.usefixtures("one_thread")]
 
@@ -444,6 +444,16 @@ def test_plan_shares_samples_between_idle_multiprocessors(kernels):
     assert blocks(16, 80, 2304, 4) == (4, 4) and blocks(16, 81, 2304, 4) == (4, 1)  # which is the grid's
     kernels.set_device(163 * 1024, 8)  # no clusters
     assert blocks(16, 64, 2304, 4) == (1, 1)
+
+
+def test_plan_takes_warpgroups_where_there_are(kernels):
+    """On Hopper alone, and in float32."""
+    warpgroup = ENGINES.index("warpgroup")
+    assert kernels.plan(2, 256, 196, 4, engine=warpgroup)[:2] == ("warpgroup", "warpgroup")
+    for capability, element_size in ((9, 8), (8, 4), (10, 4)):
+        kernels.set_device(HOPPER_SHARED_BYTES, capability)
+        with pytest.raises(RuntimeError, match="engine: 'warpgroup' computes in float32 on devices of compute"):
+            kernels.plan(2, 256, 196, element_size, engine=warpgroup)
 
 
 def test_failing_launches_name_the_kernel(kernels):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from common import assert_close, covariances, feature_maps, tolerance
 from isqrt_cov import CovSqrtNorm, cov_sqrt, covariance_pool, matrix_inv_sqrt, matrix_sqrt, reference
@@ -242,6 +243,25 @@ def test_what_has_no_gradient_says_so(device):
     assert y.requires_grad and not any(t.requires_grad for t in (sigma, mean, scale))
     with pytest.raises(RuntimeError, match="does not require grad"):
         sigma.sum().backward()
+
+
+def test_tracers_and_modes_see_the_operators(device):
+    # Plain tensors take a short way to autograd; whatever else there is between a call and the kernels is not left out.
+    x = torch.randn(2, 3, 5, device=device, requires_grad=True)
+
+    def slope(x):
+        return torch.autograd.grad(cov_sqrt(x).square().sum(), x)[0]
+
+    assert "isqrt_cov::cov_sqrt(" in str(torch.jit.trace(cov_sqrt, x).graph)
+    for pre_dispatch in (False, True):
+        graph = make_fx(slope, pre_dispatch=pre_dispatch)(x).graph
+        targets = [node.target for node in graph.nodes]
+        assert targets.count(torch.ops.isqrt_cov.cov_sqrt.default) == 1
+        assert targets.count(torch.ops.isqrt_cov.cov_sqrt_backward.default) == 1
+    with torch._C._AutoDispatchBelowAutograd():
+        assert not cov_sqrt(x).requires_grad
+    with torch.inference_mode():
+        assert cov_sqrt(x).is_inference()
 
 
 HALVES = (torch.float16, torch.bfloat16)

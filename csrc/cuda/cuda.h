@@ -26,11 +26,13 @@ int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_siz
 int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full);
 int64_t cluster_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full);
 
-/// The most shared memory of a block of this device, its multiprocessors, and whether the current device has clusters,
-/// or products of warpgroups, and code for them.
+/// The most shared memory of a block of this device, its multiprocessors, whether it has clusters and code for them,
+/// whether it is of compute capability 9, and whether a kernel may be brought to it while those before still run:
+/// wait_for_kernels_before() does wait, and the driver can record such launches in graphs. The first time, the device is
+/// the current one.
 struct Limits {
   int64_t shared_bytes, multiprocessors;
-  bool clusters, warpgroups;
+  bool clusters, hopper, early;
 };
 Limits limits(int device);
 

@@ -4,9 +4,13 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+
+#include "cuda.h"
 
 namespace isqrt::cuda {
 
@@ -45,28 +49,32 @@ inline void check(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-/// Whether the code that this device has of a kernel is of sm_90 or later: a later device may run code of an older one.
-inline bool is_of_sm90(const void* kernel, const char* name) {
-  cudaFuncAttributes attributes = {};
-  check(cudaFuncGetAttributes(&attributes, kernel), name);
-  return attributes.ptxVersion >= 90;
+inline int current_device(const char* name) {
+  int device = 0;
+  check(cudaGetDevice(&device), name);
+  return device;
 }
 
-/// Whether a kernel may be brought to the multiprocessors while those before it still run: wait_for_kernels_before()
-/// does wait, and the driver can record such launches in graphs.
-inline bool may_come_early(const void* kernel, const char* name) {
+/// The limits() of cuda.h, asked of each device once. The kernel is any one: all have code for the same architectures,
+/// and a later device may run that of an older one.
+inline const Limits& limits(int device, const void* kernel, const char* name) {
+  static std::mutex mutex;
+  static std::map<int, Limits> known;  // stay where they are while others are added
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = known.find(device); found != known.end()) return found->second;
+  const auto get = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, device), name);
+    return value;
+  };
   constexpr int kCuda12_3 = 12030;
   int driver = 0;
   check(cudaDriverGetVersion(&driver), name);
-  return is_of_sm90(kernel, name) && driver >= kCuda12_3;
-}
-
-/// The most shared memory that a block of the current device can have.
-inline int64_t most_shared_bytes(const char* name) {
-  int device = 0, most = 0;
-  check(cudaGetDevice(&device), name);
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
-  return most;
+  cudaFuncAttributes code = {};
+  check(cudaFuncGetAttributes(&code, kernel), name);
+  const bool sm90 = code.ptxVersion >= 90;
+  return known[device] = {get(cudaDevAttrMaxSharedMemoryPerBlockOptin), get(cudaDevAttrMultiProcessorCount), sm90,
+                          get(cudaDevAttrComputeCapabilityMajor) == 9, sm90 && driver >= kCuda12_3};
 }
 
 /// Enqueues kernel(arguments...) with so many clusters of `blocks` blocks each; nothing for 0. `name` is what an error
@@ -78,12 +86,13 @@ void launch_clusters(const char* name, void (*kernel)(Parameters...), int64_t cl
   if (clusters == 0) return;
   if (clusters > kMaxBlocks / blocks) throw std::runtime_error(std::string(name) + ": too many blocks for a grid");
   const void* code = reinterpret_cast<const void*>(kernel);
+  const Limits& device = limits(current_device(name), code, name);
   if (shared_bytes > kSharedBytesByDefault)
     // All that there is, each time: another thread may be about to launch the same kernel with more than this one.
-    check(cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most_shared_bytes(name))), name);
+    check(cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, int(device.shared_bytes)), name);
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
-  if (may_come_early(code, name)) {
+  if (device.early) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }

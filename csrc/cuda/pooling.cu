@@ -74,12 +74,9 @@ __global__ void __launch_bounds__(kPanelThreads, kBlocks<X>)
 /// A kernel's blocks come while those of the kernel before are there still: some multiprocessors would get three of
 /// them and others one. Where two for each are enough they ask for so much shared memory that no third one finds room.
 int64_t shared_bytes_for_two(int64_t blocks, int64_t needed) {
-  int device = 0, multiprocessors = 0, shared_bytes = 0;
-  check(cudaGetDevice(&device), "device");
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
-  check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-  const bool two_each = blocks > multiprocessors && blocks <= 2 * multiprocessors;
-  return two_each ? std::max<int64_t>(needed, shared_bytes / 3) : needed;
+  const Limits device = limits(current_device("pooling"));
+  const bool two_each = blocks > device.multiprocessors && blocks <= 2 * device.multiprocessors;
+  return two_each ? std::max(needed, device.shared_bytes / 3) : needed;
 }
 
 /// True where neighbouring positions lie nearer to each other than neighbouring channels.

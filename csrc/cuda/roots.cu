@@ -100,7 +100,7 @@ constexpr int spare_matrices(bool backward) { return backward ? 4 : 2; }
 template <class Task> bool has_spares(const char* name, int64_t channels, bool backward, const Task& task) {
   const int count = matrices(backward, false) + spare_matrices(backward);
   return cluster_shared_bytes(channels, sizeof(float), backward, task.steps.any_in_full()) > 0 &&
-         matrix_shared_bytes(int(channels), sizeof(float), count) <= most_shared_bytes(name);
+         matrix_shared_bytes(int(channels), sizeof(float), count) <= limits(current_device(name)).shared_bytes;
 }
 
 /// A cluster for each sample, of the kernel that choose(in_place) returns.
@@ -173,15 +173,7 @@ int64_t cluster_shared_bytes(int64_t channels, int64_t element_size, bool backwa
 }
 
 Limits limits(int device) {
-  const auto get = [&](cudaDeviceAttr attribute) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, attribute, device), "limits");
-    return value;
-  };
-  const bool hopper = get(cudaDevAttrComputeCapabilityMajor) == 9;
-  return {get(cudaDevAttrMaxSharedMemoryPerBlockOptin), get(cudaDevAttrMultiProcessorCount),
-          is_of_sm90(reinterpret_cast<const void*>(root_cluster_kernel<false>), "limits"),
-          hopper && architectures().find("9.0a") != std::string::npos};
+  return limits(device, reinterpret_cast<const void*>(root_cluster_kernel<false>), "limits");
 }
 
 std::string architectures() { return ISQRT_CUDA_ARCHITECTURES; }

@@ -69,7 +69,7 @@ const char* cudaGetErrorString(cudaError_t error) {
 cudaError_t cudaGetLastError() { return std::exchange(emulation::last_error, cudaSuccess); }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulation::options.device();
   return cudaSuccess;
 }
 

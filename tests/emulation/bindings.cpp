@@ -43,12 +43,13 @@ PYBIND11_MODULE(isqrt_emulation, m) {
   });
   m.def(
       "plan",
-      [](int64_t batch, int64_t channels, int64_t positions, int64_t element_size, int iterations) {
-        const launchers::Choice c = launchers::plan(batch, channels, positions, element_size, iterations);
+      [](int64_t batch, int64_t channels, int64_t positions, int64_t element_size, int iterations, int engine) {
+        const launchers::Choice c = launchers::plan(batch, channels, positions, element_size, iterations, engine);
         return py::make_tuple(c.forward, c.backward, c.pool_chunk, c.pool_backward_chunk, c.forward_blocks,
                               c.backward_blocks);
       },
-      py::arg("batch"), py::arg("channels"), py::arg("positions"), py::arg("element_size"), py::arg("iterations") = 5);
+      py::arg("batch"), py::arg("channels"), py::arg("positions"), py::arg("element_size"), py::arg("iterations") = 5,
+      py::arg("engine") = 0);
   m.def("root_shared_bytes", &launchers::root_shared_bytes, py::arg("channels"), py::arg("element_size"),
         py::arg("backward"), py::arg("iterations") = 5, py::arg("floor") = 0.0);
   m.def("shared_bytes_limit", &launchers::shared_bytes_limit);

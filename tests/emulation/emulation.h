@@ -39,6 +39,8 @@ struct Options {
   /// clusters from 9.0 on.
   size_t shared_limit = 227 * 1024;
   int capability_major = 9, capability_minor = 0;
+  /// One that says other things of itself is another device.
+  int device() const { return int(shared_limit) * 100 + capability_major * 10 + capability_minor; }
 };
 extern Options options;
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cuda/cuda.h"
+#include "emulation.h"
 #include "plan.h"
 
 using namespace isqrt;
@@ -126,9 +127,11 @@ void root_backward(const std::string& dtype, const Array& grad, const Array& sig
   });
 }
 
-Choice plan(int64_t batch, int64_t channels, int64_t positions, int64_t element_size, int iterations) {
+Choice plan(int64_t batch, int64_t channels, int64_t positions, int64_t element_size, int iterations, int engine) {
   const bool in_full = choose_steps(iterations, 0).any_in_full();
-  const Plan p = isqrt::plan({true, 0, batch, channels, positions, element_size, in_full}, EngineKind::kAuto);
+  const int device = emulation::options.device();
+  const Plan p =
+      isqrt::plan({true, device, batch, channels, positions, element_size, in_full}, static_cast<EngineKind>(engine));
   return {engine_name(p.forward), engine_name(p.backward), p.pool.length,
           p.pool_backward.length, p.forward_blocks,        p.backward_blocks};
 }
@@ -139,6 +142,6 @@ int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward,
 int64_t cluster_shared_bytes(int64_t channels, int64_t element_size, bool backward, int iterations, double floor) {
   return cuda::cluster_shared_bytes(channels, element_size, backward, choose_steps(iterations, floor).any_in_full());
 }
-int64_t shared_bytes_limit() { return cuda::limits(0).shared_bytes; }
+int64_t shared_bytes_limit() { return cuda::limits(emulation::options.device()).shared_bytes; }
 
 }  // namespace launchers

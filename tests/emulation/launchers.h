@@ -29,13 +29,14 @@ void root(const std::string& dtype, const Array& sigma, int iterations, int root
 void root_backward(const std::string& dtype, const Array& grad, const Array& sigma, int iterations, int root,
                    int output, double floor, int blocks, const Array& grad_sigma);
 
-/// What plan() chooses on this device: the engines by their names, and the positions in a chunk.
+/// What plan() chooses on this device where this EngineKind is asked for: the engines by their names, and the positions
+/// in a chunk.
 struct Choice {
   std::string forward, backward;
   int64_t pool_chunk, pool_backward_chunk;
   int forward_blocks, backward_blocks;
 };
-Choice plan(int64_t batch, int64_t channels, int64_t positions, int64_t element_size, int iterations);
+Choice plan(int64_t batch, int64_t channels, int64_t positions, int64_t element_size, int iterations, int engine);
 
 int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward, int iterations, double floor);
 int64_t cluster_shared_bytes(int64_t channels, int64_t element_size, bool backward, int iterations, double floor);
