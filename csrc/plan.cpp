@@ -68,10 +68,9 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
         throw std::runtime_error("engine: 'block' needs more shared memory than this device has for " +
                                  std::to_string(p.channels) + " channels");
       case EngineKind::kWarpgroup:
-        if (device.hopper && cuda::architectures().find("9.0a") != std::string::npos && p.element_size == sizeof(float))
-          return requested;
-        throw std::runtime_error(
-            "engine: 'warpgroup' computes in float32 on devices of compute capability 9.0, with code of sm_90a");
+        if (!device.hopper || cuda::architectures().find("9.0a") == std::string::npos)
+          throw std::runtime_error("engine: 'warpgroup' runs on devices of compute capability 9.0, with code of sm_90a");
+        return p.element_size == sizeof(float) ? requested : EngineKind::kGrid;
       case EngineKind::kGrid:
       case EngineKind::kLibrary:
         return requested;

@@ -24,8 +24,8 @@ def missing_cuda() -> str | None:
 
 
 def refusal(engine, shape, dtype, device) -> str | None:
-    """The block engine ends where the device's shared memory does; plan() is tested to fall back from there. Warpgroups
-    compute in float32, and not on every device."""
+    """The block engine ends where the device's shared memory does; plan() is tested to fall back from there. Not every
+    device has warpgroups."""
     if engine in ("block", "warpgroup"):
         try:
             plan(shape, dtype, device, engine)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common import CUDA_ENGINES, missing_cuda
+from common import CUDA_ENGINES, missing_cuda, refusal
 from isqrt_cov import build_info
 
 
@@ -26,6 +26,8 @@ def device(request):
 def engine(request):
     """Every engine by its name; skipped with the reason where it cannot run."""
     if request.param in CUDA_ENGINES and (reason := missing_cuda()):
+        pytest.skip(reason)
+    if request.param == "warpgroup" and (reason := refusal(request.param, (1, 1, 1), torch.float32, "cuda")):
         pytest.skip(reason)
     if request.param in ("avx2", "avx512") and request.param not in build_info()["simd_usable"]:
         pytest.skip(f"this CPU has no {request.param}")

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from common import CUDA_ENGINES, assert_close, engine_code, feature_maps, missing_cuda, tolerance
+from common import (
+    CUDA_ENGINES,
+    assert_close,
+    engine_code,
+    feature_maps,
+    missing_cuda,
+    skip_unless_fits,
+    tolerance,
+)
 from isqrt_cov import CovSqrtNorm, cov_sqrt, covariance_pool, matrix_inv_sqrt, matrix_sqrt
 
 FUNCTIONS = {
@@ -150,6 +158,8 @@ CAPTURED = [*(("auto", shape) for shape in CUDA_SHAPES), *((e, CUDA_SHAPES[0]) f
 @pytest.mark.cuda
 @pytest.mark.parametrize(("engine", "shape"), CAPTURED)
 def test_cuda_graph(cuda, engine, shape):
+    skip_unless_fits(engine, shape, torch.float32, "cuda")
+
     def cov_sqrt(x):
         return torch.ops.isqrt_cov.cov_sqrt(x, 5, 0, engine=engine_code(engine))[0]
 

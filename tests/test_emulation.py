@@ -447,13 +447,14 @@ def test_plan_shares_samples_between_idle_multiprocessors(kernels):
 
 
 def test_plan_takes_warpgroups_where_there_are(kernels):
-    """On Hopper alone, and in float32."""
+    """On Hopper alone; the grid computes in float64."""
     warpgroup = ENGINES.index("warpgroup")
     assert kernels.plan(2, 256, 196, 4, engine=warpgroup)[:2] == ("warpgroup", "warpgroup")
-    for capability, element_size in ((9, 8), (8, 4), (10, 4)):
+    assert kernels.plan(2, 256, 196, 8, engine=warpgroup)[:2] == ("grid", "grid")
+    for capability in (8, 10):
         kernels.set_device(HOPPER_SHARED_BYTES, capability)
-        with pytest.raises(RuntimeError, match="engine: 'warpgroup' computes in float32 on devices of compute"):
-            kernels.plan(2, 256, 196, element_size, engine=warpgroup)
+        with pytest.raises(RuntimeError, match="engine: 'warpgroup' runs on devices of compute capability 9.0"):
+            kernels.plan(2, 256, 196, 4, engine=warpgroup)
 
 
 def test_failing_launches_name_the_kernel(kernels):

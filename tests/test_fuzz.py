@@ -21,6 +21,7 @@ from common import (
     gradient_size,
     missing_cuda,
     refusal,
+    skip_unless_fits,
     tolerance,
 )
 from isqrt_cov import build_info, reference
@@ -159,11 +160,13 @@ CANCELLING_MEAN = {"shape": (1, 48, 2, 19), "layout": ([0, 1, 2, 3], [0] * 4, [1
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("shape", "dtype", "iterations", "floor", "mean"), FOUND.values(), ids=FOUND)
 def test_found(shape, dtype, engine, iterations, floor, mean):
+    skip_unless_fits(engine, shape, dtype, engine_device(engine))
     check_feature_maps(shape, DENSE, dtype, engine, iterations, "matrix", floor, 0, mean, 0)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_found_mean_of_channels_that_cancel(engine):
+    skip_unless_fits(engine, CANCELLING_MEAN["shape"], torch.float32, engine_device(engine))
     options = {"iterations": 1, "output": "mean", "floor": 0.0, "exponent": 0, "mean": 0.0}
     check_feature_maps(**CANCELLING_MEAN, dtype=torch.float32, engine=engine, **options)
 
