@@ -51,9 +51,10 @@ struct GridShape {
 /// Of A, whose transpose is `transpose`: A itself where it is symmetric.
 template <class T>
 __device__ __forceinline__ void write_tile(const GridShape& shape, char* A, char* transpose, int64_t sample,
-                                           const TilePlace& at, WarpTile<T>& tile, bool may_be_mirrored) {
+                                           const TilePlace& at, WarpTile<T>& tile, bool may_be_mirrored,
+                                           bool may_be_diagonal = true) {
   const auto packed = Tiles<T>::pack(tile);
-  Tiles<T>::write(shape.tile<T>(A, sample, at), packed, at.I == at.J && A == transpose);
+  Tiles<T>::write(shape.tile<T>(A, sample, at), packed, may_be_diagonal && at.I == at.J && A == transpose);
   if constexpr (sizeof(T) == 4)
     if (may_be_mirrored && shape.is_mirrored(at)) {
       const OtherTile image = shape.numbered<T>(transpose, sample, shape.number(at.J, at.I));
@@ -119,17 +120,18 @@ template <class T, bool kMayBeMirrored> struct GridResult {
 
   __device__ bool is_wanted() const { return at.I <= at.J && at.J < shape.rows(); }
 
-  /// What is added to it, to be asked for early.
+  /// What is added to it, if anything is, to be asked for early.
+  __device__ bool adds() const { return product.added[number]; }
   __device__ __forceinline__ typename Tiles::Packed added() const {
-    if (!product.added[number]) return {};
     return Tiles::read_packed(shape.tile<T>(product.added[number], sample, is_wanted() ? at : TilePlace{0, 0}));
   }
-  __device__ __forceinline__ void store(WarpTile<T> sum, const typename Tiles::Packed& added) const {
+  __device__ __forceinline__ void store(WarpTile<T> sum, const typename Tiles::Packed& added,
+                                        bool may_be_diagonal = true) const {
     const T alpha = T(product.alpha), beta = T(product.beta);
     sum.for_each([&](T& a, int, int) { a *= beta; });
-    if (product.added[number]) sum.combine(Tiles::unpack(added), [&](T& a, T d) { a += alpha * d; });
+    if (adds()) sum.combine(Tiles::unpack(added), [&](T& a, T d) { a += alpha * d; });
     const auto& [upper, transpose] = product.result[number];
-    if (is_wanted()) write_tile(shape, upper, transpose, sample, at, sum, kMayBeMirrored);
+    if (is_wanted()) write_tile(shape, upper, transpose, sample, at, sum, kMayBeMirrored, may_be_diagonal);
   }
 };
 
@@ -285,15 +287,17 @@ template <class T, bool kDual> class GridProductBlock {
       const auto result = [&](int r, int c) {
         return GridResult<T, false>{shape_, product, number, own.sample, {row + r, column + c}};
       };
-      typename Tiles::Packed added[kWarpSide][kWarpSide];  // all of it is asked for before the first is waited for
+      typename Tiles::Packed added[kWarpSide][kWarpSide] = {};
+      if (result(0, 0).adds()) {  // all of it is asked for before the first is waited for
+#pragma unroll
+        for (int r = 0; r < kWarpSide; ++r)
+#pragma unroll
+          for (int c = 0; c < kWarpSide; ++c) added[r][c] = result(r, c).added();
+      }
 #pragma unroll
       for (int r = 0; r < kWarpSide; ++r)
 #pragma unroll
-        for (int c = 0; c < kWarpSide; ++c) added[r][c] = result(r, c).added();
-#pragma unroll
-      for (int r = 0; r < kWarpSide; ++r)
-#pragma unroll
-        for (int c = 0; c < kWarpSide; ++c) result(r, c).store(sum[number][r][c].total(), added[r][c]);
+        for (int c = 0; c < kWarpSide; ++c) result(r, c).store(sum[number][r][c].total(), added[r][c], r == c);
     }
   }
 

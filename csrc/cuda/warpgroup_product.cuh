@@ -160,11 +160,12 @@ template <bool kDual> class WarpgroupProductBlock {
     const auto result = [&](int tile) {
       return GridResult<float, true>{shape_, product, tile / kGroup, own_.sample, {row_, first_.J + tile % kGroup}};
     };
-    auto next = result(0).added();
+    typename Tiles::Packed next = {};
+    if (result(0).adds()) next = result(0).added();
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       const auto added = next;
-      next = result(tile + 1 < tiles ? tile + 1 : tile).added();
+      if (tile + 1 < tiles && result(tile + 1).adds()) next = result(tile + 1).added();
       WarpTile<float> total;
 #pragma unroll
       for (int i = 0; i < kTileSums; ++i) total.sum[i / 4][i % 4] = own[(tile * kTileSums + i) * kThreads];

@@ -25,7 +25,7 @@ from emulation import build  # noqa: E402
 
 KERNELS = sorted((build.ROOT / "csrc" / "cuda").glob("*.cu"))
 PROGRAMS = {"lint_cases": ["lint_cases.cpp", *KERNELS], "lint_seeds": ["lint_seeds.cu"]}
-INSTRUMENTED = ["-O1", "-g", "-fno-tree-sra", "-fsanitize=thread"]
+INSTRUMENTED = ["-O1", "-g", "-fno-tree-sra", "-fno-threadsafe-statics", "-fsanitize=thread"]  # one thread at a time
 WRAPPED = [
     "-Wl,--wrap=_ZN9emulation10copy_asyncEPvPKvjiRKNS_6CallerE",
     "-Wl,--wrap=_ZN9emulation13load_matricesERA4_jPKvbRKNS_6CallerE",
