@@ -39,8 +39,9 @@ __device__ __forceinline__ void run_root(Engine& e, const RootTask<T, Elements<T
 template <class Engine, class T>
 __device__ __forceinline__ void run_root_backward(Engine& e, const RootBackwardTask<T, Elements<const T>>& task,
                                                   int64_t sample) {
-  e.write(matrix_root_backward(e, task.sigma.sample(sample), task.grad.sample(sample), task.steps, task.root),
-          task.grad_sigma.sample(sample));
+  const auto sigma = task.sigma.sample(sample);
+  const auto gradient = matrix_root_backward(e, sigma, task.grad.sample(sample), task.steps, task.root);
+  e.write(gradient, task.grad_sigma.sample(sample));
 }
 
 template <class T, int kSlots, Variant kVariant>
