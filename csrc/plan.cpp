@@ -69,7 +69,8 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
                                  std::to_string(p.channels) + " channels");
       case EngineKind::kWarpgroup:
         if (!device.hopper || cuda::architectures().find("9.0a") == std::string::npos)
-          throw std::runtime_error("engine: 'warpgroup' runs on devices of compute capability 9.0, with code of sm_90a");
+          throw std::runtime_error(
+              "engine: 'warpgroup' runs on devices of compute capability 9.0, with code of sm_90a");
         return p.element_size == sizeof(float) ? requested : EngineKind::kGrid;
       case EngineKind::kGrid:
       case EngineKind::kLibrary:

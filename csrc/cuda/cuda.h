@@ -28,8 +28,8 @@ int64_t cluster_shared_bytes(int64_t channels, int64_t element_size, bool backwa
 
 /// The most shared memory of a block of this device, its multiprocessors, whether it has clusters and code for them,
 /// whether it is of compute capability 9, and whether a kernel may be brought to it while those before still run:
-/// wait_for_kernels_before() does wait, and the driver can record such launches in graphs. The first time, the device is
-/// the current one.
+/// wait_for_kernels_before() does wait, and the driver can record such launches in graphs. The first time, the device
+/// is the current one.
 struct Limits {
   int64_t shared_bytes, multiprocessors;
   bool clusters, hopper, early;
