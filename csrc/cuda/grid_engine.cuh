@@ -387,8 +387,7 @@ template <class T> class GridEngine {
     if (product.dual) product.left[1] = operand(*A2), product.right[1] = operand(*B2);
     product.added[0] = alpha == 0 ? nullptr : D.data;
     product.alpha = alpha, product.beta = beta;
-    const bool waits = needs(product.added[0]) || needs(product.left[0]) || needs(product.right[0]) ||
-                       needs(product.left[1]) || needs(product.right[1]);
+    const bool waits = needs(product.added[0]) || needs_operand(A1, B1, A2, B2);
     GridProduct* derivative = waits ? nullptr : find_derivative(product, symmetric);
     if (!derivative && (waits || waiting_.count == GridProducts::kMost || of_other_kind(product))) flush();
 
@@ -409,15 +408,12 @@ template <class T> class GridEngine {
       enqueue(D, 0, 1, A1, B1, A2, B2);
       return D;
     }
-    if (needs(operand(A1)) || needs(operand(B1)) || (A2 && (needs(operand(*A2)) || needs(operand(*B2))))) flush();
+    if (needs_operand(A1, B1, A2, B2)) flush();
     renew(D), renew(E);
     D.transpose = E.data;
     E.transpose = D.data;
     enqueue(D, 0, 1, A1, B1, A2, B2, false);
-    if (A2)
-      enqueue(E, 0, 1, *B2, *A2, &B1, &A1, false);
-    else
-      enqueue(E, 0, 1, B1, A1, nullptr, nullptr, false);
+    A2 ? enqueue(E, 0, 1, *B2, *A2, &B1, &A1, false) : enqueue(E, 0, 1, B1, A1, nullptr, nullptr, false);
     return E;
   }
 
@@ -428,7 +424,10 @@ template <class T> class GridEngine {
         return true;
     return false;
   }
-  bool needs(const GridProduct::Operand& operand) const { return needs(operand.upper) || needs(operand.transpose); }
+  bool needs_operand(const Matrix& A1, const Matrix& B1, const Matrix* A2, const Matrix* B2) const {
+    const auto waits = [&](const Matrix& A) { return needs(A.data) || needs(A.transpose); };
+    return waits(A1) || waits(B1) || (A2 && (waits(*A2) || waits(*B2)));
+  }
 
   bool of_other_kind(const GridProduct& product) const {
     return waiting_.count > 0 && waiting_.product[0].dual != product.dual;
