@@ -63,9 +63,13 @@ emulate: $(if $(wildcard .venv/test),,.venv/test)
 	else $(PYTHON) -m venv .venv && $(BIN)/pip install $(TORCH); fi
 	touch $@
 
-# .venv/san and .venv/test: the package with that extra.
-.venv/%: .venv/torch $(SOURCES)
-	$(BIN)/pip install "$(PIN)" ".[$*]"
+.venv/package: .venv/torch $(SOURCES)
+	$(BIN)/pip install "$(PIN)" .
+	touch $@
+
+# .venv/san, .venv/test and .venv/docs: what that extra of the package asks for.
+.venv/%: .venv/package
+	$(BIN)/pip install "$(PIN)" "isqrt_cov[$*]"
 	touch $@
 
 .venv/lint: .venv/torch

@@ -25,29 +25,28 @@ COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-We
 COMMON += [f"-I{ROOT / 'csrc'}", f"-I{EMULATION}"]
 # CUDA code reads and writes floats as wider types, and unrolls loops with a pragma of its own.
 KERNELS = ["-x", "c++", "-fno-strict-aliasing", "-Wno-unknown-pragmas", '-DISQRT_CUDA_ARCHITECTURES="9.0a, emulated"']
+OPTIMISE = ["-Og"]  # compiled in half of -O1's time, and runs as fast; threads wait more than they compute
 MODES = {
-    # -Og: compiled in half of -O1's time, and runs as fast; threads wait more than they compute.
-    "plain": {"optimise": ["-Og"]},
+    "plain": {},
     "address": {
-        "optimise": ["-O1", "-g"],
+        "debug": ["-g"],
         "sanitizer": ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"],
         "define": ["-DEMULATION_ADDRESS_SANITIZER"],
     },
     "thread": {
-        "optimise": ["-O1", "-g"],
+        "debug": ["-g"],
         "sanitizer": ["-fsanitize=thread"],
         "define": ["-DEMULATION_THREAD_SANITIZER"],
     },
     # Each access is a call of checkers.cpp, which knows what of shared memory was written.
     "shadow": {
-        "optimise": ["-O1", "-g"],
+        "debug": ["-g"],
         "kernels": ["-fsanitize=kernel-address", "--param=asan-instrumentation-with-call-threshold=0",
                     "--param=asan-stack=0", "--param=asan-globals=0"],
         "define": ["-DEMULATION_SHADOW"],
     },
     # Kernels alone, and without optimisation: each line is then a line of its own.
     "coverage": {
-        "optimise": ["-Og"],
         "kernels": ["-O0", "-fprofile-arcs", "-ftest-coverage"],
         "link": ["-lgcov", "-Wl,--undefined=__gcov_dump"],
     },
@@ -94,7 +93,7 @@ def compile_object(mode, source):
     """The digest of what the object at object_path() was compiled from, now that it is up to date."""
     source = EMULATION / source  # an absolute source stays what it is
     options = MODES[mode]
-    command = [CXX, *COMMON, *options["optimise"], *options.get("define", [])]
+    command = [CXX, *COMMON, *OPTIMISE, *options.get("debug", []), *options.get("define", [])]
     if source.name in RUNTIME or source.suffix == ".cu":
         command += [f"-I{EMULATION / 'include'}"]
     if source.name not in RUNTIME:  # the sanitizer is told what happens there and must not watch

@@ -140,11 +140,12 @@ void check_newton_schulz(int64_t channels) {
   for (const Type* type : {&kFloat32, &kFloat64, &kBFloat16}) {
     const NewtonSchulz newton_schulz{*type, type->size == 2 ? kFloat32 : *type, 2, channels};
     newton_schulz.run(1, 0, 2, 1);
-    newton_schulz.run(3, 0, 0, 1);
     newton_schulz.run(2, 1, 1, 1);
     newton_schulz.run(3, 0, 0, 2);
-    newton_schulz.run(2, 0, 2, 4);
     newton_schulz.run(2, 0, 0, 0);
+    if (type->size == 2) continue;  // between reading and writing as float32
+    newton_schulz.run(3, 0, 0, 1);
+    newton_schulz.run(2, 0, 2, 4);
     if (type == &kFloat32) newton_schulz.run(2, 0, 0, -1);
     // A device that has no room for spare matrices in the gradient.
     const size_t usual =
