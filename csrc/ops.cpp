@@ -222,19 +222,29 @@ struct Cuda {
     cuda::pool_backward(task, stream);
   }
   template <class X> void root(const RootTask<X>& task, EngineKind kind) {
-    on_grid(kind) ? cuda::grid_root(task, kind == EngineKind::kWarpgroup, stream) : cuda::root(task, stream);
+    const bool warpgroups = kind == EngineKind::kWarpgroup;
+    on_grid(kind, task.sigma.channels, sizeof(Compute<X>), task.steps, false)
+        ? cuda::grid_root(task, warpgroups, stream)
+        : cuda::root(task, warpgroups, stream);
   }
   template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind kind) {
-    on_grid(kind) ? cuda::grid_root_backward(task, kind == EngineKind::kWarpgroup, stream)
-                  : cuda::root_backward(task, stream);
+    const bool warpgroups = kind == EngineKind::kWarpgroup;
+    on_grid(kind, task.sigma.channels, sizeof(Compute<X>), task.steps, true)
+        ? cuda::grid_root_backward(task, warpgroups, stream)
+        : cuda::root_backward(task, warpgroups, stream);
   }
   void finish() {}
-  static bool on_grid(EngineKind kind) { return kind == EngineKind::kGrid || kind == EngineKind::kWarpgroup; }
+  static bool on_grid(EngineKind kind, int64_t channels, int64_t element_size, const Steps& steps, bool backward) {
+    return kind == EngineKind::kGrid ||
+           (kind == EngineKind::kWarpgroup &&
+            cuda::warpgroup_shared_bytes(channels, element_size, backward, steps.any_in_full()) == 0);
+  }
   /// Elements that the engine needs beside sigma.
   static int64_t workspace_size(EngineKind kind, const Tensor& sigma, const Steps& steps, bool backward) {
-    if (!on_grid(kind)) return 0;
-    return cuda::grid_workspace_size(sigma.size(0), sigma.size(1), int64_t(sigma.element_size()), backward,
-                                     steps.any_in_full(), kind == EngineKind::kWarpgroup);
+    const int64_t channels = sigma.size(1), element_size = int64_t(sigma.element_size());
+    if (!on_grid(kind, channels, element_size, steps, backward)) return 0;
+    return cuda::grid_workspace_size(sigma.size(0), channels, element_size, backward, steps.any_in_full(),
+                                     kind == EngineKind::kWarpgroup);
   }
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;

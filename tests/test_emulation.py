@@ -139,7 +139,8 @@ FLOAT_ENGINES = {
     "block": {"blocks": 1},
     "cluster": {"blocks": 2},
     "grid": {"grid": True},
-    "warpgroup": {"grid": "warpgroups"},
+    "warpgroup on the grid": {"grid": "warpgroups"},
+    "warpgroup": {"blocks": "warpgroups"},
 }
 
 
@@ -181,6 +182,17 @@ def test_warpgroups_compute_the_bits_of_the_grid(kernels, channels):
         y = root(kernels, sigma, iterations, "square", "matrix", grid=engine)
         results.append((y, root_backward(kernels, y.mT.exp(), sigma, iterations, "square", "matrix", grid=engine)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# One tile of four; a tail in the second; three; all.
+@pytest.mark.parametrize("channels", (1, 20, 33, 64))
+@pytest.mark.parametrize("iterations", (1, 2, 5))
+def test_a_block_of_warpgroups(kernels, channels, iterations):
+    sigma = covariances(2, channels, torch.float32)
+    for output in OUTPUTS:
+        check_root(kernels, sigma, iterations, "square", output, blocks="warpgroups")
+    for floor in (0.0, 1e-2):
+        check_root(kernels, sigma, iterations, "inverse", "triu", floor=floor, blocks="warpgroups")
 
 
 # For this floor T and its transpose are computed in full, each from half of its tiles and its mirror image's.

@@ -2,12 +2,8 @@
 // of the sample. The iteration is a Program. The tiles of its products are dealt out to the warps of all blocks, and
 // results go into the matrices of each; what is done elementwise each block does for itself. Each tile is the same sum
 // in any case: results do not depend on who computes them.
-//
-// What takes time is the chain of instructions from one meeting to the next, see compute(), and what the first run
-// through any code waits for instructions.
 #pragma once
-#include "cluster_program.h"
-#include "matrix_engine.cuh"
+#include "program_engine.cuh"
 
 namespace isqrt::cuda {
 
@@ -19,30 +15,26 @@ ISQRT_FN constexpr int cluster_threads(int channels) {
 }
 
 /// kInPlace: without spare matrices, see ProgramRecorder.
-template <bool kInPlace> class ClusterEngine : public BlockMatrices<float> {
+template <bool kInPlace> class ClusterEngine : public ProgramEngine<ClusterEngine<kInPlace>, UpperTiles<float>> {
+  friend class ProgramEngine<ClusterEngine, UpperTiles<float>>;
   using T = float;
-  using Base = BlockMatrices<T>;
+  using Base = ProgramEngine<ClusterEngine, UpperTiles<T>>;
+  using Base::channels_, Base::tiles_, Base::program_, Base::meets_, Base::tile, Base::warp, Base::warps;
+  using Place = TilePlace;
+  using Tiles = cuda::Tiles<T>;
 
  public:
-  struct Matrix : Base::Matrix {
-    int dealt = 0;
-  };
-  using Result = ResultOf<Matrix>;
+  using typename Base::Matrix, typename Base::Result;
+  using Reader = Tiles::Reader;
+  using Base::at;
 
-  /// Before it waits for the kernels before it.
   __device__ ClusterEngine(int channels, const Program& program)
-      : Base(channels),
-        program_(program),
+      : Base(channels, program),
         blocks_(int(cluster_size())),
         rank_(int(cluster_rank())),
         block_share_(opaque((1 << 16) / blocks_)),
         worker_(warp() * blocks_ + rank_),
         share_(opaque((1 << 16) / tile_count(channels) + 1)) {
-    // Constant memory takes its time: all of the program is asked for once.
-    constexpr int kLine = 64 / sizeof(uint32_t), kWords = sizeof(Program) / sizeof(uint32_t);
-    if (warp() == warps() - 1)
-      for (int word = kLine * Lane().number; word < kWords; word += kLine * kWarp)
-        opaque(reinterpret_cast<const uint32_t*>(&program)[word]);
     if constexpr (kHasClusters)
       if (blocks_ > 1) {
         if (threadIdx.x == 0)
@@ -51,67 +43,13 @@ template <bool kInPlace> class ClusterEngine : public BlockMatrices<float> {
       }
   }
 
-  __device__ Matrix matrix() { return {new_matrix(), 0}; }
-
-  template <class Source> __device__ void load(const Matrix& A, const Source& source) const { load_tiles(A, source); }
-  template <class Source> __device__ T load_normalized(const Matrix& A, const Source& source) const {
-    return load_normalized_tiles(A, source);
-  }
-
-  /// Runs the program, after its matrices were loaded.
-  __device__ __forceinline__ void run() {
-    const Reader reader;
-#pragma unroll 1
-    for (int n = 0; n < program_.stages; ++n) {
-      const Stage stage = program_.stage[n];
-      if (stage.kind == Stage::kProducts) {
-        compute(stage, reader);
-        continue;
-      }
-      if (stage.meets) meet();
-      const Operation& o = program_.operation[stage.first];
-      identity_plus_tiles(at(o.to), o.alpha, o.beta, at(o.A0));
-    }
-    if (program_.maps) __syncthreads();
-    meets_ = program_.meets;
-  }
-  __device__ Matrix at(const Program::Place& place) const { return {at(place.number), place.dealt}; }
-  __device__ const Program& program() const { return program_; }
-
-  /// <factor sym(source), A>
-  template <class Source> __device__ T inner(const Source& source, const Matrix& A, T factor = 1) {
-    if (meets_) meet();
-    return block_sum(inner_part(source, A, factor), shared_memory<T>());
-  }
-
-  /// <grad, P> and <factor sigma, D>: sources are on their way while products are waited for.
-  template <class GradSource, class SigmaSource>
-  __device__ InnerProducts<T> inner_products(const GradSource& grad, const Matrix& P, const SigmaSource& sigma,
-                                             const Matrix& D, T factor) {
-    T sums[2] = {};
-    const Place first = Place::numbered(warp());
-    WarpTile<T> of_grad = symmetric_tile<T>(grad, first), of_sigma = symmetric_tile<T>(sigma, first);
-    if (meets_) meet();
-    for_own_tiles([&](const Place& own) {
-      if (own.number() != first.number())
-        of_grad = symmetric_tile<T>(grad, own), of_sigma = symmetric_tile<T>(sigma, own);
-      add_inner(sums[0], of_grad, Tiles::read(tile(P, own)), own, T(1));
-      add_inner(sums[1], of_sigma, Tiles::read(tile(D, own)), own, factor);
-    });
-    block_sums(sums, shared_memory<T>());
-    return {sums[0], sums[1]};
-  }
-
-  __device__ Result result(T beta, const Matrix& A) const { return {0, beta, A}; }
-  __device__ Result result(T alpha, T beta, const Matrix& A) const { return {alpha, beta, A}; }
-
   /// Each warp writes tiles that it has computed, which it need not wait for.
   template <class View> __device__ void write(const Result& result, const View& view, T factor = 1) {
     __syncwarp();
 #pragma unroll 1
     for (int t = (worker_ < result.A.dealt ? workers() : 0) + worker_ - result.A.dealt; t < tile_count(channels_);
          t += workers())
-      write_tile(result, Place::numbered(t), view, factor);
+      Base::write_tile(result, Place::numbered(t), view, factor);
     if (meets_ && blocks_ > 1) meet();  // other blocks still write to this one's memory
   }
   template <class View> __device__ void write_means(const Result& result, const View& view, T factor) {
@@ -121,11 +59,6 @@ template <bool kInPlace> class ClusterEngine : public BlockMatrices<float> {
 
  private:
   __device__ int workers() const { return blocks_ * warps(); }
-
-  __device__ Base::Matrix at(int number) const {
-    const int first = matrices() + number * tile_count(channels_) * Tiles::kBytes;
-    return {first, first};
-  }
 
   /// A tile of a product.
   struct Work {
@@ -257,44 +190,8 @@ template <bool kInPlace> class ClusterEngine : public BlockMatrices<float> {
     }
   }
 
-  const Program& program_;
   int blocks_, rank_, block_share_, worker_, share_;  // shares: 2^16 / blocks, and 2^16 / tiles of a matrix
   int phase_ = 0, expected_ = 0;                      // meetings so far, and bytes that others send before the next one
-  bool meets_ = false;                                // whether there are products that were not met for
 };
-
-/// Of newton_schulz.h and normalization.h, in the way of this engine.
-template <bool kInPlace, class Matrix>
-__device__ void newton_schulz(ClusterEngine<kInPlace>& e, Iterates<Matrix>& m, const Steps&, Root) {
-  e.run();
-  m.Y = e.at(e.program().Y), m.Z = e.at(e.program().Z);
-}
-template <bool kInPlace, class Matrix>
-__device__ void newton_schulz_tangent(ClusterEngine<kInPlace>& e, Iterates<Matrix>& m, Iterates<Matrix>& d,
-                                      const Steps& steps, Root root) {
-  newton_schulz(e, m, steps, root);
-  d.Y = e.at(e.program().dY), d.Z = e.at(e.program().dZ);
-}
-template <bool kInPlace, class Matrix, class SigmaSource, class GradSource>
-__device__ InnerProducts<float> inner_products(ClusterEngine<kInPlace>& e, const GradSource& grad, const Matrix& P,
-                                               const SigmaSource& sigma, const Matrix& D, const float& factor) {
-  return e.inner_products(grad, P, sigma, D, factor);
-}
-
-/// What such a kernel runs for this task.
-inline Program record_root(const Steps& steps, Root root, int workers, int tiles, int matrices, int spares) {
-  ProgramRecorder e(workers, tiles, matrices, spares);
-  auto m = make_iterates(e, steps);
-  e.load(m.Y);
-  newton_schulz(e, m, steps, root);
-  return e.finish(m, m);
-}
-inline Program record_root_backward(const Steps& steps, Root root, int workers, int tiles, int matrices, int spares) {
-  ProgramRecorder e(workers, tiles, matrices, spares);
-  auto m = make_iterates(e, steps), d = make_iterates(e, steps);
-  e.load(m.Y), e.load(d.Y);
-  newton_schulz_tangent(e, m, d, steps, root);
-  return e.finish(m, d);
-}
 
 }  // namespace isqrt::cuda

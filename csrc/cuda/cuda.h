@@ -10,11 +10,11 @@ namespace isqrt::cuda {
 /// CUDA's own message where a launch fails.
 template <class X> void pool(const PoolTask<X>& task, void* stream);
 template <class X> void pool_backward(const PoolBackwardTask<X>& task, void* stream);
-template <class X> void root(const RootTask<X>& task, void* stream);
-template <class X> void root_backward(const RootBackwardTask<X>& task, void* stream);
+template <class X> void root(const RootTask<X>& task, bool warpgroups, void* stream);
+template <class X> void root_backward(const RootBackwardTask<X>& task, bool warpgroups, void* stream);
 
-/// The same of matrices in global memory, with the workspace of the task: so many elements. Products are those of
-/// warpgroups where that is asked for, of float32 on a device that has them.
+/// The same of matrices in global memory, with the workspace of the task: so many elements. In both products are those
+/// of warpgroups where that is asked for, of float32 on a device that has them.
 template <class X> void grid_root(const RootTask<X>& task, bool warpgroups, void* stream);
 template <class X> void grid_root_backward(const RootBackwardTask<X>& task, bool warpgroups, void* stream);
 int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_size, bool backward, bool in_full,
@@ -25,6 +25,9 @@ int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_siz
 /// float32 they take more for spare matrices where the device has it.
 int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full);
 int64_t cluster_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full);
+
+/// The same of a block of warpgroups, 0 where none has so many channels, such elements or steps.
+int64_t warpgroup_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full);
 
 /// The most shared memory of a block of this device, its multiprocessors, whether it has clusters and code for them,
 /// whether it is of compute capability 9, and whether a kernel may be brought to it while those before still run:

@@ -11,9 +11,21 @@
 
 namespace isqrt::cuda {
 
-/// Symmetric matrices and vectors in the shared memory of a block, and what its warps do with them tile by tile: what
-/// the engines of one block and of a cluster have in common.
-template <class T> class BlockMatrices {
+/// How a matrix lies in shared memory: its upper triangle of tiles, one after the other.
+template <class T> struct UpperTiles {
+  static __device__ int padded(int channels) { return channels; }
+  static __device__ int bytes(int channels) { return tile_count(channels) * Tiles<T>::kBytes; }
+  static __device__ OwnTile tile(int first, const TilePlace& at) { return {first + at.number() * Tiles<T>::kBytes}; }
+  /// Of a symmetric matrix' tile on the diagonal the upper triangle counts, so that both sides are the same bits.
+  template <class Packed>
+  static __device__ __forceinline__ void write(int first, const TilePlace& at, const Packed& packed, bool symmetric) {
+    Tiles<T>::write(tile(first, at), packed, at.I == at.J && symmetric);
+  }
+};
+
+/// Symmetric matrices in the shared memory of a block, and what its warps do with them tile by tile: what the engines
+/// of one block, of a cluster and of warpgroups have in common.
+template <class T, class Storage = UpperTiles<T>> class BlockMatrices {
  public:
   /// Where a matrix begins: an address in shared memory. One that is not symmetric takes the tiles under the diagonal
   /// from the upper triangle of its transpose, which begins at `transpose`.
@@ -28,7 +40,9 @@ template <class T> class BlockMatrices {
   };
 
   __device__ explicit BlockMatrices(int channels)
-      : channels_(channels), tiles_(tile_rows(channels)), warp_(__shfl_sync(0xffffffffu, int(threadIdx.x / kWarp), 0)) {
+      : channels_(channels),
+        tiles_(tile_rows(Storage::padded(channels))),
+        warp_(__shfl_sync(0xffffffffu, int(threadIdx.x / kWarp), 0)) {
     next_ = matrices();
   }
 
@@ -40,7 +54,7 @@ template <class T> class BlockMatrices {
 
   __device__ Matrix new_matrix() {
     const Matrix m{next_};
-    next_ += tile_count(channels_) * Tiles::kBytes;
+    next_ += Storage::bytes(channels_);
     return m;
   }
 
@@ -51,18 +65,18 @@ template <class T> class BlockMatrices {
   /// Where the matrices begin, and tile (I, J) of one.
   static __device__ int matrices() { return shared_begin() + kSums * int(sizeof(T)); }
   static __device__ int tile(int first, int I, int J) { return first + Place{I, J}.number() * Tiles::kBytes; }
-  static __device__ OwnTile tile(const Matrix& A, const Place& at) { return {tile(A.first, at.I, at.J)}; }
+  static __device__ auto tile(const Matrix& A, const Place& at) { return Storage::tile(A.first, at); }
+  __device__ int count() const { return tile_count(Storage::padded(channels_)); }
 
   /// f(own) for each of this warp's tiles, one after the other: what runs once is not worth its instructions' way to
-  /// the multiprocessor several times. Each warp has at least one.
+  /// the multiprocessor several times.
   template <class F> __device__ __forceinline__ void for_own_tiles(const F& f) const {
 #pragma unroll 1
-    for (int t = warp(); t < tile_count(channels_); t += warps()) f(Place::numbered(t));
+    for (int t = warp(); t < count(); t += warps()) f(Place::numbered(t));
   }
 
-  /// Of a symmetric matrix' tile on the diagonal the upper triangle counts, so that both sides are the same bits.
   static __device__ __forceinline__ void write_tile(const Matrix& D, const Place& own, WarpTile<T>& result) {
-    Tiles::write(tile(D, own), Tiles::pack(result), own.I == own.J && D.transpose == D.first);
+    Storage::write(D.first, own, Tiles::pack(result), D.transpose == D.first);
   }
 
   /// A = sym(source)
@@ -90,13 +104,14 @@ template <class T> class BlockMatrices {
     t = warp_sum(t);
     const T divisor = nonzero(t);
 #pragma unroll 1
-    for (int n = warp();;) {
-      Tiles::write(BlockMatrices::tile(A, own), Tiles::pack_divided(tile, divisor), own.I == own.J);
+    for (int n = warp(); n < count();) {
+      Storage::write(A.first, own, Tiles::pack_divided(tile, divisor), true);
       n += warps();
-      if (n >= tile_count(channels_)) return t;
+      if (n >= count()) break;
       own = Place::numbered(n);
       tile = symmetric_tile<T>(source, own);
     }
+    return t;
   }
 
   /// This thread's part of <factor sym(source), A>.

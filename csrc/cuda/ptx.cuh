@@ -258,27 +258,36 @@ constexpr bool kHasWarpgroups = false;
 constexpr bool kHasWarpgroups = true;
 #endif
 
-/// A warpgroup has 64 x 64 sums, each warp 16 rows of them: of columns 8 c to 8 c + 7 sum[4 c] to sum[4 c + 3], as in
-/// mma_f16's d.
-constexpr int kWarpgroup = 128, kWarpgroupSide = 64, kWarpgroupSums = kWarpgroupSide * kWarpgroupSide / kWarpgroup;
-using WarpgroupSums = float[kWarpgroupSums];
+/// A warpgroup has 64 x 64 sums, or 64 x 32, each warp 16 rows of them: of columns 8 c to 8 c + 7 sum[4 c] to
+/// sum[4 c + 3], as in mma_f16's d.
+constexpr int kWarpgroup = 128, kWarpgroupSide = 64;
+template <int kVectors> using WarpgroupSums = float[kWarpgroupSide * kVectors / kWarpgroup];
 
-#define ISQRT_SUMS(constraint)                                                                                      \
+#define ISQRT_SUMS_16(constraint)                                                                                   \
   constraint(d[0]), constraint(d[1]), constraint(d[2]), constraint(d[3]), constraint(d[4]), constraint(d[5]),       \
       constraint(d[6]), constraint(d[7]), constraint(d[8]), constraint(d[9]), constraint(d[10]), constraint(d[11]), \
-      constraint(d[12]), constraint(d[13]), constraint(d[14]), constraint(d[15]), constraint(d[16]),                \
-      constraint(d[17]), constraint(d[18]), constraint(d[19]), constraint(d[20]), constraint(d[21]),                \
-      constraint(d[22]), constraint(d[23]), constraint(d[24]), constraint(d[25]), constraint(d[26]),                \
-      constraint(d[27]), constraint(d[28]), constraint(d[29]), constraint(d[30]), constraint(d[31])
-#define ISQRT_WARPGROUP_PRODUCT(adds)                                                                           \
-  "{\n.reg .pred p;\nsetp.ne.s32 p, " adds                                                                      \
-  ", 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "                                                   \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28," \
-  "%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, %37;\n}"
+      constraint(d[12]), constraint(d[13]), constraint(d[14]), constraint(d[15])
+#define ISQRT_SUMS_32(constraint)                                                                        \
+  ISQRT_SUMS_16(constraint), constraint(d[16]), constraint(d[17]), constraint(d[18]), constraint(d[19]), \
+      constraint(d[20]), constraint(d[21]), constraint(d[22]), constraint(d[23]), constraint(d[24]),     \
+      constraint(d[25]), constraint(d[26]), constraint(d[27]), constraint(d[28]), constraint(d[29]),     \
+      constraint(d[30]), constraint(d[31])
+/// Operands of the instruction: the sums, four of a, b, and whether b is by terms.
+#define ISQRT_WARPGROUP_PRODUCT(vectors, adds, sums, a, b, by_terms)                                                  \
+  "{\n.reg .pred p;\nsetp.ne.s32 p, " adds ", 0;\nwgmma.mma_async.sync.aligned.m64n" vectors "k16.f32.f16.f16 {" sums \
+  "}, {" a "}, " b ", p, 1, 1, " by_terms ";\n}"
+#define ISQRT_PLACES_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define ISQRT_PLACES_32 ISQRT_PLACES_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define ISQRT_PRODUCT_16(adds) ISQRT_WARPGROUP_PRODUCT("32", adds, ISQRT_PLACES_16, "%16,%17,%18,%19", "%20", "%21")
+#define ISQRT_PRODUCT_32(adds) ISQRT_WARPGROUP_PRODUCT("64", adds, ISQRT_PLACES_32, "%32,%33,%34,%35", "%36", "%37")
+#define ISQRT_FACTORS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kByTerms))
 
 /// Without the compiler's knowing: they are computed here, not later.
-__device__ __forceinline__ void opaque([[maybe_unused]] WarpgroupSums& d) {
-  ISQRT_PTX(asm volatile("" : ISQRT_SUMS("+f")), (void)0);
+__device__ __forceinline__ void opaque([[maybe_unused]] WarpgroupSums<32>& d) {
+  ISQRT_PTX(asm volatile("" : ISQRT_SUMS_16("+f")), (void)0);
+}
+__device__ __forceinline__ void opaque([[maybe_unused]] WarpgroupSums<64>& d) {
+  ISQRT_PTX(asm volatile("" : ISQRT_SUMS_32("+f")), (void)0);
 }
 
 /// fence.proxy.async: products of warpgroups see, after a barrier, what this thread has written to shared memory, or
@@ -292,38 +301,66 @@ __device__ __forceinline__ void warpgroup_begin([[maybe_unused]] Caller caller =
   ISQRT_PTX_SM90A(asm volatile("wgmma.fence.sync.aligned;" :: : "memory"), emulation::warpgroup_begin(caller));
 }
 
-/// The right operand of such a product, 16 terms of 64 vectors: parts of 8 x 8 elements of 16 bits, 128 bytes each and
-/// aligned to 16, the first one at `address` in shared memory; so many bytes from part to part.
+/// The right operand of such a product, 16 terms of 64 or 32 vectors: parts of 8 x 8 elements of 16 bits, 128 bytes
+/// each and aligned to 16, the first one at `address` in shared memory; so many bytes from part to part. With
+/// in_description(n) more it is what lies n bytes further on.
+__device__ __forceinline__ constexpr uint64_t in_description(int bytes) { return uint64_t(bytes) / kPacketBytes; }
 __device__ __forceinline__ uint64_t describe_parts(int address, int to_next_terms, int to_next_vectors) {
-  constexpr unsigned kUnit = 16, kAddresses = 1 << 18;
-  return unsigned(address) % kAddresses / kUnit | uint64_t(unsigned(to_next_terms) / kUnit) << 16 |
-         uint64_t(unsigned(to_next_vectors) / kUnit) << 32;
+  constexpr unsigned kAddresses = 1 << 18;
+  return in_description(int(unsigned(address) % kAddresses)) | in_description(to_next_terms) << 16 |
+         in_description(to_next_vectors) << 32;
 }
 
-/// wgmma.mma_async.m64n64k16 of f16, d = a b, or += where kAdds: in the course of time until warpgroup_end(), and of
+/// wgmma.mma_async.m64nNk16 of f16, d = a b, or += where kAdds: in the course of time until warpgroup_end(), and of
 /// several after each other. a: each warp's 16 rows, as mma_f16's. A row of b's parts has eight terms of a vector, or,
-/// `by_terms`, a term of eight vectors.
+/// `by_terms`, a term of eight vectors; there are as many as d has columns.
 template <bool kAdds, bool kByTerms>
-__device__ __forceinline__ void multiply_warpgroup(WarpgroupSums& d, const uint32_t (&a)[4], uint64_t b,
+__device__ __forceinline__ void multiply_warpgroup(WarpgroupSums<32>& d, const uint32_t (&a)[4], uint64_t b,
                                                    [[maybe_unused]] Caller caller = Caller::here()) {
   if constexpr (kAdds)
-    ISQRT_PTX_SM90A(asm volatile(ISQRT_WARPGROUP_PRODUCT("1") : ISQRT_SUMS("+f") : "r"(a[0]), "r"(a[1]), "r"(a[2]),
-                                 "r"(a[3]), "l"(b), "n"(int(kByTerms))),
-                    emulation::multiply_warpgroup(d, a, b, true, kByTerms, caller));
+    ISQRT_PTX_SM90A(asm volatile(ISQRT_PRODUCT_16("1") : ISQRT_SUMS_16("+f") : ISQRT_FACTORS),
+                    emulation::multiply_warpgroup(d, 32, a, b, true, kByTerms, caller));
   else
-    ISQRT_PTX_SM90A(asm volatile(ISQRT_WARPGROUP_PRODUCT("0") : ISQRT_SUMS("=f") : "r"(a[0]), "r"(a[1]), "r"(a[2]),
-                                 "r"(a[3]), "l"(b), "n"(int(kByTerms))),
-                    emulation::multiply_warpgroup(d, a, b, false, kByTerms, caller));
+    ISQRT_PTX_SM90A(asm volatile(ISQRT_PRODUCT_16("0") : ISQRT_SUMS_16("=f") : ISQRT_FACTORS),
+                    emulation::multiply_warpgroup(d, 32, a, b, false, kByTerms, caller));
+}
+template <bool kAdds, bool kByTerms>
+__device__ __forceinline__ void multiply_warpgroup(WarpgroupSums<64>& d, const uint32_t (&a)[4], uint64_t b,
+                                                   [[maybe_unused]] Caller caller = Caller::here()) {
+  if constexpr (kAdds)
+    ISQRT_PTX_SM90A(asm volatile(ISQRT_PRODUCT_32("1") : ISQRT_SUMS_32("+f") : ISQRT_FACTORS),
+                    emulation::multiply_warpgroup(d, 64, a, b, true, kByTerms, caller));
+  else
+    ISQRT_PTX_SM90A(asm volatile(ISQRT_PRODUCT_32("0") : ISQRT_SUMS_32("=f") : ISQRT_FACTORS),
+                    emulation::multiply_warpgroup(d, 64, a, b, false, kByTerms, caller));
 }
 
-/// wgmma.commit_group and wgmma.wait_group 0: this warpgroup's products are done, d among them.
-__device__ __forceinline__ void warpgroup_end(WarpgroupSums& d, [[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX_SM90A(
-      asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" : ISQRT_SUMS("+f")::"memory"),
-      emulation::warpgroup_end(d, caller));
+/// wgmma.commit_group and wgmma.wait_group 0: this warpgroup's products are done, d among them. a and b: the left
+/// operands that they read, which the compiler shall not replace meanwhile.
+#define ISQRT_WARPGROUP_END "wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;"
+#define ISQRT_READ "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]) : "memory"
+__device__ __forceinline__ void warpgroup_end(WarpgroupSums<32>& d, [[maybe_unused]] const uint32_t (&a)[4],
+                                              [[maybe_unused]] const uint32_t (&b)[4],
+                                              [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90A(asm volatile(ISQRT_WARPGROUP_END : ISQRT_SUMS_16("+f") : ISQRT_READ),
+                  emulation::warpgroup_end(d, caller));
 }
+__device__ __forceinline__ void warpgroup_end(WarpgroupSums<64>& d, [[maybe_unused]] const uint32_t (&a)[4],
+                                              [[maybe_unused]] const uint32_t (&b)[4],
+                                              [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90A(asm volatile(ISQRT_WARPGROUP_END : ISQRT_SUMS_32("+f") : ISQRT_READ),
+                  emulation::warpgroup_end(d, caller));
+}
+#undef ISQRT_READ
+#undef ISQRT_WARPGROUP_END
+#undef ISQRT_FACTORS
+#undef ISQRT_PRODUCT_32
+#undef ISQRT_PRODUCT_16
+#undef ISQRT_PLACES_32
+#undef ISQRT_PLACES_16
 #undef ISQRT_WARPGROUP_PRODUCT
-#undef ISQRT_SUMS
+#undef ISQRT_SUMS_32
+#undef ISQRT_SUMS_16
 
 // ---- named barriers -------------------------------------------------------------------------------------------------
 

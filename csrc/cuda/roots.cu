@@ -6,6 +6,7 @@
 #include "../tasks.h"
 #include "cluster_engine.cuh"
 #include "cuda.h"
+#include "warpgroup_engine.cuh"
 
 namespace isqrt::cuda {
 namespace {
@@ -77,6 +78,25 @@ __global__ void __launch_bounds__(kWarp* kMostClusterWarps, 1)
   run_root_backward(e, task, blockIdx.x / cluster_size());
 }
 
+__global__ void __launch_bounds__(WarpgroupEngine::kThreads, 1)
+    root_warpgroup_kernel(const RootTask<float, Elements<float>> task, const __grid_constant__ Program program) {
+  if constexpr (kHasWarpgroups) {
+    WarpgroupEngine e(int(task.sigma.channels), program);
+    wait_for_kernels_before();
+    run_root(e, task, blockIdx.x);
+  }
+}
+
+__global__ void __launch_bounds__(WarpgroupEngine::kThreads, 1)
+    root_backward_warpgroup_kernel(const RootBackwardTask<float, Elements<const float>> task,
+                                   const __grid_constant__ Program program) {
+  if constexpr (kHasWarpgroups) {
+    WarpgroupEngine e(int(task.sigma.channels), program);
+    wait_for_kernels_before();
+    run_root_backward(e, task, blockIdx.x);
+  }
+}
+
 /// One block a sample, of the kernel that choose(slots, variant) returns, both as types; kSlots where two are not
 /// enough and where steps are in full.
 template <int kSlots, class Task, class Choose>
@@ -116,14 +136,29 @@ void launch_cluster(const char* name, const Choose& choose, int64_t channels, bo
   void (*const kernel)(Task, Program) = has_spares ? choose(std::false_type()) : choose(std::true_type());
   const int C = int(channels), threads = cluster_threads(C);
   const int count = matrices(backward, false), spares = has_spares ? spare_matrices(backward) : 0;
-  const Program program = record(task.steps, task.root, task.blocks * threads / kWarp, tile_count(C), count, spares);
+  const ProgramRecorder recorder(task.blocks * threads / kWarp, tile_count(C), count, spares, false);
+  const Program program = record(recorder, task.steps, task.root);
   launch_clusters(name, kernel, task.batch, task.blocks, threads, matrix_shared_bytes(C, sizeof(float), count + spares),
                   stream, task, program);
 }
 
-template <class T> void launch_root(const RootTask<T, Elements<T>>& task, void* stream) {
+/// A block of warpgroups for each sample.
+template <class Task, class Record>
+void launch_warpgroups(const char* name, void (*kernel)(Task, Program), bool backward, const Record& record,
+                       void* stream, const Task& task) {
+  const int64_t bytes = warpgroup_shared_bytes(task.sigma.channels, sizeof(float), backward, task.steps.any_in_full());
+  if (bytes == 0)
+    throw std::runtime_error(std::string(name) + ": a block of warpgroups has no such steps, or not so many channels");
+  constexpr int kWarps = WarpgroupEngine::kThreads / kWarp;
+  const ProgramRecorder recorder(kWarps, 1, matrices(backward, false), spare_matrices(backward), true);
+  launch(name, kernel, task.batch, WarpgroupEngine::kThreads, bytes, stream, task,
+         record(recorder, task.steps, task.root));
+}
+
+template <class T> void launch_root(const RootTask<T, Elements<T>>& task, bool warpgroups, void* stream) {
   const int64_t C = task.sigma.channels;
   if constexpr (std::is_same_v<T, float>) {
+    if (warpgroups) return launch_warpgroups("root", root_warpgroup_kernel, false, record_root, stream, task);
     // One block, too, runs the program of a cluster, faster than it would go through the steps, if it has spares.
     const bool spares = has_spares("root", C, false, task);
     const auto choose = [](auto in_place) { return root_cluster_kernel<in_place>; };
@@ -134,9 +169,13 @@ template <class T> void launch_root(const RootTask<T, Elements<T>>& task, void* 
                                       root_shared_bytes(C, sizeof(T), false, task.steps.any_in_full()), stream, task);
 }
 
-template <class T> void launch_root_backward(const RootBackwardTask<T, Elements<const T>>& task, void* stream) {
+template <class T>
+void launch_root_backward(const RootBackwardTask<T, Elements<const T>>& task, bool warpgroups, void* stream) {
   const int64_t C = task.sigma.channels;
   if constexpr (std::is_same_v<T, float>) {
+    if (warpgroups)
+      return launch_warpgroups("root_backward", root_backward_warpgroup_kernel, true, record_root_backward, stream,
+                               task);
     const bool spares = has_spares("root_backward", C, true, task);
     const auto choose = [](auto in_place) { return root_backward_cluster_kernel<in_place>; };
     if (task.blocks > 1 || spares)
@@ -149,19 +188,21 @@ template <class T> void launch_root_backward(const RootBackwardTask<T, Elements<
 
 }  // namespace
 
-template <class X> void root(const RootTask<X>& task, void* stream) { launch_root(with_elements(task), stream); }
-template <class X> void root_backward(const RootBackwardTask<X>& task, void* stream) {
-  launch_root_backward(with_elements(task), stream);
+template <class X> void root(const RootTask<X>& task, bool warpgroups, void* stream) {
+  launch_root(with_elements(task), warpgroups, stream);
+}
+template <class X> void root_backward(const RootBackwardTask<X>& task, bool warpgroups, void* stream) {
+  launch_root_backward(with_elements(task), warpgroups, stream);
 }
 
-template void root(const RootTask<float>&, void*);
-template void root(const RootTask<double>&, void*);
-template void root(const RootTask<Half>&, void*);
-template void root(const RootTask<BFloat16>&, void*);
-template void root_backward(const RootBackwardTask<float>&, void*);
-template void root_backward(const RootBackwardTask<double>&, void*);
-template void root_backward(const RootBackwardTask<Half>&, void*);
-template void root_backward(const RootBackwardTask<BFloat16>&, void*);
+template void root(const RootTask<float>&, bool, void*);
+template void root(const RootTask<double>&, bool, void*);
+template void root(const RootTask<Half>&, bool, void*);
+template void root(const RootTask<BFloat16>&, bool, void*);
+template void root_backward(const RootBackwardTask<float>&, bool, void*);
+template void root_backward(const RootBackwardTask<double>&, bool, void*);
+template void root_backward(const RootBackwardTask<Half>&, bool, void*);
+template void root_backward(const RootBackwardTask<BFloat16>&, bool, void*);
 
 int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full) {
   const int count = matrices(backward, in_full);
@@ -171,6 +212,11 @@ int64_t root_shared_bytes(int64_t channels, int64_t element_size, bool backward,
 
 int64_t cluster_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full) {
   return element_size == sizeof(float) && !in_full ? root_shared_bytes(channels, element_size, backward, false) : 0;
+}
+
+int64_t warpgroup_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full) {
+  if (element_size != sizeof(float) || channels > kWarpgroupSide || in_full) return 0;
+  return sizeof(float) * kSums + (matrices(backward, false) + spare_matrices(backward)) * WholeMatrix::kBytes;
 }
 
 Limits limits(int device) {

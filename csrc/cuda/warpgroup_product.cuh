@@ -10,9 +10,11 @@ namespace isqrt::cuda {
 
 template <bool kDual> class WarpgroupProductBlock {
   using Tiles = cuda::Tiles<float>;
+  using Sums = WarpgroupSums<kWarpgroupSide>;
+  static constexpr int kLaneSums = sizeof(Sums) / sizeof(float);
   static constexpr int kNumbers = kDual ? 2 : 1;             // of an operand, and of the result
   static constexpr int kGroup = GridShape::kGroup;           // tiles of a warpgroup in each direction
-  static constexpr int kTileSums = kWarpgroupSums / kGroup;  // of a lane
+  static constexpr int kTileSums = kLaneSums / kGroup;       // of a lane
   static constexpr int kDepth = kDual ? 2 : 4, kStages = 3;  // in terms
 
   /// Of a term of one number: the left operand's tiles as they are; and of the right operand's two panels of four tiles
@@ -30,7 +32,7 @@ template <bool kDual> class WarpgroupProductBlock {
 
  public:
   static constexpr int kSharedBytes = kStages * kStageBytes;
-  static_assert(kNumbers * kWarpgroupSums * kThreads * int(sizeof(float)) <= kSharedBytes);
+  static_assert(kNumbers * kLaneSums * kThreads * int(sizeof(float)) <= kSharedBytes);
 
   __device__ WarpgroupProductBlock(const GridProducts& products, const GridShape& shape)
       : products_(products), shape_(shape), own_(GridShare::own(products, shape, kSide)) {
@@ -44,7 +46,7 @@ template <bool kDual> class WarpgroupProductBlock {
   }
 
   __device__ void run() {
-    WarpgroupSums sum[kNumbers] = {};
+    Sums sum[kNumbers] = {};
     const bool idle = first_.I > first_.J || first_.J >= shape_.rows();
     constexpr int kAhead = (kStages - 1) * kDepth, kLastStage = (kStages - 1) * kStageBytes;
     int stage = kStageBytes;  // of terms from K on; the one before it is loaded
@@ -114,8 +116,7 @@ template <bool kDual> class WarpgroupProductBlock {
     copy_async_commit();
   }
 
-  template <bool kByTerms>
-  __device__ __forceinline__ void multiply(WarpgroupSums (&sum)[kNumbers], int K, int stage) const {
+  template <bool kByTerms> __device__ __forceinline__ void multiply(Sums (&sum)[kNumbers], int K, int stage) const {
     constexpr int kValue = kNumbers - 1;  // as in GridProductBlock
     const bool above = K <= row_;
     typename Tiles::Terms a[1];
@@ -131,29 +132,29 @@ template <bool kDual> class WarpgroupProductBlock {
 
   /// As Sum::multiply_add, with four tiles.
   template <bool kByTerms>
-  static __device__ __forceinline__ void add(WarpgroupSums& sum, const typename Tiles::Terms& a, int panel) {
+  static __device__ __forceinline__ void add(Sums& sum, const typename Tiles::Terms& a, int panel) {
     const uint64_t high = describe_parts(panel, kToNextTerms, kToNextVectors),
                    low = describe_parts(panel + kPanelHalf, kToNextTerms, kToNextVectors);
-    WarpgroupSums terms;
+    Sums terms;
     warpgroup_begin();
     multiply_warpgroup<false, kByTerms>(terms, a.high, low);
     multiply_warpgroup<true, kByTerms>(terms, a.low, high);
     multiply_warpgroup<true, kByTerms>(terms, a.high, high);
-    warpgroup_end(terms);
+    warpgroup_end(terms, a.high, a.low);
     const float4 scales = at_shared<float4>(panel + kPanelScales);
     const float scale[] = {a.scale * scales.x, a.scale * scales.y, a.scale * scales.z, a.scale * scales.w};
 #pragma unroll
-    for (int i = 0; i < kWarpgroupSums; ++i) sum[i] += scale[i / kTileSums] * terms[i];
+    for (int i = 0; i < kLaneSums; ++i) sum[i] += scale[i / kTileSums] * terms[i];
     opaque(sum);  // otherwise terms of several products wait in registers
   }
 
   /// One tile after the other, in few instructions: what runs once waits for them. Therefore sums lie in shared memory.
-  __device__ __forceinline__ void store(const WarpgroupSums (&sum)[kNumbers]) const {
+  __device__ __forceinline__ void store(const Sums (&sum)[kNumbers]) const {
     float* const own = shared_memory<float>() + threadIdx.x;
 #pragma unroll
     for (int number = 0; number < kNumbers; ++number)
 #pragma unroll
-      for (int i = 0; i < kWarpgroupSums; ++i) own[(number * kWarpgroupSums + i) * kThreads] = sum[number][i];
+      for (int i = 0; i < kLaneSums; ++i) own[(number * kLaneSums + i) * kThreads] = sum[number][i];
 
     const GridProduct& product = products_.product[own_.product];
     const int tiles = wants_value_ ? kNumbers * kGroup : kGroup;

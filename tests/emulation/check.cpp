@@ -147,6 +147,7 @@ void check_newton_schulz(int64_t channels) {
     newton_schulz.run(3, 0, 0, 1);
     newton_schulz.run(2, 0, 2, 4);
     if (type == &kFloat32) newton_schulz.run(2, 0, 0, -1);
+    if (type == &kFloat32 && channels <= 64) newton_schulz.run(3, 0, 0, -2);
     // A device that has no room for spare matrices in the gradient.
     const size_t usual =
         std::exchange(emulation::options.shared_limit,

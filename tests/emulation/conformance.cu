@@ -94,14 +94,14 @@ __global__ void transpose_matrix_kernel(const uint16_t* x, uint16_t* y) {
   y[at + 1] = uint16_t(transposed >> 16);
 }
 
-/// x is A, 64 x 16, and B, 16 x 64, row by row; y is A B, and 2 A B + A' B, where A' has A's rows in reverse order. B's
-/// parts do not follow each other.
-template <bool kByTerms> __global__ void warpgroup_kernel(const uint16_t* x, float* y) {
+/// x is A, 64 x 16, and B, 16 x 64 or 16 x 32, row by row; y is A B, and 2 A B + A' B, where A' has A's rows in reverse
+/// order. B's parts do not follow each other.
+template <int kVectors, bool kByTerms> __global__ void warpgroup_kernel(const uint16_t* x, float* y) {
   if constexpr (kHasWarpgroups) {
     constexpr int kPart = 64, kToTerms = kPart + 8, kToVectors = 2 * kToTerms + 16;  // elements
     uint16_t* const s = shared_memory<uint16_t>();
-    for (int i = threadIdx.x; i < 16 * 64; i += kThreads) {
-      const int k = i / 64, n = i % 64, row = kByTerms ? k % 8 : n % 8, column = kByTerms ? n % 8 : k % 8;
+    for (int i = threadIdx.x; i < 16 * kVectors; i += kThreads) {
+      const int k = i / kVectors, n = i % kVectors, row = kByTerms ? k % 8 : n % 8, column = kByTerms ? n % 8 : k % 8;
       s[k / 8 * kToTerms + n / 8 * kToVectors + 8 * row + column] = x[64 * 16 + i];
     }
     fence_for_warpgroups();
@@ -115,18 +115,19 @@ template <bool kByTerms> __global__ void warpgroup_kernel(const uint16_t* x, flo
         a[reverse][r] = from[0] | uint32_t(from[1]) << 16;
       }
     const uint64_t b = describe_parts(shared_begin(), 2 * kToTerms, 2 * kToVectors);
-    WarpgroupSums d, e;
+    constexpr int kSums = kVectors / 2;
+    WarpgroupSums<kVectors> d, e;
     warpgroup_begin();
     multiply_warpgroup<false, kByTerms>(d, a[0], b);
-    warpgroup_end(d);
-    for (int i = 0; i < kWarpgroupSums; ++i) e[i] = d[i];
+    warpgroup_end(d, a[0], a[0]);
+    for (int i = 0; i < kSums; ++i) e[i] = d[i];
     warpgroup_begin();
     multiply_warpgroup<true, kByTerms>(e, a[1], b);
     multiply_warpgroup<true, kByTerms>(e, a[0], b);
-    warpgroup_end(e);
-    for (int i = 0; i < kWarpgroupSums; ++i) {
-      const int at = 64 * (first + i / 2 % 2 * 8) + i / 4 * 8 + 2 * (lane % 4) + i % 2;
-      y[at] = d[i], y[64 * 64 + at] = e[i];
+    warpgroup_end(e, a[1], a[0]);
+    for (int i = 0; i < kSums; ++i) {
+      const int at = kVectors * (first + i / 2 % 2 * 8) + i / 4 * 8 + 2 * (lane % 4) + i % 2;
+      y[at] = d[i], y[64 * kVectors + at] = e[i];
     }
   }
 }
@@ -335,20 +336,20 @@ bool check_transpose_matrix() {
   return true;
 }
 
-template <bool kByTerms> bool check_warpgroup() {
-  std::vector<float> X(2 * 64 * 16);
+template <int kVectors, bool kByTerms> bool check_warpgroup() {
+  std::vector<float> X((64 + kVectors) * 16);
   std::vector<uint16_t> x;
   for (float& value : X) x.push_back(encode<Kind::kF16, uint16_t>(value = float(int(generator() % 127) - 63)));
-  const std::vector<float> y = run(warpgroup_kernel<kByTerms>, x, 2 * 64 * 64, kThreads);
+  const std::vector<float> y = run(warpgroup_kernel<kVectors, kByTerms>, x, 2 * 64 * kVectors, kThreads);
   const auto expected = [&](int i, int j) {
     float sum = 0;
-    for (int k = 0; k < 16; ++k) sum += X[16 * i + k] * X[64 * 16 + 64 * k + j];
+    for (int k = 0; k < 16; ++k) sum += X[16 * i + k] * X[64 * 16 + kVectors * k + j];
     return sum;
   };
   for (int i = 0; i < 64; ++i)
-    for (int j = 0; j < 64; ++j) {
+    for (int j = 0; j < kVectors; ++j) {
       const float own = expected(i, j), both = 2 * own + expected(63 - i, j);
-      if (y[64 * i + j] != own || y[64 * 64 + 64 * i + j] != both) return false;
+      if (y[kVectors * i + j] != own || y[64 * kVectors + kVectors * i + j] != both) return false;
     }
   return true;
 }
@@ -433,8 +434,10 @@ const Check kChecks[] = {
     {CLUSTER_WRAPPERS "2 blocks", 9, [] { return check_cluster(2); }},
     {CLUSTER_WRAPPERS "8 blocks", 9, [] { return check_cluster(8); }},
     {"named_barrier", 8, check_named_barrier},
-    {WARPGROUP_WRAPPERS, 9, check_warpgroup<false>, 9},
-    {WARPGROUP_WRAPPERS "; by terms", 9, check_warpgroup<true>, 9},
+    {WARPGROUP_WRAPPERS, 9, check_warpgroup<64, false>, 9},
+    {WARPGROUP_WRAPPERS "; by terms", 9, check_warpgroup<64, true>, 9},
+    {WARPGROUP_WRAPPERS "; 32 vectors", 9, check_warpgroup<32, false>, 9},
+    {WARPGROUP_WRAPPERS "; 32 vectors by terms", 9, check_warpgroup<32, true>, 9},
 };
 
 /// The number of checks that fail.

@@ -172,12 +172,12 @@ template <Warpgroup kFault> __global__ void warpgroup(float* y, const float* x) 
   copy_async_wait<0>();
   if (kFault != Warpgroup::kNotFenced) fence_for_warpgroups();
   if (kFault != Warpgroup::kNoBarrier) __syncthreads();
-  WarpgroupSums d;
+  WarpgroupSums<64> d;
   const uint32_t a[4] = {};
   if (kFault != Warpgroup::kNotBegun) warpgroup_begin();
   if (kFault != Warpgroup::kNoWarp || threadIdx.x < 96)
     multiply_warpgroup<false, false>(d, a, describe_parts(shared_begin(), 0, 0));  // fault: warpgroup_no_barrier
-  if (kFault != Warpgroup::kNotEnded) warpgroup_end(d);
+  if (kFault != Warpgroup::kNotEnded) warpgroup_end(d, a, a);
   y[threadIdx.x] = d[0];
 }
 template <bool kFault, Warpgroup kKind>

@@ -85,7 +85,7 @@ void pool_backward(const std::string& dtype, const Array& grad_sigma, const Arra
 
 void root(const std::string& dtype, const Array& sigma, int iterations, int root, int output, double floor, int blocks,
           const Array& scale, const Array& result) {
-  const bool grid = blocks <= 0, warpgroups = blocks < 0;
+  const bool warpgroups = blocks < 0, grid = blocks == 0 || blocks == -1;
   dispatch(dtype, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;
@@ -101,13 +101,13 @@ void root(const std::string& dtype, const Array& sigma, int iterations, int root
                            numbers<const T>(scale),
                            workspace.data(),
                            blocks};
-    grid ? cuda::grid_root(task, warpgroups, nullptr) : cuda::root(task, nullptr);
+    grid ? cuda::grid_root(task, warpgroups, nullptr) : cuda::root(task, warpgroups, nullptr);
   });
 }
 
 void root_backward(const std::string& dtype, const Array& grad, const Array& sigma, int iterations, int root,
                    int output, double floor, int blocks, const Array& grad_sigma) {
-  const bool grid = blocks <= 0, warpgroups = blocks < 0;
+  const bool warpgroups = blocks < 0, grid = blocks == 0 || blocks == -1;
   dispatch(dtype, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;
@@ -123,7 +123,7 @@ void root_backward(const std::string& dtype, const Array& grad, const Array& sig
                                    {contiguous<T>(grad_sigma), Output::kMatrix, C},
                                    workspace.data(),
                                    blocks};
-    grid ? cuda::grid_root_backward(task, warpgroups, nullptr) : cuda::root_backward(task, nullptr);
+    grid ? cuda::grid_root_backward(task, warpgroups, nullptr) : cuda::root_backward(task, warpgroups, nullptr);
   });
 }
 

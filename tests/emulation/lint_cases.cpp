@@ -47,9 +47,10 @@ Steps three_steps(bool in_full) {
   return steps;
 }
 
-/// In a block, in a cluster of so many, or on the whole device: with 0, and with -1 by warpgroups.
+/// In a block, in a cluster of so many, or on the whole device: with 0, and with -1 by warpgroups; in a block of those
+/// with -2.
 template <class T> void root(const std::string& label, int64_t C, bool in_full, int blocks = 1) {
-  const bool grid = blocks <= 0, warpgroups = blocks < 0;
+  const bool warpgroups = blocks < 0, grid = blocks == 0 || blocks == -1;
   const Steps steps = three_steps(in_full);
   lint::record(label, [&] {
     T *sigma = allocate<T>(C * C), *result = allocate<T>(C * C), *grad_sigma = allocate<T>(C * C);
@@ -64,9 +65,9 @@ template <class T> void root(const std::string& label, int64_t C, bool in_full, 
     const RootBackwardTask<T> backward{
         1,     {result, Output::kMatrix, C}, source, steps, Root::kSquare, {grad_sigma, Output::kMatrix, C}, workspace,
         blocks};
-    if (fits(false)) grid ? cuda::grid_root(forward, warpgroups, nullptr) : cuda::root(forward, nullptr);
+    if (fits(false)) grid ? cuda::grid_root(forward, warpgroups, nullptr) : cuda::root(forward, warpgroups, nullptr);
     if (fits(true))
-      grid ? cuda::grid_root_backward(backward, warpgroups, nullptr) : cuda::root_backward(backward, nullptr);
+      grid ? cuda::grid_root_backward(backward, warpgroups, nullptr) : cuda::root_backward(backward, warpgroups, nullptr);
   });
 }
 
@@ -81,6 +82,7 @@ int main() {
   root<float>("64 x 64", 64, false);
   root<float>("64 x 64 in full", 64, true);
   root<float>("64 x 64 in a cluster", 64, false, 2);
+  root<float>("64 x 64 by warpgroups", 64, false, -2);
   root<float>("128 x 128", 128, false);
   root<double>("64 x 64", 64, false);
   root<float>("160 x 160", 160, true, 0);

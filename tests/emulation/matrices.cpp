@@ -154,7 +154,7 @@ uint32_t transpose_matrix(uint32_t r, const Caller& caller) {
 
 namespace {
 
-constexpr unsigned kWarpgroup = 128, kTerms = 16, kVectors = 64, kPartBytes = 128;
+constexpr unsigned kWarpgroup = 128, kTerms = 16, kPartBytes = 128;
 
 const char* part_of(const WarpgroupProduct& product, unsigned k, unsigned n) {
   return product.b + k / 8 * product.to_next_terms + n / 8 * product.to_next_vectors;
@@ -163,7 +163,7 @@ const char* part_of(const WarpgroupProduct& product, unsigned k, unsigned n) {
 void read_right(const WarpgroupProduct& product) {
   if (lane() != 0) return;
   for (unsigned k = 0; k < kTerms; k += 8)
-    for (unsigned n = 0; n < kVectors; n += 8) {
+    for (unsigned n = 0; n < product.vectors; n += 8) {
       require_shared(part_of(product, k, n), kPartBytes, product.site);
       note_read(part_of(product, k, n), kPartBytes, product.site);
     }
@@ -171,7 +171,7 @@ void read_right(const WarpgroupProduct& product) {
 
 void finish(const WarpgroupProduct& product) {
   read_right(product);
-  for (unsigned i = 0; i < 32; ++i) {
+  for (unsigned i = 0; i < product.sums(); ++i) {
     const unsigned n = i / 4 * 8 + lane() % 4 * 2 + i % 2;
     double sum = product.continues ? product.d[i] : product.before[i];
     for (unsigned k = 0; k < kTerms; ++k) {
@@ -192,7 +192,7 @@ void warpgroup_begin(const Caller& caller) {
   launch.running->warpgroup_began = true;
 }
 
-void multiply_warpgroup(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool adds, bool by_terms,
+void multiply_warpgroup(float* d, int vectors, const uint32_t (&a)[4], uint64_t b, bool adds, bool by_terms,
                         const Caller& caller) {
   const CalledFrom here(__builtin_return_address(0));
   const Site site{"multiply_warpgroup", caller.file, caller.line};
@@ -204,6 +204,7 @@ void multiply_warpgroup(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool
     for (const Thread& thread : block.threads)
       if (thread.copied_without_fence) fail("reads what was copied, and no fence followed", site);
   WarpgroupProduct product = {.d = d,
+                              .vectors = unsigned(vectors),
                               .b = static_cast<char*>(dynamic_shared()) + (b & 0x3fff) * 16,
                               .to_next_terms = unsigned(b >> 16 & 0x3fff) * 16,
                               .to_next_vectors = unsigned(b >> 32 & 0x3fff) * 16,
@@ -221,12 +222,12 @@ void multiply_warpgroup(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool
   const Quiet quiet;
   product.continues = adds && std::any_of(me.products.begin(), me.products.end(),
                                           [&](const WarpgroupProduct& earlier) { return earlier.d == d; });
-  for (unsigned i = 0; i < 32; ++i) product.before[i] = adds ? d[i] : 0;
-  memset(d, 0xff, sizeof d);
+  for (unsigned i = 0; i < product.sums(); ++i) product.before[i] = adds ? d[i] : 0;
+  memset(d, 0xff, product.sums() * sizeof *d);
   me.products.push_back(product);
 }
 
-void warpgroup_end(float (&)[32], const Caller& caller) {
+void warpgroup_end(float*, const Caller& caller) {
   const CalledFrom here(__builtin_return_address(0));
   converge({"warpgroup_end", caller.file, caller.line});
   Thread& me = *launch.running;

@@ -32,6 +32,7 @@ struct AsyncStore {
 /// What a thread has of a product of its warpgroup: two rows of the left operand, and the place of the right one.
 struct WarpgroupProduct {
   float* d;
+  unsigned vectors;        // of the right operand
   bool continues = false;  // adds to an earlier one that is not done
   float before[32] = {};   // what d was otherwise
   float a[2][16] = {};
@@ -39,6 +40,7 @@ struct WarpgroupProduct {
   unsigned to_next_terms, to_next_vectors;
   bool by_terms;
   Site site;
+  unsigned sums() const { return vectors / 2; }
 };
 
 struct Thread {

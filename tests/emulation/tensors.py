@@ -50,12 +50,17 @@ def pool_backward(kernels, grad_sigma, x, mean, chunk, scale=NO_SCALE):
     return grad_x
 
 
+def engine_code(grid, blocks):
+    """Of launchers.h, for whether matrices are on the grid, and how many blocks share one; or "warpgroups" of either."""
+    return {False: -2 if blocks == "warpgroups" else blocks, True: 0, "warpgroups": -1}[grid]
+
+
 def root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False, scale=NO_SCALE, dtype=None, blocks=1):
     batch, channels = sigma.shape[:2]
     shape = {"matrix": (channels, channels), "triu": (channels * (channels + 1) // 2,), "mean": (channels,)}[output]
     result = not_a_number(batch, *shape, dtype=dtype or sigma.dtype)
     codes = ROOTS.index(root_name), OUTPUTS.index(output)
-    blocks = {False: blocks, True: 0, "warpgroups": -1}[grid]
+    blocks = engine_code(grid, blocks)
     kernels.root(name_of(result.dtype), array(sigma), iterations, *codes, floor, blocks, array(scale), array(result))
     return result
 
@@ -64,7 +69,7 @@ def root_backward(kernels, grad, sigma, iterations, root_name, output, floor=0.0
     grad_sigma = torch.full_like(sigma, float("nan"))
     codes = ROOTS.index(root_name), OUTPUTS.index(output)
     arrays = array(grad.contiguous()), array(sigma)
-    blocks = {False: blocks, True: 0, "warpgroups": -1}[grid]
+    blocks = engine_code(grid, blocks)
     kernels.root_backward(name_of(grad.dtype), *arrays, iterations, *codes, floor, blocks, array(grad_sigma))
     return grad_sigma
 
@@ -90,20 +95,20 @@ def check_pooling(kernels, x, chunk, backward_chunk=None):
     assert_close(grad_x, reference.covariance_pool_backward(grad_sigma.double(), exact_x), bound + rounding)
 
 
-def check_root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False):
+def check_root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False, blocks=1):
     step = reference.minimax_steps(iterations, floor) if floor else reference.PAPER_STEP
     exact = {"square": reference.matrix_sqrt, "inverse": reference.matrix_inv_sqrt}[root_name]
     exact_sigma = sigma.double().requires_grad_()
     expected = reference.convert_output(exact(exact_sigma, iterations, step), output)
     bound = tolerance(sigma.dtype, sigma.shape[1], 1, iterations)
-    result = root(kernels, sigma, iterations, root_name, output, floor, grid)
+    result = root(kernels, sigma, iterations, root_name, output, floor, grid, blocks=blocks)
     assert_close(result, expected.detach(), bound)
     if output == "matrix":
         assert torch.equal(result, result.mT)
-    if grid or fits(kernels, sigma, True, iterations, floor):
+    if grid or blocks == "warpgroups" or fits(kernels, sigma, True, iterations, floor):
         upstream = torch.randn(result.shape, dtype=sigma.dtype)
         (grad,) = torch.autograd.grad(expected, exact_sigma, upstream.double())
-        result = root_backward(kernels, upstream, sigma, iterations, root_name, output, floor, grid)
+        result = root_backward(kernels, upstream, sigma, iterations, root_name, output, floor, grid, blocks)
         # Half of its sums have twice the terms, and it is a product of two such results.
         assert_close(result, grad, 2 * bound, gradient_size(upstream, expected, sigma))
         assert torch.equal(result, result.mT)

@@ -12,6 +12,7 @@ namespace isqrt::cuda {
 /// in the order in which they were asked for.
 struct alignas(16) Operation {
   static constexpr uint32_t kNone = 0xff;
+  static constexpr uint32_t kAcross = 0x80;  // with the number of a right factor, of which the transpose is meant
   uint32_t to : 8 = 0, added : 8 = 0, terms : 16 = 0;
   uint32_t A0 : 8 = 0, B0 : 8 = 0, A1 : 8 = 0, B1 : 8 = 0;
   float alpha = 0, beta = 0;
@@ -49,12 +50,15 @@ class ProgramRecorder {
  public:
   struct Matrix {
     uint8_t number = 0;
+    bool across = false;
     unsigned bit() const { return 1u << number; }
+    uint32_t factor() const { return across ? number | Operation::kAcross : number; }
   };
 
-  /// For so many workers, tiles of a matrix, matrices that will be asked for, and spare ones, or none.
-  ProgramRecorder(int workers, int tiles, int matrices, int spares)
-      : workers_(workers), tiles_(tiles), spares_(spares) {
+  /// For so many workers, tiles of a matrix, matrices that will be asked for, and spare ones, or none; and an engine
+  /// that computes matrices in full, or one triangle.
+  ProgramRecorder(int workers, int tiles, int matrices, int spares, bool in_full)
+      : workers_(workers), tiles_(tiles), spares_(spares), in_full_(in_full) {
     for (int s = 0; s < spares; ++s) spare_[s].number = uint8_t(matrices + s);
   }
 
@@ -75,11 +79,11 @@ class ProgramRecorder {
   }
   Matrix product(Matrix& D, Matrix, Matrix A, Matrix B, bool) {
     add_products(D, nullptr, 0, 1, A, B, A, B, 1);
-    return D;
+    return {D.number, in_full_};
   }
   Matrix products(Matrix& D, Matrix, Matrix A1, Matrix B1, Matrix A2, Matrix B2, bool) {
     add_products(D, nullptr, 0, 1, A1, B1, A2, B2, 2);
-    return D;
+    return {D.number, in_full_};
   }
 
   void scale(Matrix D, double alpha, Matrix A) { identity_plus(D, 0, alpha, A); }
@@ -123,7 +127,7 @@ class ProgramRecorder {
     const unsigned operands = A1.bit() | B1.bit() | A2.bit() | B2.bit() | (added ? added->bit() : 0);
     const bool meets = (operands | D.bit()) & (written_ | mapped_) || (spares_ > 0 && (D.bit() & read_));
     append(Stage::kProducts,
-           {D.number, added ? added->number : Operation::kNone, terms, A1.number, B1.number, A2.number, B2.number,
+           {D.number, added ? added->number : Operation::kNone, terms, A1.number, B1.factor(), A2.number, B2.factor(),
             float(alpha), float(beta)},
            meets, D.bit() & (operands | (meets ? 0 : read_)));
     read_ |= operands;
@@ -140,10 +144,25 @@ class ProgramRecorder {
 
   static constexpr int kMostSpares = 4;
   int workers_, tiles_, spares_;
+  bool in_full_;
   uint8_t next_matrix_ = 0;
   Matrix spare_[kMostSpares];
   unsigned read_ = 0, written_ = 0, mapped_ = 0;  // since the last meeting: mapped is written elementwise
   Program program_;
 };
+
+/// What a kernel runs for this task.
+inline Program record_root(ProgramRecorder e, const Steps& steps, Root root) {
+  auto m = make_iterates(e, steps);
+  e.load(m.Y);
+  newton_schulz(e, m, steps, root);
+  return e.finish(m, m);
+}
+inline Program record_root_backward(ProgramRecorder e, const Steps& steps, Root root) {
+  auto m = make_iterates(e, steps), d = make_iterates(e, steps);
+  e.load(m.Y), e.load(d.Y);
+  newton_schulz_tangent(e, m, d, steps, root);
+  return e.finish(m, d);
+}
 
 }  // namespace isqrt::cuda
