@@ -54,17 +54,16 @@ PRODUCTS = r"(root|root_backward|pool|pool_backward|product)<.*"
 EXPECTATIONS = (
     Expectation(PRODUCTS, "tensor", 80, "products run on tensor cores, in float32 as three of float16"),
     Expectation(r"\w+_cluster<.*", "tensor", WAITING_SINCE, "the same; there are no clusters before"),
-    Expectation(r"warpgroup_product<.*", "tensor", 90, "wgmma, which sm_90a alone has", until=90),
+    Expectation(r"(warpgroup_product<.*|\w+_warpgroup)", "tensor", 90, "wgmma, which sm_90a alone has", until=90),
     Expectation(r".*", "wait", WAITING_SINCE, "kernels may still run whose results it reads"),
     Expectation(r"\w+_cluster<.*", "STAS", WAITING_SINCE, "blocks send each other their results, without a fence"),
     Expectation(r"(pool<.*, true>|pool_backward<.*|product<.*)", "LDGSTS", 80, "operands are on their way all at once"),
 )
 # Each of these is a fault, except for the kernels listed here: (kernel, heading) with the reason.
 FORBIDDEN = ("stack", "local", "LDL + STL", "generic", "MEMBAR", "before wait")
-COPIES_FOR_WGMMA = "what threads have copied is for wgmma: a fence of the block, not of the device"
-EXCUSED: dict[tuple[str, str], str] = {
-    (f"warpgroup_product<{dual}>", "MEMBAR"): COPIES_FOR_WGMMA for dual in ("false", "true")
-}
+FOR_WGMMA = "what threads have copied or written is for wgmma: a fence of the block, not of the device"
+WITH_WGMMA = ("warpgroup_product<false>", "warpgroup_product<true>", "root_warpgroup", "root_backward_warpgroup")
+EXCUSED: dict[tuple[str, str], str] = {(kernel, "MEMBAR"): FOR_WGMMA for kernel in WITH_WGMMA}
 
 Row = dict[str, str]  # by heading
 Rows = dict[tuple[str, ...], Row]  # by the cells that identify a row
@@ -116,6 +115,8 @@ def instruction_faults(page: Rows, present: Rows) -> list[str]:
         for e in EXPECTATIONS:
             if e.concerns(architecture, kernel) and first_number(row, e.instruction) == 0:
                 faults.append(f"{where}: no {e.instruction} ({e.why})")
+        if first_number(row, "WARPGROUP") > first_number(row, "tensor"):  # three for each four are usual
+            faults.append(f"{where}: ptxas has serialized wgmma, see its messages (C75..)")
         before = page.get((architecture, kernel))
         if before is None:
             faults.append(f"{where}: not on the page, write it anew")

@@ -21,6 +21,7 @@ COUNTED = {
     "FFMA": r"FFMA2?",
     "DFMA": r"DFMA",
     "tensor": r"\w*[A-Z]MMA",
+    "WARPGROUP": r"WARPGROUP",  # begins and waits of wgmma
     "LDSM": r"LDSM|LDTM|UTCCP",
     "LDGSTS": r"LDGSTS",  # cp.async
     "SHFL": r"SHFL",

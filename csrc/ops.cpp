@@ -222,29 +222,20 @@ struct Cuda {
     cuda::pool_backward(task, stream);
   }
   template <class X> void root(const RootTask<X>& task, EngineKind kind) {
-    const bool warpgroups = kind == EngineKind::kWarpgroup;
-    on_grid(kind, task.sigma.channels, sizeof(Compute<X>), task.steps, false)
-        ? cuda::grid_root(task, warpgroups, stream)
-        : cuda::root(task, warpgroups, stream);
+    const bool on_grid = cuda::on_grid(kind, task.sigma.channels, sizeof(Compute<X>), false, task.steps.any_in_full());
+    (on_grid ? cuda::grid_root<X> : cuda::root<X>)(task, kind == EngineKind::kWarpgroup, stream);
   }
   template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind kind) {
-    const bool warpgroups = kind == EngineKind::kWarpgroup;
-    on_grid(kind, task.sigma.channels, sizeof(Compute<X>), task.steps, true)
-        ? cuda::grid_root_backward(task, warpgroups, stream)
-        : cuda::root_backward(task, warpgroups, stream);
+    const bool on_grid = cuda::on_grid(kind, task.sigma.channels, sizeof(Compute<X>), true, task.steps.any_in_full());
+    (on_grid ? cuda::grid_root_backward<X> : cuda::root_backward<X>)(task, kind == EngineKind::kWarpgroup, stream);
   }
   void finish() {}
-  static bool on_grid(EngineKind kind, int64_t channels, int64_t element_size, const Steps& steps, bool backward) {
-    return kind == EngineKind::kGrid ||
-           (kind == EngineKind::kWarpgroup &&
-            cuda::warpgroup_shared_bytes(channels, element_size, backward, steps.any_in_full()) == 0);
-  }
   /// Elements that the engine needs beside sigma.
   static int64_t workspace_size(EngineKind kind, const Tensor& sigma, const Steps& steps, bool backward) {
-    const int64_t channels = sigma.size(1), element_size = int64_t(sigma.element_size());
-    if (!on_grid(kind, channels, element_size, steps, backward)) return 0;
-    return cuda::grid_workspace_size(sigma.size(0), channels, element_size, backward, steps.any_in_full(),
-                                     kind == EngineKind::kWarpgroup);
+    const int64_t B = sigma.size(0), C = sigma.size(1), element_size = int64_t(sigma.element_size());
+    const bool in_full = steps.any_in_full(), on_grid = cuda::on_grid(kind, C, element_size, backward, in_full);
+    const bool warpgroups = kind == EngineKind::kWarpgroup;
+    return on_grid ? cuda::grid_workspace_size(B, C, element_size, backward, in_full, warpgroups) : 0;
   }
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;

@@ -157,8 +157,8 @@ def plan(
         dtype: float32, float64, float16 or bfloat16.
         device: where the feature maps lie.
         engine: ask for one of "library", "portable", "avx2", "avx512", "block" (one for each sample, no cluster) and
-            "grid" instead of "auto", or for "warpgroup": "grid", in float32 with the tensor core instructions that an
-            H100 or H200 alone has.
+            "grid" instead of "auto", or for "warpgroup": in float32 either of them, "block" up to 64 channels, with the
+            tensor core instructions that an H100 or H200 alone has.
         iterations, coefficients, spectrum_floor: those of :func:`cov_sqrt`. Many steps need more memory on a GPU.
 
     Returns:

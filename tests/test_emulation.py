@@ -474,6 +474,8 @@ def test_failing_launches_name_the_kernel(kernels):
         root(kernels, torch.eye(129)[None], 5, "square", "matrix", blocks=2)
     with pytest.raises(RuntimeError, match="root: 3 blocks of a cluster are not 1, 2, 4 or 8"):
         root(kernels, torch.eye(64)[None], 5, "square", "matrix", blocks=3)
+    with pytest.raises(RuntimeError, match="root: a block of warpgroups has no such steps, or not so many channels"):
+        root(kernels, torch.eye(65)[None], 5, "square", "matrix", blocks="warpgroups")
     with pytest.raises(RuntimeError, match="root: 129 channels"):
         root(kernels, torch.eye(129)[None], 5, "square", "matrix")
     kernels.set_device(99 * 1024, 8)

@@ -149,6 +149,8 @@ def test_rules(pool, monkeypatch):
     ]
     assert faults(registers="88") == []
     assert "89 registers, 80 on the page (margin 8)" in faults(registers="89")[0]
+    assert faults(tensor="8", WARPGROUP="6") == []
+    assert "ptxas has serialized wgmma" in faults(tensor="8", WARPGROUP="9")[0]
     assert "wide accesses lost" in faults(**{"LDG 128-bit": "1 of 3"})[0]
     assert "no wait (kernels may still run" in faults(wait="0")[0]
     for name, why in (("tensor", "products run"), ("LDGSTS", "operands are on their way")):

@@ -2,6 +2,7 @@
 #pragma once
 #include <string>
 
+#include "../plan.h"
 #include "../tasks.h"
 
 namespace isqrt::cuda {
@@ -28,6 +29,12 @@ int64_t cluster_shared_bytes(int64_t channels, int64_t element_size, bool backwa
 
 /// The same of a block of warpgroups, 0 where none has so many channels, such elements or steps.
 int64_t warpgroup_shared_bytes(int64_t channels, int64_t element_size, bool backward, bool in_full);
+
+/// Whether this engine has such matrices in global memory.
+inline bool on_grid(EngineKind engine, int64_t channels, int64_t element_size, bool backward, bool in_full) {
+  return engine == EngineKind::kGrid ||
+         (engine == EngineKind::kWarpgroup && warpgroup_shared_bytes(channels, element_size, backward, in_full) == 0);
+}
 
 /// The most shared memory of a block of this device, its multiprocessors, whether it has clusters and code for them,
 /// whether it is of compute capability 9, and whether a kernel may be brought to it while those before still run:

@@ -84,6 +84,8 @@ __global__ void __launch_bounds__(WarpgroupEngine::kThreads, 1)
     WarpgroupEngine e(int(task.sigma.channels), program);
     wait_for_kernels_before();
     run_root(e, task, blockIdx.x);
+  } else {
+    wait_for_kernels_before();
   }
 }
 
@@ -94,6 +96,8 @@ __global__ void __launch_bounds__(WarpgroupEngine::kThreads, 1)
     WarpgroupEngine e(int(task.sigma.channels), program);
     wait_for_kernels_before();
     run_root_backward(e, task, blockIdx.x);
+  } else {
+    wait_for_kernels_before();
   }
 }
 

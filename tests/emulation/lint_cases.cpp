@@ -67,7 +67,8 @@ template <class T> void root(const std::string& label, int64_t C, bool in_full, 
         blocks};
     if (fits(false)) grid ? cuda::grid_root(forward, warpgroups, nullptr) : cuda::root(forward, warpgroups, nullptr);
     if (fits(true))
-      grid ? cuda::grid_root_backward(backward, warpgroups, nullptr) : cuda::root_backward(backward, warpgroups, nullptr);
+      grid ? cuda::grid_root_backward(backward, warpgroups, nullptr)
+           : cuda::root_backward(backward, warpgroups, nullptr);
   });
 }
 

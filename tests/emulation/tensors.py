@@ -51,7 +51,7 @@ def pool_backward(kernels, grad_sigma, x, mean, chunk, scale=NO_SCALE):
 
 
 def engine_code(grid, blocks):
-    """Of launchers.h, for whether matrices are on the grid, and how many blocks share one; or "warpgroups" of either."""
+    """Of launchers.h: whether matrices are on the grid, how many blocks share one, or "warpgroups" for either."""
     return {False: -2 if blocks == "warpgroups" else blocks, True: 0, "warpgroups": -1}[grid]
 
 
