@@ -1,6 +1,6 @@
-// What a cluster of blocks does with a sample's matrices between loading and writing them: the operations of
-// newton_schulz.h as a list, which the host records and the kernel runs in a loop, so that the code of each kind of
-// operation is there once; and when the blocks have to meet.
+// What a cluster of blocks, or a block of warpgroups, does with a sample's matrices between loading and writing them:
+// the operations of newton_schulz.h as a list, which the host records and the kernel runs in a loop, so that the code
+// of each kind of operation is there once; and when all have to meet.
 #pragma once
 #include <stdexcept>
 

@@ -69,6 +69,7 @@ class WarpgroupEngine : public ProgramEngine<WarpgroupEngine, WholeMatrix> {
   friend class ProgramEngine<WarpgroupEngine, WholeMatrix>;
   using Base = ProgramEngine<WarpgroupEngine, WholeMatrix>;
   using Sums = WarpgroupSums<WholeMatrix::kColumns * kTile>;
+  using Previous = Tiles::Packed[WholeMatrix::kColumns];
   static constexpr int kTileSums = sizeof(Sums) / sizeof(float) / WholeMatrix::kColumns;  // of a lane
 
  public:
@@ -117,6 +118,12 @@ class WarpgroupEngine : public ProgramEngine<WarpgroupEngine, WholeMatrix> {
     for (int n = group_; n < all; n += kGroups) {
       const Operation o = program_.operation[stage.first + (n >> (halves - 1))];
       const int J = n & (halves - 1) ? WholeMatrix::kColumns : 0;
+      const bool stores = row_ < tiles_;
+      Previous previous = {};  // asked for before products are waited for
+      if (stores && o.added != Operation::kNone)
+#pragma unroll
+        for (int t = 0; t < WholeMatrix::kColumns; ++t)
+          previous[t] = Tiles::read_packed(tile(at(int(o.added)), {row_, J + t}));
       Sums sum = {};
 #pragma unroll 1
       for (unsigned term = 0; term < o.terms; ++term) {
@@ -124,7 +131,7 @@ class WarpgroupEngine : public ProgramEngine<WarpgroupEngine, WholeMatrix> {
         const int A = at(int(term ? o.A1 : o.A0)).first, B = at(int(factor % Operation::kAcross)).first;
         factor < Operation::kAcross ? multiply<true>(sum, A, B, J, reader) : multiply<false>(sum, A, B, J, reader);
       }
-      if (row_ < tiles_) store(o, sum, J);
+      if (stores) store(o, sum, previous, J);
     }
   }
 
@@ -162,16 +169,15 @@ class WarpgroupEngine : public ProgramEngine<WarpgroupEngine, WholeMatrix> {
     }
   }
 
-  __device__ __forceinline__ void store(const Operation& o, const Sums& sum, int J) const {
+  __device__ __forceinline__ void store(const Operation& o, const Sums& sum, const Previous& previous, int J) const {
 #pragma unroll
     for (int t = 0; t < WholeMatrix::kColumns; ++t) {
-      const Place own{row_, J + t};
-      WarpTile<float> result, previous;
+      WarpTile<float> result;
 #pragma unroll
       for (int i = 0; i < kTileSums; ++i) result.sum[i / 4][i % 4] = sum[kTileSums * t + i];
-      if (o.added != Operation::kNone) previous = Tiles::read(tile(at(int(o.added)), own));
-      result.combine(previous, [&](float& a, float d) { a = o.alpha * d + o.beta * a; });
-      Tiles::write(tile(at(int(o.to)), own), Tiles::pack(result), false);
+      const WarpTile<float> added = Tiles::unpack(previous[t]);
+      result.combine(added, [&](float& a, float d) { a = o.alpha * d + o.beta * a; });
+      Tiles::write(tile(at(int(o.to)), {row_, J + t}), Tiles::pack(result), false);
     }
   }
 
