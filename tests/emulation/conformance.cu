@@ -98,8 +98,8 @@ __global__ void transpose_matrix_kernel(const uint16_t* x, uint16_t* y) {
 /// order. B's parts do not follow each other.
 template <int kVectors, bool kByTerms> __global__ void warpgroup_kernel(const uint16_t* x, float* y) {
   if constexpr (kHasWarpgroups) {
-    constexpr int kPart = 64, kToTerms = kPart + 8, kToVectors = 2 * kToTerms + 16;  // elements
-    uint16_t* const s = shared_memory<uint16_t>();
+    constexpr int kPart = 64, kToTerms = kPart + 8, kToVectors = 2 * kToTerms + 16, kFirst = 24;  // elements
+    uint16_t* const s = shared_memory<uint16_t>() + kFirst;
     for (int i = threadIdx.x; i < 16 * kVectors; i += kThreads) {
       const int k = i / kVectors, n = i % kVectors, row = kByTerms ? k % 8 : n % 8, column = kByTerms ? n % 8 : k % 8;
       s[k / 8 * kToTerms + n / 8 * kToVectors + 8 * row + column] = x[64 * 16 + i];
@@ -114,7 +114,7 @@ template <int kVectors, bool kByTerms> __global__ void warpgroup_kernel(const ui
         const uint16_t* const from = x + 16 * (reverse ? 63 - row : row) + column;
         a[reverse][r] = from[0] | uint32_t(from[1]) << 16;
       }
-    const uint64_t b = describe_parts(shared_begin(), 2 * kToTerms, 2 * kToVectors);
+    const uint64_t b = describe_parts(shared_begin(), 2 * kToTerms, 2 * kToVectors) + in_description(2 * kFirst);
     constexpr int kSums = kVectors / 2;
     WarpgroupSums<kVectors> d, e;
     warpgroup_begin();
@@ -416,7 +416,8 @@ struct Check {
   "cluster_rank, cluster_size, cluster_arrive, cluster_wait, cluster_sync, mbarrier_init, mbarrier_expect, " \
   "mbarrier_arrive, mbarrier_wait, store_async; "
 
-#define WARPGROUP_WRAPPERS "fence_for_warpgroups, warpgroup_begin, describe_parts, multiply_warpgroup, warpgroup_end"
+#define WARPGROUP_WRAPPERS \
+  "fence_for_warpgroups, warpgroup_begin, describe_parts, in_description, multiply_warpgroup, warpgroup_end"
 
 const Check kChecks[] = {
     {"opaque", 8, check_opaque},
