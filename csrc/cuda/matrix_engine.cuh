@@ -64,7 +64,7 @@ template <class T, class Storage = UpperTiles<T>> class BlockMatrices {
 
   /// Where the matrices begin, and tile (I, J) of one.
   static __device__ int matrices() { return shared_begin() + kSums * int(sizeof(T)); }
-  static __device__ int tile(int first, int I, int J) { return first + Place{I, J}.number() * Tiles::kBytes; }
+  static __device__ int tile(int first, int I, int J) { return UpperTiles<T>::tile(first, {I, J}).begin; }
   static __device__ auto tile(const Matrix& A, const Place& at) { return Storage::tile(A.first, at); }
   __device__ int count() const { return tile_count(Storage::padded(channels_)); }
 

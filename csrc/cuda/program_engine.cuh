@@ -63,12 +63,6 @@ template <class Engine, class Storage> class ProgramEngine : public BlockMatrice
   __device__ Matrix at(const Program::Place& place) const { return {at(int(place.number)), place.dealt}; }
   __device__ const Program& program() const { return program_; }
 
-  /// <factor sym(source), A>
-  template <class Source> __device__ T inner(const Source& source, const Matrix& A, T factor = 1) {
-    if (meets_) engine().meet();
-    return block_sum(Base::inner_part(source, A, factor), shared_memory<T>());
-  }
-
   /// <grad, P> and <factor sigma, D>: sources are on their way while products are waited for.
   template <class GradSource, class SigmaSource>
   __device__ InnerProducts<T> inner_products(const GradSource& grad, const Matrix& P, const SigmaSource& sigma,

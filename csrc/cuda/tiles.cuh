@@ -478,6 +478,16 @@ template <> struct Tiles<float> {
     }
     __device__ __forceinline__ WarpTile<float> total() const { return sum; }
   };
+
+  /// The same three products by a warpgroup, of which warpgroup_end() is the end. The right operand's low halves are
+  /// kToLow bytes after what is described.
+  template <bool kByTerms, int kToLow, class Sums>
+  static __device__ __forceinline__ void begin_products(Sums& terms, const Terms& a, uint64_t high) {
+    warpgroup_begin();
+    multiply_warpgroup<false, kByTerms>(terms, a.high, high + in_description(kToLow));
+    multiply_warpgroup<true, kByTerms>(terms, a.low, high);
+    multiply_warpgroup<true, kByTerms>(terms, a.high, high);
+  }
 };
 
 /// Element (i, j) of a symmetric matrix whose tiles are where(place).

@@ -151,11 +151,8 @@ class WarpgroupEngine : public ProgramEngine<WarpgroupEngine, WholeMatrix> {
 #pragma unroll 2
     for (int K = 0; K < rows; ++K) {
       const Tiles::Terms a = next;
-      Sums terms;  // rounded towards zero, see Tiles<float>::Sum
-      warpgroup_begin();
-      multiply_warpgroup<false, kByTerms>(terms, a.high, right + in_description(WholeMatrix::kHalf));
-      multiply_warpgroup<true, kByTerms>(terms, a.low, right);
-      multiply_warpgroup<true, kByTerms>(terms, a.high, right);
+      Sums terms;
+      Tiles::begin_products<kByTerms, WholeMatrix::kHalf>(terms, a, right);
       // On their way meanwhile; the last ones once more, for a branch would make products wait for each other.
       if (K + 1 < rows) left += 2 * WholeMatrix::kToNextColumns, left_scale += WholeMatrix::kScale;
       next = reader.left(left, left_scale);

@@ -133,13 +133,8 @@ template <bool kDual> class WarpgroupProductBlock {
   /// As Sum::multiply_add, with four tiles.
   template <bool kByTerms>
   static __device__ __forceinline__ void add(Sums& sum, const typename Tiles::Terms& a, int panel) {
-    const uint64_t high = describe_parts(panel, kToNextTerms, kToNextVectors),
-                   low = describe_parts(panel + kPanelHalf, kToNextTerms, kToNextVectors);
     Sums terms;
-    warpgroup_begin();
-    multiply_warpgroup<false, kByTerms>(terms, a.high, low);
-    multiply_warpgroup<true, kByTerms>(terms, a.low, high);
-    multiply_warpgroup<true, kByTerms>(terms, a.high, high);
+    Tiles::begin_products<kByTerms, kPanelHalf>(terms, a, describe_parts(panel, kToNextTerms, kToNextVectors));
     warpgroup_end(terms, a.high, a.low);
     const float4 scales = at_shared<float4>(panel + kPanelScales);
     const float scale[] = {a.scale * scales.x, a.scale * scales.y, a.scale * scales.z, a.scale * scales.w};

@@ -85,7 +85,7 @@ void pool_backward(const std::string& dtype, const Array& grad_sigma, const Arra
 
 void root(const std::string& dtype, const Array& sigma, int iterations, int root, int output, double floor, int blocks,
           const Array& scale, const Array& result) {
-  const bool warpgroups = blocks < 0, grid = blocks == 0 || blocks == -1;
+  const bool warpgroups = is_by_warpgroups(blocks), grid = is_on_grid(blocks);
   dispatch(dtype, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;
@@ -107,7 +107,7 @@ void root(const std::string& dtype, const Array& sigma, int iterations, int root
 
 void root_backward(const std::string& dtype, const Array& grad, const Array& sigma, int iterations, int root,
                    int output, double floor, int blocks, const Array& grad_sigma) {
-  const bool warpgroups = blocks < 0, grid = blocks == 0 || blocks == -1;
+  const bool warpgroups = is_by_warpgroups(blocks), grid = is_on_grid(blocks);
   dispatch(dtype, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;

@@ -20,6 +20,8 @@ struct Array {
 // in a chunk; `output` and `root` are the enumerations of views.h and newton_schulz.h, and steps are tuned for `floor`
 // where that is not 0. `blocks` share a sample; 0 stands for the engine of the whole device, -1 for that with products
 // of warpgroups, -2 for one block of warpgroups. An empty `scale` is not wanted, or 1.
+inline bool is_on_grid(int blocks) { return blocks == 0 || blocks == -1; }
+inline bool is_by_warpgroups(int blocks) { return blocks < 0; }
 void pool(const std::string& dtype, const Array& x, int64_t chunk, const Array& sigma, const Array& mean,
           const Array& scale);
 void pool_backward(const std::string& dtype, const Array& grad_sigma, const Array& x, const Array& mean,

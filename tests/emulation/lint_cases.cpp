@@ -3,6 +3,7 @@
 #include <string>
 
 #include "cuda/cuda.h"
+#include "launchers.h"
 #include "lint_recorder.h"
 
 using namespace isqrt;
@@ -47,10 +48,9 @@ Steps three_steps(bool in_full) {
   return steps;
 }
 
-/// In a block, in a cluster of so many, or on the whole device: with 0, and with -1 by warpgroups; in a block of those
-/// with -2.
+/// `blocks` as in launchers.h.
 template <class T> void root(const std::string& label, int64_t C, bool in_full, int blocks = 1) {
-  const bool warpgroups = blocks < 0, grid = blocks == 0 || blocks == -1;
+  const bool warpgroups = launchers::is_by_warpgroups(blocks), grid = launchers::is_on_grid(blocks);
   const Steps steps = three_steps(in_full);
   lint::record(label, [&] {
     T *sigma = allocate<T>(C * C), *result = allocate<T>(C * C), *grad_sigma = allocate<T>(C * C);
