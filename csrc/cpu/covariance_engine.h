@@ -246,11 +246,7 @@ template <class X> class MergeEngine {
     }
   }
 
-  void finish(double alpha) const {
-    for_upper_triangle(C_, [&](int64_t i, int64_t j) {
-      sigma_[i * C_ + j] = sigma_[j * C_ + i] = T(alpha) * partial_moment_[i * C_ + j];
-    });
-  }
+  void finish(double alpha) const { write_sigma(T(alpha), partial_moment_); }
 
   T trace() const {
     T sum = 0;
@@ -277,8 +273,7 @@ template <class X> class MergeEngine {
     engine.write(mean_, sigma_);
     // The copy holds half of the distances, which double here and four times in the covariance.
     for (int64_t c = 0; c < C_; ++c) mean_[c] = to_number(sample_[c * x_.stride_c]) + 2 * (mean_[c] / s);
-    for_upper_triangle(
-        C_, [&](int64_t i, int64_t j) { sigma_[i * C_ + j] = sigma_[j * C_ + i] = 4 / T(M) * sigma_[i * C_ + j]; });
+    write_sigma(4 / T(M), sigma_);
   }
 
   void keep(T s) const {
@@ -290,6 +285,13 @@ template <class X> class MergeEngine {
   }
 
  private:
+  /// Sigma = alpha times a moment, of which the upper triangle is there.
+  void write_sigma(T alpha, const T* moment) const {
+    for (int64_t i = 0; i < C_; ++i)
+      for (int64_t j = i; j < C_; ++j) sigma_[i * C_ + j] = alpha * moment[i * C_ + j];
+    mirror<T>(C_, C_, [&](int64_t i, int64_t j) { return sigma_ + i * C_ + j; });
+  }
+
   /// f(channel, position, (x - share x_0) / 2): half of a difference does not overflow.
   template <class F> void for_each_number(T share, const F& f) const {
     for (int64_t c = 0; c < C_; ++c) {

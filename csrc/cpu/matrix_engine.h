@@ -223,15 +223,9 @@ template <class T> class MatrixEngine {
     return E;
   }
 
-  /// The lower triangle from the upper one.
   void mirror(Matrix& A) const {
-    constexpr int W = S::kWidth;
-    for (int64_t i = 0; i < channels_; i += W) {
-      T* diagonal = A.at(i, i);
-      for (int r = 1; r < W; ++r)
-        for (int c = 0; c < r; ++c) diagonal[r * kPanel + c] = diagonal[c * kPanel + r];
-      for (int64_t j = i + W; j < channels_; j += W) transpose_block(A.at(j, i), kPanel, A.at(i, j), kPanel);
-    }
+    cpu::ISQRT_LEVEL::mirror<T>(round_up<int64_t>(channels_, S::kWidth), kPanel,
+                                [&](int64_t i, int64_t j) { return A.at(i, j); });
   }
 
   int64_t channels_, size_;

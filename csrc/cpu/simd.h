@@ -114,15 +114,6 @@ template <class T> class Scratch {
   T* data_;
 };
 
-/// f(i, j) for i <= j < n, in blocks that keep both (i, j) and (j, i) of a matrix in cache.
-template <class F> inline void for_upper_triangle(int64_t n, const F& f) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t i0 = 0; i0 < n; i0 += kBlock)
-    for (int64_t j0 = i0; j0 < n; j0 += kBlock)
-      for (int64_t i = i0; i < minimum(i0 + kBlock, n); ++i)
-        for (int64_t j = j0 > i ? j0 : i; j < minimum(j0 + kBlock, n); ++j) f(i, j);
-}
-
 /// A matrix that products read, in panels of 16 columns, each with all of its rows: what a register tile reads of it
 /// lies one after the other in memory, whatever the number of columns.
 constexpr int64_t kPanel = 16;
@@ -178,7 +169,8 @@ template <int Stride, class T> inline void butterflies(Vector<T> (&rows)[Simd<T>
 /// rows <- rows^T, a square block of one vector's width held in registers.
 template <class T> inline void transpose(Vector<T> (&rows)[Simd<T>::kWidth]) { butterflies<1, T>(rows); }
 
-template <class To, class From> inline void transpose_block(To* dst, int64_t ld_dst, const From* src, int64_t ld_src) {
+template <class To, class From>
+inline __attribute__((always_inline)) void transpose_block(To* dst, int64_t ld_dst, const From* src, int64_t ld_src) {
   constexpr int W = Simd<Compute<From>>::kWidth;
   Vector<Compute<From>> rows[W];
 #pragma GCC unroll 16
@@ -186,6 +178,28 @@ template <class To, class From> inline void transpose_block(To* dst, int64_t ld_
   transpose<Compute<From>>(rows);
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) store_vector(dst + i * ld_dst, rows[i]);
+}
+
+/// The lower triangle of an n x n matrix from its upper one. at(i, j) is the address of an element, `ld` beyond which
+/// is that of the next row. In whole vectors: one that is loaded would wait for parts of it that were stored just
+/// before.
+template <class T, class At> inline __attribute__((always_inline)) void mirror(int64_t n, int64_t ld, const At& at) {
+  constexpr int W = Simd<T>::kWidth;
+  using Lanes = decltype(Vector<T>() == Vector<T>());
+  Lanes column;
+  for (int c = 0; c < W; ++c) column[c] = c;
+  const int64_t whole = n / W * W;
+  for (int64_t i = 0; i < whole; i += W) {
+    Vector<T> rows[W], columns[W];
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r) columns[r] = rows[r] = load_vector(at(i + r, i));
+    transpose<T>(columns);
+#pragma GCC unroll 16
+    for (int r = 1; r < W; ++r) store_vector(at(i + r, i), column < r ? columns[r] : rows[r]);
+    for (int64_t j = i + W; j < whole; j += W) transpose_block(at(j, i), ld, at(i, j), ld);
+  }
+  for (int64_t j = whole; j < n; ++j)
+    for (int64_t i = 0; i < j; ++i) *at(j, i) = *at(i, j);
 }
 
 /// dst[r, c] = src[r, c] for any two pairs of strides; fast where both have contiguous rows or columns.
