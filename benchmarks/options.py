@@ -7,7 +7,8 @@
 The base is float32, NCHW, output "matrix", 5 steps, all threads and the engines that plan() chooses; options that do
 not run are listed with the reason. Everything is timed once in every round, each time in another order; ratios are the
 medians of the ratios of each round. On a GPU replays of CUDA graphs are timed, which the cost of a call is no part of.
-The last lines are that cost: of a call that has next to nothing to do, beside an empty operator of torch.library.
+Below come the operators that a call consists of, each alone, and at the end that cost: of a call that has next to
+nothing to do, beside an empty operator of torch.library.
 """
 
 import argparse
@@ -29,14 +30,18 @@ import report  # noqa: E402
 
 SHAPES = {
     "cpu": ["16x64x48x48", "32x256x14x14", "1x64x256x256"],
-    "cuda": ["16x64x48x48", "32x256x14x14", "1x64x256x256", "64x128x28x28"],
+    "cuda": ["16x64x48x48", "32x256x14x14", "1x64x256x256", "64x128x28x28", "64x64x48x48", "128x256x14x14"],
 }
+# Engines of the root that are timed apart from the rest, and how many calls follow each other in a CUDA graph.
+ROOT_ENGINES = {"cpu": ("auto",), "cuda": ("auto", "block", "grid", "warpgroup")}
+IN_A_ROW = 10
 TINY = (1, 4, 4, 4)
 BLOCKS = ("forward", "forward_backward")
 MEANING = {
     "ms": "milliseconds, the median over the rounds; on a GPU of a replay of a CUDA graph",
     "left_out": "the options that do not run there, and why",
     "faster": "how many times as fast as the base, the median of the ratios of each round",
+    "parts": f"milliseconds of an operator alone, the median over the rounds; on a GPU {IN_A_ROW} in a row are a graph",
     "page_faults": "pages that the kernel hands out during one forward + backward, the gradient's buffer being fresh",
     "call_us": f"microseconds of a call on {'x'.join(map(str, TINY))}, the median over the rounds; on a GPU, "
     "too, from Python and not from a graph",
@@ -145,7 +150,51 @@ def run_shape(arguments: argparse.Namespace, shape: tuple[int, ...], progress) -
     for name, method in prepared.items():
         found[name]["page_faults"] = measure.page_faults(method.step) if arguments.device == "cpu" else None
     about = {"shape": list(shape), "processor_time_of_others_percent": others_percent}
-    return about | {"options": found, "left_out": reasons}
+    return about | {"options": found, "left_out": reasons, "parts": parts(arguments, shape)}
+
+
+def parts(arguments: argparse.Namespace, shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    """The operators that a call consists of, float32 and 5 steps; those of the root by each engine that runs."""
+    library, operators, device = methods.load_library(), torch.ops.isqrt_cov, torch.device(arguments.device)
+    x = features.feature_maps("photo", shape, torch.float32, device)
+    (sigma, mean), upstream = operators.covariance_pool(x), methods.make_case(x, 5, "matrix").upstream
+    grad = operators.matrix_root_backward(upstream, sigma, 5, 0)
+    calls: dict[str, Callable[[], object]] = {"pooling": lambda: operators.covariance_pool(x)}
+    for engine in ROOT_ENGINES[arguments.device]:
+        try:
+            library.plan(shape, torch.float32, device, engine)
+        except RuntimeError:
+            continue
+        code = library.ops.code("engine", engine, library.ops.ENGINES)
+        by = "" if engine == "auto" else f', engine "{engine}"'
+        calls[f"root{by}"] = lambda code=code: operators.matrix_root(sigma, 5, 0, engine=code)
+        calls[f"gradient of the root{by}"] = lambda code=code: operators.matrix_root_backward(
+            upstream, sigma, 5, 0, engine=code
+        )
+    calls["gradient of pooling"] = lambda: operators.covariance_pool_backward(grad, x, mean)
+    in_a_row = 1
+    if device.type == "cuda":
+        in_a_row = IN_A_ROW
+        calls = {name: replay_of(call, in_a_row) for name, call in calls.items()}
+    samples = {
+        name: [ms / in_a_row for ms in own]
+        for name, own in measure.interleaved_ms(calls, arguments.rounds, device, 5.0, 1000).items()
+    }
+    return {name: {"ms": statistics.median(own), "samples_ms": own} for name, own in samples.items()}
+
+
+def replay_of(call: Callable[[], object], in_a_row: int) -> Callable[[], object]:
+    call()  # library handles and workspaces must exist before the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(in_a_row):
+            call()
+
+    def replay(inputs=call):  # which the graph does not keep
+        graph.replay()
+
+    return replay
 
 
 def overhead(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -195,7 +244,10 @@ def text(entry: dict[str, Any]) -> str:
             rows[-1] += [report.number(about[block]["ms"]), report.number(about[block]["faster"])]
         rows[-1].append("-" if about["page_faults"] is None else str(about["page_faults"]))
     left_out = [f"{name} did not run: {reason}" for name, reason in entry["left_out"].items()]
-    return "\n".join(["", "x".join(map(str, entry["shape"])), report.table(rows), *left_out])
+    of_parts = [["an operator alone", "us"]]
+    of_parts += [[name, report.number(1e3 * about["ms"])] for name, about in entry["parts"].items()]
+    shape = "x".join(map(str, entry["shape"]))
+    return "\n".join(["", shape, report.table(rows), *left_out, "", report.table(of_parts)])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -133,6 +133,14 @@ def options(name: str) -> list[str]:
     return [*markdown(heading, rows), "", calls, "", where(result)]
 
 
+def parts(name: str) -> list[str]:
+    """us of each operator that a call consists of."""
+    result = load(name)
+    found = [entry["parts"] for entry in result["shapes"]]
+    rows = [[part, *(number(1e3 * of[part]["ms"]) if part in of else "-" for of in found)] for part in found[0]]
+    return [*markdown(["us", *map(_shape, result["shapes"])], rows), "", where(result)]
+
+
 # ---- Distance to the root
 
 # What is shown: floor of the minimax coefficients (None: the paper's), and the steps.
@@ -244,6 +252,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "gpu_options": lambda: options("options_h200"),
     "minimax": minimax,
     "options": lambda: options("options_cpu"),
+    "parts": lambda: parts("options_cpu"),
     "accuracy": accuracy,
     "accuracy_short": lambda: accuracy(SHOWN[:3]),
     "nearest": steps,

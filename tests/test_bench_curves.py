@@ -65,5 +65,7 @@ def test_options(tmp_path, capsys):
     for about in entry["options"].values():
         assert all(about[block]["ms"] > 0 and len(about[block]["samples_ms"]) == 2 for block in options.BLOCKS)
     assert entry["options"]["base"]["forward"]["faster"] == 1
+    assert list(entry["parts"]) == ["pooling", "root", "gradient of the root", "gradient of pooling"]
+    assert all(part["ms"] > 0 and len(part["samples_ms"]) == 2 for part in entry["parts"].values())
     assert all(us > 0 for of in ("cov_sqrt", "empty") for us in result["call_us"][of].values())
     assert "times as fast" in capsys.readouterr().out
