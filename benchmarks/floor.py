@@ -27,26 +27,38 @@ def half_products(iterations: int, output: str) -> tuple[int, int]:
 
     All iterates are polynomials in A, hence symmetric, so that one triangle of a product suffices.
 
-    Forward, T = Z Y; Y <- 1.5 Y - 0.5 Y T; Z <- 1.5 Z - 0.5 T Z: 3 products a step, but 1 in the first (Z = I) and 2 in
-    the last (Z_N is not needed): 3 N - 3, and 1 for N = 1.
+    Forward, a step is T = Z Y; Y <- 1.5 Y - 0.5 Y T; Z <- 1.5 Z - 0.5 T Z: 3 products. Two steps multiply Y and Z by a
+    polynomial of degree four in T, which takes two squares, S = T T - 4.5 T and S S: T, S, S S, Y and Z, 5 products.
+    The first ones need none for T = A nor for Z, which is a sum, and the last ones none for Z_N. With a single step
+    first where N is odd that is 1, 3, 5, 7, 10 for N = 1, 2, 3, 4, 5.
 
     Backward, with x, mu and one C x C matrix kept, by the tangent of the forward in the direction of the symmetrised
-    upstream gradient, Tt = Zt Y + Z Yt; Yt <- 1.5 Yt - (Yt T + Y Tt) / 2; Zt <- 1.5 Zt - (Tt Z + T Zt) / 2. A symmetric
-    sum of two products is one triangle of both: 2. A step is then T 1, Tt 2, Yt 2, Y 1, Zt 2, Z 1 = 9. The first is 3:
-    T = A and Tt = G need none, Zt and Z are sums, Yt 2, Y 1. The last is 6: neither Zt nor Z is needed. In all
-    9 (N - 2) + 3 + 6, and 3 for N = 1. (Four products a step on kept iterates are 8 half ones, yet 11 where they are
-    recomputed.)
+    upstream gradient: each product A B becomes A B and A dB + dA B, the symmetric sum of two products, of which one
+    triangle of each is needed: 3 half products for each one of the forward. (Recurrences that go backward need the
+    iterates, and cost more where these are recomputed.)
 
     Output "mean" needs Y_N v alone: the products of the last forward step become matrix-vector ones, also that for Y_N
-    in the backward, and those of the first tangent with an upstream gradient of rank 2 cost C^2. The rest is counted as
-    it is for a full gradient.
+    in the backward, and those of the first tangent with an upstream gradient of rank 2, a step of its own, cost C^2.
+    The rest is counted as it is for a full gradient.
     """
-    forward = 3 * iterations - 3 if iterations >= 2 else 1
-    backward = 9 * (iterations - 2) + 3 + 6 if iterations >= 2 else 3
-    if output == "mean":
-        forward -= 2 if iterations >= 2 else 1
-        backward -= 3
-    return forward, backward
+    if output != "mean":
+        forward = _products(_steps_at_once(iterations), ends=True)
+        return forward, 3 * forward
+    backward = 3 * _products([1, *_steps_at_once(iterations - 1)], ends=True)
+    return _products(_steps_at_once(iterations - 1), ends=False), backward - 3
+
+
+def _steps_at_once(iterations: int) -> list[int]:
+    return [1] * (iterations % 2) + [2] * (iterations // 2)
+
+
+def _products(steps_at_once: list[int], ends: bool) -> int:
+    """Products of the forward; where it ends with them, Z_N is not needed."""
+    needed = 0
+    for index, steps in enumerate(steps_at_once):
+        is_first, is_last = index == 0, ends and index == len(steps_at_once) - 1
+        needed += {1: 3, 2: 5}[steps] - is_first - (is_first or is_last)
+    return needed
 
 
 def work(shape: tuple[int, int, int, int], iterations: int, output: str, itemsize: int) -> tuple[Work, Work]:

@@ -17,7 +17,9 @@
 // where every result is known symmetric and D may also be an operand: it changes only when the whole result is known;
 //     product(D, E, A, B, in_full)              D = A B; in full it is not symmetric, and E = D' = B A
 //     products(D, E, A1, B1, A2, B2, in_full)   D = A1 B1 + A2 B2 likewise
-// which return D', that is E or D itself. Both may be second operands of the products above.
+// which return D', that is E or D itself. Both may be second operands of the products above;
+//     product(D, alpha, F, beta, G, gamma, A, B)  D = alpha F + beta G + gamma A B, and products(...) likewise
+// which an engine may leave out: it then takes single steps, where others take two at once (below).
 // Where only the mean of a root is wanted, its last step can act on a vector: on a CPU, whose engine offers
 //     column()                                  a new vector
 //     sums(u, A), multiply(u, A, v)             u = A 1, u = A v
@@ -77,14 +79,46 @@ inline Steps choose_steps(int iterations, double floor) {
 /// Which of the two limits is wanted: Y_N, the square root, or Z_N, the inverse square root.
 enum class Root : int { kSquare = 0, kInverse = 1 };
 
-/// The matrices of the iteration, or their derivatives. U = T' is there only where some steps compute T in full.
+/// Two steps at once. With W = a I + b T and W' = a' I + b' T W^2 they are Y <- Y W W' and Z <- Z W W', all being
+/// polynomials in A. W W' has degree four in T, and takes two squares instead of three products:
+///
+///     S = T^2 + alpha T;   V = gamma T + epsilon S + zeta S^2 = W W' - eta I;   Y <- eta Y + Y V,   Z <- eta Z + Z V
+///
+/// Five half products instead of six. The identity is left out of V, beside which small eigenvalues of T would lose
+/// their digits: rounding errors are those of single steps (simulated in float32, five spectra, up to 9 steps).
+struct TwoSteps {
+  double eta, alpha, gamma, epsilon, zeta;
+
+  ISQRT_FN TwoSteps(const Step& first, const Step& second) : TwoSteps(first.a, first.b, second.a, second.b) {}
+
+ private:
+  ISQRT_FN TwoSteps(double a, double b, double a2, double b2)
+      : eta(a * a2),
+        alpha(1.5 * a / b),
+        gamma(a2 * b - a * a * a * b2 / 8),
+        epsilon(0.75 * a * a * b * b2),
+        zeta(b * b * b * b2) {}
+};
+
+template <class Engine>
+constexpr bool kTakesTwoSteps =
+    requires(Engine& e, decltype(e.matrix()) A) { e.product(A, 1.0, A, 1.0, A, 1.0, A, A); };
+
+/// How many steps are taken at once from step n on, of those before `end`: two where T is mirrored, after a single one
+/// where their number is odd.
+template <class Engine> ISQRT_FN int steps_at_once(const Steps& steps, int n, int end) {
+  const int left = (end < steps.mirrored ? end : steps.mirrored) - n;
+  return kTakesTwoSteps<Engine> && left > 0 && left % 2 == 0 ? 2 : 1;
+}
+
+/// The matrices of the iteration, or their derivatives. U is T' where T is computed in full, and S in two steps.
 template <class Matrix> struct Iterates {
   Matrix Y, Z, T, U;
 };
 
 template <class Engine> ISQRT_FN auto make_iterates(Engine& e, const Steps& steps) {
   Iterates<decltype(e.matrix())> m{e.matrix(), e.matrix(), e.matrix(), {}};
-  if (steps.any_in_full()) m.U = e.matrix();
+  if (kTakesTwoSteps<Engine> || steps.any_in_full()) m.U = e.matrix();
   return m;
 }
 
@@ -102,13 +136,42 @@ ISQRT_FN void newton_schulz_step(Engine& e, Iterates<Matrix>& m, const Steps& st
   }
 }
 
+/// Steps n and n + 1 at once.
+template <class Engine, class Matrix>
+ISQRT_FN void newton_schulz_two_steps(Engine& e, Iterates<Matrix>& m, const Steps& steps, int n, bool want_Y,
+                                      bool want_Z) {
+  const TwoSteps s(steps[n], steps[n + 1]);
+  if (n > 0) e.product(m.T, m.U, m.Z, m.Y, false);  // T = Z Y
+  const Matrix T = n > 0 ? m.T : m.Y;
+  e.product(m.U, s.alpha, T, 0, T, 1, T, T);                     // S = T T + alpha T
+  e.product(m.T, s.gamma, T, s.epsilon, m.U, s.zeta, m.U, m.U);  // V = gamma T + epsilon S + zeta S S
+  if (want_Y) e.product(m.Y, s.eta, 1, m.Y, m.T);                // Y = eta Y + Y V
+  if (want_Z && n > 0) e.product(m.Z, s.eta, 1, m.Z, m.T);       // Z = eta Z + Z V
+  if (want_Z && n == 0) e.identity_plus(m.Z, s.eta, 1, m.T);
+}
+
+/// The steps before `end`; `want_Y` and `want_Z` tell what of their result is wanted.
+template <class Engine, class Matrix>
+ISQRT_FN void newton_schulz_steps(Engine& e, Iterates<Matrix>& m, const Steps& steps, int end, bool want_Y,
+                                  bool want_Z) {
+  for (int n = 0, taken; n < end; n += taken) {
+    taken = steps_at_once<Engine>(steps, n, end);
+    const bool last = n + taken == end;
+    if constexpr (kTakesTwoSteps<Engine>)
+      if (taken == 2) {
+        newton_schulz_two_steps(e, m, steps, n, !last || want_Y, !last || want_Z);
+        continue;
+      }
+    newton_schulz_step(e, m, steps, n, !last || want_Y, !last || want_Z);
+  }
+}
+
 /// Eq. 1. On entry Y = A; on return Y = Y_N or Z = Z_N, whichever `root` names. The first step costs one product,
-/// the last one two (the other root is not needed): 3 N - 3 half products in all, one more for each T in full.
+/// the last one two (the other root is not needed): 3 N - 3 half products in all, one more for each T in full; one less
+/// for each two steps at once, 10 for N = 5.
 template <class Engine, class Matrix>
 ISQRT_FN void newton_schulz(Engine& e, Iterates<Matrix>& m, const Steps& steps, Root root) {
-  const int last = steps.iterations - 1;
-  for (int n = 0; n <= last; ++n)
-    newton_schulz_step(e, m, steps, n, n < last || root == Root::kSquare, n < last || root == Root::kInverse);
+  newton_schulz_steps(e, m, steps, steps.iterations, root == Root::kSquare, root == Root::kInverse);
 }
 
 /// sums = Y_N 1: the last step as matrix-vector products, which saves two of the 3 N - 3 products (one for N = 1).
@@ -116,7 +179,7 @@ template <class Engine, class Matrix, class Column>
 ISQRT_FN void newton_schulz_sums(Engine& e, Iterates<Matrix>& m, const Steps& steps, Column& sums, Column& u,
                                  Column& v) {
   const int last = steps.iterations - 1;
-  for (int n = 0; n < last; ++n) newton_schulz_step(e, m, steps, n, true, true);
+  newton_schulz_steps(e, m, steps, last, true, true);
   e.sums(sums, m.Y);
   if (last > 0) e.multiply(u, m.Z, sums);        // u = T 1 = Z (Y 1)
   e.multiply(v, m.Y, last > 0 ? u : sums);       // v = Y (T 1)
@@ -141,17 +204,48 @@ ISQRT_FN void tangent_step(Engine& e, Iterates<Matrix>& m, Iterates<Matrix>& d, 
   }
 }
 
+/// Steps n and n + 1 at once, and their derivative.
+template <class Engine, class Matrix>
+ISQRT_FN void tangent_two_steps(Engine& e, Iterates<Matrix>& m, Iterates<Matrix>& d, const Steps& steps, int n,
+                                bool want_Y, bool want_Z, bool want_Y_itself) {
+  const TwoSteps s(steps[n], steps[n + 1]);
+  if (n > 0) {
+    e.products(d.T, d.U, d.Z, m.Y, m.Z, d.Y, false);  // dT = dZ Y + Z dY
+    e.product(m.T, m.U, m.Z, m.Y, false);             //  T = Z Y
+  }
+  const Matrix T = n > 0 ? m.T : m.Y, dT = n > 0 ? d.T : d.Y;
+  e.products(d.U, s.alpha, dT, 0, dT, 1, dT, T, T, dT);                      // dS = dT T + T dT + alpha dT
+  e.product(m.U, s.alpha, T, 0, T, 1, T, T);                                 //  S = T T + alpha T
+  e.products(d.T, s.gamma, dT, s.epsilon, d.U, s.zeta, d.U, m.U, m.U, d.U);  // dV = gamma dT + epsilon dS
+  e.product(m.T, s.gamma, T, s.epsilon, m.U, s.zeta, m.U, m.U);              //      + zeta (dS S + S dS)
+  if (want_Y) e.products(d.Y, s.eta, 1, d.Y, m.T, m.Y, d.T);                 // dY = eta dY + dY V + Y dV
+  if (want_Y && want_Y_itself) e.product(m.Y, s.eta, 1, m.Y, m.T);           //  Y = eta Y + Y V
+  if (want_Z && n > 0) {
+    e.products(d.Z, s.eta, 1, d.Z, m.T, m.Z, d.T);  // dZ = eta dZ + dZ V + Z dV
+    e.product(m.Z, s.eta, 1, m.Z, m.T);             //  Z = eta Z + Z V
+  } else if (want_Z) {
+    e.scale(d.Z, 1, d.T);
+    e.identity_plus(m.Z, s.eta, 1, m.T);
+  }
+}
+
 /// Eqs. 6-7 without their stored iterates. The derivative of a polynomial at a symmetric A is self-adjoint, so the
 /// gradient with respect to A is the tangent of the iteration in the direction of the symmetric upstream gradient.
 /// On entry Y = A and dY = sym(G); on return dY = dL/dA and Y = Y_N (dZ and Z for the inverse root). Every sum of two
-/// products below is the derivative of a symmetric polynomial, hence symmetric: 9 half products a step, 3 more with T
-/// in full.
+/// products below is the derivative of a symmetric polynomial, hence symmetric: three half products for each one of
+/// the iteration, 9 N - 9 with single steps and 30 for N = 5 with two at once, 3 more for each T in full.
 template <class Engine, class Matrix>
 ISQRT_FN void newton_schulz_tangent(Engine& e, Iterates<Matrix>& m, Iterates<Matrix>& d, const Steps& steps,
                                     Root root) {
-  const int last = steps.iterations - 1;
-  for (int n = 0; n <= last; ++n) {
-    const bool want_Y = n < last || root == Root::kSquare, want_Z = n < last || root == Root::kInverse;
+  for (int n = 0, taken; n < steps.iterations; n += taken) {
+    taken = steps_at_once<Engine>(steps, n, steps.iterations);
+    const bool last = n + taken == steps.iterations;
+    const bool want_Y = !last || root == Root::kSquare, want_Z = !last || root == Root::kInverse;
+    if constexpr (kTakesTwoSteps<Engine>)
+      if (taken == 2) {
+        tangent_two_steps(e, m, d, steps, n, want_Y, want_Z, true);
+        continue;
+      }
     if (n > 0) {
       tangent_step(e, m, d, steps, n, want_Y, want_Z, true);
       continue;
@@ -171,27 +265,34 @@ ISQRT_FN void newton_schulz_tangent(Engine& e, Iterates<Matrix>& m, Iterates<Mat
 template <class Engine, class Matrix, class Column>
 ISQRT_FN void newton_schulz_tangent_sums(Engine& e, Iterates<Matrix>& m, Iterates<Matrix>& d, const Steps& steps,
                                          const Column& g, double share, Column& sums, Column& u, Column& v) {
-  const int last = steps.iterations - 1;
-  for (int n = 0; n <= last; ++n) {
-    const Step s = steps[n];
-    if (n == 0) {
-      if (n < last) e.scale(d.Z, s.b, d.Y);
-      e.sums(sums, m.Y);
-      e.multiply(u, m.Y, g);
-      e.rank_two(d.Y, s.a, s.b * share, g, sums, u);  // G A + A G = share (g (A 1)' + (A 1) g' + (A g) 1' + 1 (A g)')
-      if (n < last) newton_schulz_step(e, m, steps, n, true, true);
-    } else {
-      tangent_step(e, m, d, steps, n, true, n < last, n < last);
-    }
-    if (n < last) continue;
-    if (n > 0) {
-      e.sums(sums, m.Y);
-      e.multiply(u, m.Z, sums);  // T 1 = Z (Y 1)
+  const int end = steps.iterations;
+  const Step first = steps[0];
+  if (end > 1) e.scale(d.Z, first.b, d.Y);
+  e.sums(sums, m.Y);
+  e.multiply(u, m.Y, g);
+  e.rank_two(d.Y, first.a, first.b * share, g, sums,
+             u);  // G A + A G = share (g (A 1)' + (A 1) g' + (A g) 1' + 1 (A g)')
+  if (end == 1) {
+    e.multiply(v, m.Y, sums);
+    return e.add(sums, first.a, first.b, v);
+  }
+  newton_schulz_step(e, m, steps, 0, true, true);
+  for (int n = 1, taken; n < end; n += taken) {
+    taken = steps_at_once<Engine>(steps, n, end);
+    const bool last = n + taken == end;
+    taken == 2 ? tangent_two_steps(e, m, d, steps, n, true, !last, !last)
+               : tangent_step(e, m, d, steps, n, true, !last, !last);
+    if (!last) continue;
+    e.sums(sums, m.Y);
+    if (taken == 2) {
+      e.sums(u, m.T);
       e.multiply(v, m.Y, u);
+      e.add(sums, TwoSteps(steps[n], steps[n + 1]).eta, 1, v);  // Y_N 1 = eta Y 1 + Y V 1
     } else {
-      e.multiply(v, m.Y, sums);
+      e.multiply(u, m.Z, sums);
+      e.multiply(v, m.Y, u);
+      e.add(sums, steps[n].a, steps[n].b, v);  // Y_N 1 = a Y 1 + b Y Z Y 1
     }
-    e.add(sums, s.a, s.b, v);
   }
 }
 

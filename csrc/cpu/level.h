@@ -36,7 +36,7 @@ template <class X> void pool_backward(const PoolBackwardTask<X>& task, Items& it
 template <class X> void root(const RootTask<X>& task, Items& items) {
   using T = Compute<X>;
   const int64_t C = task.sigma.channels;
-  const Scratch<T> storage(MatrixEngine<T>::storage_size(C, task.steps.any_in_full() ? 4 : 3, 3));
+  const Scratch<T> storage(MatrixEngine<T>::storage_size(C, 4, 3));
   items.take([&](int64_t sample) {
     MatrixEngine<T> e(C, storage.get());
     const auto sigma = task.sigma.sample(sample);
@@ -68,7 +68,7 @@ template <class X> RootView<const Compute<X>> in_compute_type(const RootView<con
 template <class X> void root_backward(const RootBackwardTask<X>& task, Items& items) {
   using T = Compute<X>;
   const int64_t C = task.sigma.channels, copy = sizeof(X) == sizeof(T) ? 0 : task.grad.size();
-  const int64_t size = MatrixEngine<T>::storage_size(C, task.steps.any_in_full() ? 8 : 6, 4);
+  const int64_t size = MatrixEngine<T>::storage_size(C, 8, 4);
   const Scratch<T> storage(size + copy);
   items.take([&](int64_t sample) {
     MatrixEngine<T> e(C, storage.get());

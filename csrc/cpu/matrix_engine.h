@@ -157,20 +157,26 @@ template <class T> class MatrixEngine {
   }
 
   void product(Matrix& D, T alpha, T beta, const Matrix& A, const Matrix& B) {
-    combine<true>(D, alpha, beta, false, [&](auto& tile, int64_t i, int64_t j) { add(tile, A, B, i, j); });
+    combine(D, false, sum_of(A, B), plus(alpha, D, beta));
   }
   void products(Matrix& D, T alpha, T beta, const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2) {
-    combine<true>(D, alpha, beta, false,
-                  [&](auto& tile, int64_t i, int64_t j) { add(tile, A1, B1, i, j), add(tile, A2, B2, i, j); });
+    combine(D, false, sum_of(A1, B1, A2, B2), plus(alpha, D, beta));
+  }
+  void product(Matrix& D, T alpha, const Matrix& F, T beta, const Matrix& G, T gamma, const Matrix& A,
+               const Matrix& B) {
+    combine(D, false, sum_of(A, B), plus(alpha, F, beta, G, gamma));
+  }
+  void products(Matrix& D, T alpha, const Matrix& F, T beta, const Matrix& G, T gamma, const Matrix& A1,
+                const Matrix& B1, const Matrix& A2, const Matrix& B2) {
+    combine(D, false, sum_of(A1, B1, A2, B2), plus(alpha, F, beta, G, gamma));
   }
   Matrix product(Matrix& D, Matrix& E, const Matrix& A, const Matrix& B, bool in_full) {
-    combine<false>(D, T(0), T(1), in_full, [&](auto& tile, int64_t i, int64_t j) { add(tile, A, B, i, j); });
+    combine(D, in_full, sum_of(A, B), itself());
     return in_full ? transposed(E, D) : D;
   }
   Matrix products(Matrix& D, Matrix& E, const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2,
                   bool in_full) {
-    combine<false>(D, T(0), T(1), in_full,
-                   [&](auto& tile, int64_t i, int64_t j) { add(tile, A1, B1, i, j), add(tile, A2, B2, i, j); });
+    combine(D, in_full, sum_of(A1, B1, A2, B2), itself());
     return in_full ? transposed(E, D) : D;
   }
 
@@ -189,25 +195,41 @@ template <class T> class MatrixEngine {
     }
   }
 
-  /// A is symmetric: its rows stand for its columns.
-  template <class Shape>
-  inline __attribute__((always_inline)) void add(Tile<T, Shape>& tile, const Matrix& A, const Matrix& B, int64_t i,
-                                                 int64_t j) const {
-    multiply_add(tile, A.at(0, i), B.at(0, j), channels_);
+  /// For combine(): a tile of A B or A1 B1 + A2 B2. The left factors are symmetric: their rows stand for their columns.
+  auto sum_of(const Matrix& A, const Matrix& B) const {
+    return [&A, &B, n = channels_](auto& tile, int64_t i, int64_t j)
+               __attribute__((always_inline)) { multiply_add(tile, A.at(0, i), B.at(0, j), n); };
+  }
+  auto sum_of(const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2) const {
+    return [first = sum_of(A1, B1), second = sum_of(A2, B2)](auto& tile, int64_t i, int64_t j)
+               __attribute__((always_inline)) { first(tile, i, j), second(tile, i, j); };
   }
 
-  /// D = alpha D + beta (sum of products), tile by tile, into the spare matrix: all of it, or the upper triangle.
-  template <bool kAddD, class Products>
-  inline __attribute__((always_inline)) void combine(Matrix& D, T alpha, T beta, bool in_full,
-                                                     const Products& products) {
+  /// For combine(): what becomes of a vector of such a tile.
+  static auto plus(T alpha, const Matrix& F, T beta) {
+    return [alpha, beta, F = F.data](const Vector<T>& sum, int64_t at) {
+      return beta * sum + alpha * load_vector(F + at);
+    };
+  }
+  static auto plus(T alpha, const Matrix& F, T beta, const Matrix& G, T gamma) {
+    return [alpha, beta, gamma, F = F.data, G = G.data](const Vector<T>& sum, int64_t at) {
+      return gamma * sum + alpha * load_vector(F + at) + beta * load_vector(G + at);
+    };
+  }
+  static auto itself() {
+    return [](const Vector<T>& sum, int64_t) { return sum; };
+  }
+
+  /// D = result(sum of products), tile by tile, into the spare matrix: all of it, or the upper triangle.
+  template <class Products, class Result>
+  inline __attribute__((always_inline)) void combine(Matrix& D, bool in_full, const Products& products,
+                                                     const Result& result) {
     for_tiles<T>(channels_, !in_full, [&](auto shape, int64_t i, int64_t j) {
       Tile<T, decltype(shape)> tile;
       products(tile, i, j);
       const int64_t first = D.index(i, j);
       tile.for_each(kPanel, [&](const Vector<T>& sum, int64_t offset) {
-        Vector<T> value = beta * sum;
-        if (kAddD) value += alpha * load_vector(D.data + first + offset);
-        store_vector(spare_.data + first + offset, value);
+        store_vector(spare_.data + first + offset, result(sum, first + offset));
       });
     });
     if (!in_full) mirror(spare_);
