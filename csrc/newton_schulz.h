@@ -19,7 +19,7 @@
 //     products(D, E, A1, B1, A2, B2, in_full)   D = A1 B1 + A2 B2 likewise
 // which return D', that is E or D itself. Both may be second operands of the products above;
 //     product(D, alpha, F, beta, G, gamma, A, B)  D = alpha F + beta G + gamma A B, and products(...) likewise
-// which an engine may leave out: it then takes single steps, where others take two at once (below).
+// which those have that take two steps at once (below), and a constant kTakesTwoSteps; others take single ones.
 // Where only the mean of a root is wanted, its last step can act on a vector: on a CPU, whose engine offers
 //     column()                                  a new vector
 //     sums(u, A), multiply(u, A, v)             u = A 1, u = A v
@@ -100,9 +100,7 @@ struct TwoSteps {
         zeta(b * b * b * b2) {}
 };
 
-template <class Engine>
-constexpr bool kTakesTwoSteps =
-    requires(Engine& e, decltype(e.matrix()) A) { e.product(A, 1.0, A, 1.0, A, 1.0, A, A); };
+template <class Engine> constexpr bool kTakesTwoSteps = requires { Engine::kTakesTwoSteps; };
 
 /// How many steps are taken at once from step n on, of those before `end`: two where T is mirrored, after a single one
 /// where their number is odd.

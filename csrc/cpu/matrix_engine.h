@@ -9,6 +9,8 @@ template <class T> class MatrixEngine {
   using S = Simd<T>;
 
  public:
+  static constexpr bool kTakesTwoSteps = true;
+
   /// As many rows as columns, both padded to whole panels. What lies outside C x C does not matter.
   using Matrix = Panels<T>;
 
@@ -171,12 +173,12 @@ template <class T> class MatrixEngine {
     combine(D, false, sum_of(A1, B1, A2, B2), plus(alpha, F, beta, G, gamma));
   }
   Matrix product(Matrix& D, Matrix& E, const Matrix& A, const Matrix& B, bool in_full) {
-    combine(D, in_full, sum_of(A, B), itself());
+    combine(D, in_full, sum_of(A, B), Itself());
     return in_full ? transposed(E, D) : D;
   }
   Matrix products(Matrix& D, Matrix& E, const Matrix& A1, const Matrix& B1, const Matrix& A2, const Matrix& B2,
                   bool in_full) {
-    combine(D, in_full, sum_of(A1, B1, A2, B2), itself());
+    combine(D, in_full, sum_of(A1, B1, A2, B2), Itself());
     return in_full ? transposed(E, D) : D;
   }
 
@@ -216,9 +218,9 @@ template <class T> class MatrixEngine {
       return gamma * sum + alpha * load_vector(F + at) + beta * load_vector(G + at);
     };
   }
-  static auto itself() {
-    return [](const Vector<T>& sum, int64_t) { return sum; };
-  }
+  struct Itself {
+    Vector<T> operator()(const Vector<T>& sum, int64_t) const { return sum; }
+  };
 
   /// D = result(sum of products), tile by tile, into the spare matrix: all of it, or the upper triangle.
   template <class Products, class Result>
