@@ -85,7 +85,8 @@ enum class Root : int { kSquare = 0, kInverse = 1 };
 ///     S = T^2 + alpha T;   V = gamma T + epsilon S + zeta S^2 = W W' - eta I;   Y <- eta Y + Y V,   Z <- eta Z + Z V
 ///
 /// Five half products instead of six. The identity is left out of V, beside which small eigenvalues of T would lose
-/// their digits: rounding errors are those of single steps (simulated in float32, five spectra, up to 9 steps).
+/// their digits: rounding errors are those of single steps (simulated in float32 up to 9 steps, for covariances of
+/// photographs and with flat, decaying and deficient spectra).
 struct TwoSteps {
   double eta, alpha, gamma, epsilon, zeta;
 
@@ -141,7 +142,7 @@ ISQRT_FN void newton_schulz_two_steps(Engine& e, Iterates<Matrix>& m, const Step
   const TwoSteps s(steps[n], steps[n + 1]);
   if (n > 0) e.product(m.T, m.U, m.Z, m.Y, false);  // T = Z Y
   const Matrix T = n > 0 ? m.T : m.Y;
-  e.product(m.U, s.alpha, T, 0, T, 1, T, T);                     // S = T T + alpha T
+  e.product(m.U, s.alpha, T, 0, T, 1, T, T);                     // S = alpha T + T T
   e.product(m.T, s.gamma, T, s.epsilon, m.U, s.zeta, m.U, m.U);  // V = gamma T + epsilon S + zeta S S
   if (want_Y) e.product(m.Y, s.eta, 1, m.Y, m.T);                // Y = eta Y + Y V
   if (want_Z && n > 0) e.product(m.Z, s.eta, 1, m.Z, m.T);       // Z = eta Z + Z V
@@ -212,12 +213,15 @@ ISQRT_FN void tangent_two_steps(Engine& e, Iterates<Matrix>& m, Iterates<Matrix>
     e.product(m.T, m.U, m.Z, m.Y, false);             //  T = Z Y
   }
   const Matrix T = n > 0 ? m.T : m.Y, dT = n > 0 ? d.T : d.Y;
-  e.products(d.U, s.alpha, dT, 0, dT, 1, dT, T, T, dT);                      // dS = dT T + T dT + alpha dT
-  e.product(m.U, s.alpha, T, 0, T, 1, T, T);                                 //  S = T T + alpha T
-  e.products(d.T, s.gamma, dT, s.epsilon, d.U, s.zeta, d.U, m.U, m.U, d.U);  // dV = gamma dT + epsilon dS
-  e.product(m.T, s.gamma, T, s.epsilon, m.U, s.zeta, m.U, m.U);              //      + zeta (dS S + S dS)
-  if (want_Y) e.products(d.Y, s.eta, 1, d.Y, m.T, m.Y, d.T);                 // dY = eta dY + dY V + Y dV
-  if (want_Y && want_Y_itself) e.product(m.Y, s.eta, 1, m.Y, m.T);           //  Y = eta Y + Y V
+  e.products(d.U, s.alpha, dT, 0, dT, 1, dT, T, T, dT);  // dS = alpha dT + dT T + T dT
+  e.product(m.U, s.alpha, T, 0, T, 1, T, T);             //  S = alpha T + T T
+  // dV = gamma dT + epsilon dS + zeta (dS S + S dS), V = gamma T + epsilon S + zeta S S
+  e.products(d.T, s.gamma, dT, s.epsilon, d.U, s.zeta, d.U, m.U, m.U, d.U);
+  e.product(m.T, s.gamma, T, s.epsilon, m.U, s.zeta, m.U, m.U);
+  if (want_Y) {
+    e.products(d.Y, s.eta, 1, d.Y, m.T, m.Y, d.T);          // dY = eta dY + dY V + Y dV
+    if (want_Y_itself) e.product(m.Y, s.eta, 1, m.Y, m.T);  //  Y = eta Y + Y V
+  }
   if (want_Z && n > 0) {
     e.products(d.Z, s.eta, 1, d.Z, m.T, m.Z, d.T);  // dZ = eta dZ + dZ V + Z dV
     e.product(m.Z, s.eta, 1, m.Z, m.T);             //  Z = eta Z + Z V
