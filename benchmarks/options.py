@@ -172,9 +172,8 @@ def parts(arguments: argparse.Namespace, shape: tuple[int, ...]) -> dict[str, di
             upstream, sigma, 5, 0, engine=code
         )
     calls["gradient of pooling"] = lambda: operators.covariance_pool_backward(grad, x, mean)
-    in_a_row = 1
+    in_a_row = IN_A_ROW if device.type == "cuda" else 1
     if device.type == "cuda":
-        in_a_row = IN_A_ROW
         calls = {name: replay_of(call, in_a_row) for name, call in calls.items()}
     samples = {
         name: [ms / in_a_row for ms in own]
@@ -184,6 +183,7 @@ def parts(arguments: argparse.Namespace, shape: tuple[int, ...]) -> dict[str, di
 
 
 def replay_of(call: Callable[[], object], in_a_row: int) -> Callable[[], object]:
+    """A CUDA graph of so many calls; those of methods.capture are of one, and of its gradient."""
     call()  # library handles and workspaces must exist before the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

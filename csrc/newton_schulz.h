@@ -85,20 +85,19 @@ enum class Root : int { kSquare = 0, kInverse = 1 };
 ///     S = T^2 + alpha T;   V = gamma T + epsilon S + zeta S^2 = W W' - eta I;   Y <- eta Y + Y V,   Z <- eta Z + Z V
 ///
 /// Five half products instead of six. The identity is left out of V, beside which small eigenvalues of T would lose
-/// their digits: rounding errors are those of single steps (simulated in float32 up to 9 steps, for covariances of
-/// photographs and with flat, decaying and deficient spectra).
+/// their digits: rounding errors are about those of single steps (simulated in float32 up to 9 steps, for covariances
+/// of photographs and with flat, decaying and deficient spectra).
 struct TwoSteps {
   double eta, alpha, gamma, epsilon, zeta;
 
-  ISQRT_FN TwoSteps(const Step& first, const Step& second) : TwoSteps(first.a, first.b, second.a, second.b) {}
-
- private:
-  ISQRT_FN TwoSteps(double a, double b, double a2, double b2)
-      : eta(a * a2),
-        alpha(1.5 * a / b),
-        gamma(a2 * b - a * a * a * b2 / 8),
-        epsilon(0.75 * a * a * b * b2),
-        zeta(b * b * b * b2) {}
+  ISQRT_FN TwoSteps(const Step& first, const Step& second) {
+    const double a = first.a, b = first.b, a2 = second.a, b2 = second.b;
+    eta = a * a2;
+    alpha = 1.5 * a / b;
+    gamma = a2 * b - a * a * a * b2 / 8;
+    epsilon = 0.75 * a * a * b * b2;
+    zeta = b * b * b * b2;
+  }
 };
 
 template <class Engine> constexpr bool kTakesTwoSteps = requires { Engine::kTakesTwoSteps; };
@@ -272,8 +271,8 @@ ISQRT_FN void newton_schulz_tangent_sums(Engine& e, Iterates<Matrix>& m, Iterate
   if (end > 1) e.scale(d.Z, first.b, d.Y);
   e.sums(sums, m.Y);
   e.multiply(u, m.Y, g);
-  e.rank_two(d.Y, first.a, first.b * share, g, sums,
-             u);  // G A + A G = share (g (A 1)' + (A 1) g' + (A g) 1' + 1 (A g)')
+  // G A + A G = share (g (A 1)' + (A 1) g' + (A g) 1' + 1 (A g)')
+  e.rank_two(d.Y, first.a, first.b * share, g, sums, u);
   if (end == 1) {
     e.multiply(v, m.Y, sums);
     return e.add(sums, first.a, first.b, v);
@@ -285,16 +284,12 @@ ISQRT_FN void newton_schulz_tangent_sums(Engine& e, Iterates<Matrix>& m, Iterate
     taken == 2 ? tangent_two_steps(e, m, d, steps, n, true, !last, !last)
                : tangent_step(e, m, d, steps, n, true, !last, !last);
     if (!last) continue;
+    // Y_N 1 = a Y 1 + b Y Z Y 1, or eta Y 1 + Y V 1
+    const Step s = taken == 2 ? Step{TwoSteps(steps[n], steps[n + 1]).eta, 1} : steps[n];
     e.sums(sums, m.Y);
-    if (taken == 2) {
-      e.sums(u, m.T);
-      e.multiply(v, m.Y, u);
-      e.add(sums, TwoSteps(steps[n], steps[n + 1]).eta, 1, v);  // Y_N 1 = eta Y 1 + Y V 1
-    } else {
-      e.multiply(u, m.Z, sums);
-      e.multiply(v, m.Y, u);
-      e.add(sums, steps[n].a, steps[n].b, v);  // Y_N 1 = a Y 1 + b Y Z Y 1
-    }
+    taken == 2 ? e.sums(u, m.T) : e.multiply(u, m.Z, sums);
+    e.multiply(v, m.Y, u);
+    e.add(sums, s.a, s.b, v);
   }
 }
 

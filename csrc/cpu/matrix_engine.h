@@ -9,7 +9,7 @@ template <class T> class MatrixEngine {
   using S = Simd<T>;
 
  public:
-  static constexpr bool kTakesTwoSteps = true;
+  static constexpr bool kTakesTwoSteps = true;  // see newton_schulz.h
 
   /// As many rows as columns, both padded to whole panels. What lies outside C x C does not matter.
   using Matrix = Panels<T>;
