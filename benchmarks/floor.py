@@ -40,6 +40,9 @@ def half_products(iterations: int, output: str) -> tuple[int, int]:
     Output "mean" needs Y_N v alone: the products of the last forward step become matrix-vector ones, also that for Y_N
     in the backward, and those of the first tangent with an upstream gradient of rank 2, a step of its own, cost C^2.
     The rest is counted as it is for a full gradient.
+
+    Where there are fewer positions than channels, the iteration may take their M x M Gram matrix (csrc/gram.h), and as
+    many products for Z_N: one less where all steps are the first ones and the last ones, for then Z_N is a sum.
     """
     if output != "mean":
         forward = _products(_steps_at_once(iterations), ends=True)
@@ -69,20 +72,52 @@ def work(shape: tuple[int, int, int, int], iterations: int, output: str, itemsiz
                       three matrix-vector products, 2 C^2 each, for "mean"
       backward flops  the half products; dX = (dSigma + dSigma') (X - mu) / M: 2 C C M
       forward bytes   read x, write the output
-      backward bytes  read x, write dX, read the upstream gradient; and the C x C matrix that is kept for it, written by
-                      the forward and read by the backward, which only a training step pays
+      backward bytes  read x, write dX, read the upstream gradient; and the matrix that is kept for it, written by the
+                      forward and read by the backward, which only a training step pays
+    From the side of the positions, if that is less in all, the half products have M^3 flops, and the others are
+      forward flops   one triangle of X' X: C M M; Q = R X' and one triangle of X Q: 2 C M M + C C M;
+                      for "mean" vectors instead, 1' X, R times that, and X times that: 4 C M + 2 M M, and as many
+                      matrix-vector products for the last step
+      backward flops  V = G X and one triangle of X' V: 2 C C M + C M M; V R and X dK: 4 C M M;
+                      for "mean" V has rank 2: X dK alone, 2 C M M, and vectors, some 8 C M
     """
+    by_channels, by_positions = _flops(shape, iterations, output), _gram_flops(shape, iterations, output)
+    flops = min(by_channels, by_positions, key=sum)
     batch, channels, height, width = shape
     m = height * width
-    forward, backward = half_products(iterations, output)
-    forward_flops = channels**2 * m + forward * channels**3 + (3 * 2 * channels**2 if output == "mean" else 0)
-    backward_flops = backward * channels**3 + 2 * channels**2 * m
+    side = m if flops is by_positions else channels
     numbers = {"matrix": channels**2, "triu": channels * (channels + 1) // 2, "mean": channels}[output]
     forward_numbers = channels * m + numbers
-    step_numbers = forward_numbers + 2 * channels * m + numbers + 2 * channels**2
+    step_numbers = forward_numbers + 2 * channels * m + numbers + 2 * side**2
     return (
-        Work(batch * forward_flops, batch * forward_numbers * itemsize),
-        Work(batch * (forward_flops + backward_flops), batch * step_numbers * itemsize),
+        Work(batch * flops[0], batch * forward_numbers * itemsize),
+        Work(batch * sum(flops), batch * step_numbers * itemsize),
+    )
+
+
+def _flops(shape: tuple[int, int, int, int], iterations: int, output: str) -> tuple[int, int]:
+    """Of (forward, backward) of a sample."""
+    _, channels, height, width = shape
+    m = height * width
+    forward, backward = half_products(iterations, output)
+    vectors = 3 * 2 * channels**2 if output == "mean" else 0
+    return channels**2 * m + forward * channels**3 + vectors, backward * channels**3 + 2 * channels**2 * m
+
+
+def _gram_flops(shape: tuple[int, int, int, int], iterations: int, output: str) -> tuple[int, int]:
+    """The same from the side of the positions."""
+    _, channels, height, width = shape
+    m = height * width
+    forward, backward = half_products(iterations, output)
+    if output == "mean":
+        return (
+            channels * m**2 + forward * m**3 + 4 * channels * m + 2 * m**2 + 3 * 2 * m**2,
+            backward * m**3 + 2 * channels * m**2 + 8 * channels * m,
+        )
+    is_sum = iterations <= 2
+    return (
+        3 * channels * m**2 + channels**2 * m + (forward - is_sum) * m**3,
+        (backward - 3 * is_sum) * m**3 + 2 * channels**2 * m + 5 * channels * m**2,
     )
 
 

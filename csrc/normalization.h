@@ -69,17 +69,25 @@ ISQRT_FN auto normalization_backward(Engine& e, const Matrix& D, const Scalar& t
   return e.result(factor * of_compensation - of_trace, factor, D);                        // Eq. 8
 }
 
-/// Eqs. 4-8 for the upstream gradient G = dL/dYhat. Returns the result that is dL/dSigma, symmetric.
-template <class Engine, class SigmaSource, class GradSource>
+struct Unwanted {
+  template <class Scalar, class Matrix> ISQRT_FN void operator()(const Scalar&, Matrix&) const {}
+};
+
+/// Eqs. 4-8 for the upstream gradient G = dL/dYhat. Returns the result that is dL/dSigma, symmetric. The root itself is
+/// s P, of which with_root(s, P) may make a result.
+template <class Engine, class SigmaSource, class GradSource, class WithRoot = Unwanted>
 ISQRT_FN auto matrix_root_backward(Engine& e, const SigmaSource& sigma, const GradSource& grad, const Steps& steps,
-                                   Root root) {
+                                   Root root, const WithRoot& with_root = {}) {
   auto m = make_iterates(e, steps), d = make_iterates(e, steps);
   const auto t = e.load_normalized(m.Y, sigma);  // A = Sigma / t
   e.load(d.Y, grad);
   newton_schulz_tangent(e, m, d, steps, root);  // Eqs. 6-7
-  const auto P = root == Root::kSquare ? m.Y : m.Z, D = root == Root::kSquare ? d.Y : d.Z;
-  const auto factor = compensation(t, root) / nonzero(t);
-  return normalization_backward(e, D, t, factor, inner_products(e, grad, P, sigma, D, factor), root);
+  auto P = root == Root::kSquare ? m.Y : m.Z;
+  const auto D = root == Root::kSquare ? d.Y : d.Z;
+  const auto s = compensation(t, root), factor = s / nonzero(t);
+  const auto inner = inner_products(e, grad, P, sigma, D, factor);
+  with_root(s, P);
+  return normalization_backward(e, D, t, factor, inner, root);
 }
 
 /// The same for the upstream gradient g of the mean of Yhat.

@@ -35,10 +35,11 @@ Plan plan_cpu(const Problem& p, EngineKind requested) {
   if (is_level && !cpu_supports(requested))
     throw std::runtime_error(std::string("engine: '") + engine_name(requested) + "' is not available on this CPU");
   const EngineKind level = is_level ? requested : best_cpu_level();
-  const bool library = requested == EngineKind::kLibrary || (!is_level && p.channels > kLargestInCache);
+  const bool library = requested == EngineKind::kLibrary || (!is_level && p.side() > kLargestInCache);
   const EngineKind root = library ? EngineKind::kLibrary : level;
   // A chunk costs a C x C partial result: at 4 C positions or more these stay below a quarter of x.
-  return {root, root, level, split(p, 64, std::max<int64_t>(1024, 4 * p.channels)), split(p, 64, 256)};
+  const int64_t pieces = p.gram ? 1 : 64;
+  return {root, root, level, split(p, pieces, std::max<int64_t>(1024, 4 * p.channels)), split(p, pieces, 256)};
 }
 
 #ifdef ISQRT_WITH_CUDA

@@ -1,6 +1,7 @@
-// The four pieces of work that a device's engine does, as ops.cpp hands them over. All pointers lie on that device.
+// The pieces of work that a device's engine does, as ops.cpp hands them over. All pointers lie on that device.
 #pragma once
 #include "covariance.h"
+#include "gram.h"
 #include "normalization.h"
 
 namespace isqrt {
@@ -52,6 +53,44 @@ template <class X, class Pointer = const X*> struct RootBackwardTask {
   RootView<T> grad_sigma;
   T* workspace = nullptr;
   int blocks = 1;
+  T* value = nullptr;  // [B, C, C], the root itself, where that is wanted
+};
+
+// Those of gram.h, of samples with fewer positions than channels. `scale` is that of PoolTask.
+
+/// x -> mu and K, that of scale x.
+template <class X> struct GramTask {
+  FeatureMaps<const X> x;
+  Compute<X>* mean;   // [B, C]
+  Compute<X>* gram;   // [B, M, M]
+  Compute<X>* scale;  // [B]
+};
+
+/// x and R -> Yhat.
+template <class X> struct ExpandTask {
+  FeatureMaps<const X> x;
+  const Compute<X>* scale;
+  const Compute<X>* root;  // [B, M, M]
+  RootView<Compute<X>> result;
+};
+
+/// x and dL/dYhat -> V and H.
+template <class X> struct ContractTask {
+  FeatureMaps<const X> x;
+  const Compute<X>* scale;
+  RootView<const Compute<X>> grad;
+  Compute<X>* product;    // [B, C, M]
+  Compute<X>* grad_root;  // [B, M, M]
+};
+
+/// x, V, R and dK -> dL/dx.
+template <class X> struct GramBackwardTask {
+  FeatureMaps<const X> x;
+  const Compute<X>* scale;
+  const Compute<X>* product;    // [B, C, M]
+  const Compute<X>* root;       // [B, M, M]
+  const Compute<X>* grad_gram;  // [B, M, M]
+  FeatureMaps<X> grad_x;
 };
 
 }  // namespace isqrt

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops import ENGINES, OUTPUTS, ROOTS, code
+from .ops import ENGINES, OUTPUTS, ROOTS, code, prefers_gram
 from .transforms import compute_dtype
 
 _ops = torch.ops.isqrt_cov
@@ -26,15 +26,17 @@ def _spectrum_floor(coefficients: str, spectrum_floor: float) -> float:
     return spectrum_floor
 
 
-def _call(operator: Callable[..., Any], x: Tensor, *arguments: Any, in_place: bool = True) -> Any:
+def _call(
+    operator: Callable[..., Any], x: Tensor, *arguments: Any, in_place: bool = True, further: tuple[Any, ...] = ()
+) -> Any:
     """The operator, autocast included, whose own rule comes too late for the derivatives of torch.func: float32 is put
-    out, for which 16-bit feature maps are read in place, and matrices are copied.
+    out, for which 16-bit feature maps are read in place, and matrices are copied. ``further`` arguments follow wide.
     """
     if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(x.device.type):
-        return operator(x, *arguments)
+        return operator(x, *arguments, 0, False, *further) if further else operator(x, *arguments)
     with torch.autocast(x.device.type, enabled=False):
         if in_place:
-            return operator(x, *arguments, 0, True)  # engine, wide
+            return operator(x, *arguments, 0, True, *further)  # engine, wide
         return operator(x.to(compute_dtype(x.dtype)), *arguments)
 
 
@@ -125,7 +127,8 @@ def cov_sqrt(
         ValueError: another ``output``, other ``coefficients``.
     """
     floor = _spectrum_floor(coefficients, spectrum_floor)
-    return _call(ops.cov_sqrt, x, iterations, code("output", output, OUTPUTS), floor)[0]
+    arguments = iterations, code("output", output, OUTPUTS), floor
+    return _call(ops.cov_sqrt, x, *arguments, further=(prefers_gram(x.shape, x.device),))[0]
 
 
 def triu_vector(y: Tensor) -> Tensor:
@@ -162,6 +165,7 @@ def plan(
         iterations, coefficients, spectrum_floor: those of :func:`cov_sqrt`. Many steps need more memory on a GPU.
 
     Returns:
+        ``gram``: whether the iteration takes M x M matrices, for there are clearly fewer positions than channels;
         ``pooling``, ``forward`` and ``backward``: the engine of the covariance, of the root and of its gradient;
         ``pool_chunks`` and ``pool_backward_chunks``: independent pieces of one sample's positions;
         ``forward_blocks`` and ``backward_blocks``: blocks of a cluster of a GPU, which share the root of one sample.
@@ -179,7 +183,8 @@ def plan(
     requested = code("engine", engine, ENGINES)
     problem = (on_cuda, index, batch, channels, math.prod(positions), compute_dtype(dtype).itemsize)
     floor = _spectrum_floor(coefficients, spectrum_floor)
-    return json.loads(_ops.plan(*problem, iterations, floor, requested))
+    gram = prefers_gram(shape, device)
+    return {"gram": gram, **json.loads(_ops.plan(*problem, iterations, floor, requested, gram))}
 
 
 def build_info() -> dict[str, Any]:

@@ -7,6 +7,7 @@ are read in place all the same, as they are with ``wide``, and their gradient ha
 """
 
 import functools
+import math
 from pathlib import Path
 
 import torch
@@ -199,14 +200,34 @@ matrix_root_backward = _register_gradient("matrix_root_backward", _root_backward
 # ---- cov_sqrt: x [B, C, H, W] or [B, C, M] -> y, sigma [B, C, C], mean [B, C], scale [B] -----------------------------
 #
 # sigma is the covariance of scale x: the powers of two keep it within the range of its dtype wherever y is, and are 1
-# for samples that do not need it.
+# for samples that do not need it. With gram it is the positions' Gram matrix [B, M, M] instead (csrc/gram.h), and y the
+# same: for fewer positions than channels, on a CPU.
 
 
-def _cov_sqrt_fake(x, iterations, output, spectrum_floor=0.0, engine=0, wide=False):
+def prefers_gram(shape, device):
+    """Whether ``gram`` makes :func:`cov_sqrt` faster for such feature maps; without a guard on symbolic sizes.
+
+    Matrices are padded to multiples of 16, and where they are nearly as large the four products beside the iteration
+    outweigh what it saves.
+    """
+    if device.type != "cpu" or len(shape) not in (3, 4):
+        return False
+    positions = shape[2] * shape[3] if len(shape) == 4 else shape[2]
+    fewer = (positions + 15) // 16 * 128 <= 7 * shape[1]
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes its time to load
+
+        return statically_known_true(fewer)
+    return bool(fewer)
+
+
+def _cov_sqrt_fake(x, iterations, output, spectrum_floor=0.0, engine=0, wide=False, gram=False):
     batch, channels = x.shape[:2]
     shape = ((batch, channels, channels), (batch, channels * (channels + 1) // 2), (batch, channels))[output]
-    sigma, mean = _pool_fake(x, wide=True)
-    return x.new_empty(shape, dtype=_result_dtype(x, wide)), sigma, mean, mean.new_empty(batch)
+    mean = x.new_empty(batch, channels, dtype=compute_dtype(x.dtype))
+    side = math.prod(x.shape[2:]) if gram else channels
+    y = x.new_empty(shape, dtype=_result_dtype(x, wide))
+    return y, mean.new_empty(batch, side, side), mean, mean.new_empty(batch)
 
 
 def _cov_sqrt_setup(ctx, tensors, output):
@@ -215,12 +236,12 @@ def _cov_sqrt_setup(ctx, tensors, output):
 
 
 def _cov_sqrt_backward(ctx, grad):
-    return (cov_sqrt_backward(grad, *ctx.saved_tensors, *ctx.arguments[:-1]),)
+    return (cov_sqrt_backward(grad, *ctx.saved_tensors, *ctx.arguments[:4]),)
 
 
 def _cov_sqrt_jvp(ctx, saved, tangent):
     x, scale = saved
-    iterations, output, *rest, wide = ctx.arguments
+    iterations, output, *rest, wide, _ = ctx.arguments
     scaled = _times(scale, x.to(scale.dtype))  # where the derivative is the same
     sigma, _ = _ops.covariance_pool(scaled)  # not the one put out, which is a constant
     root = _root_tangent(sigma, _pool_tangent(scaled, tangent), iterations, ROOTS.index("square"), *rest)

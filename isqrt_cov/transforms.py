@@ -139,10 +139,13 @@ def register_derivatives(
             torch.library.register_autocast(f"isqrt_cov::{name}", device, torch.float32, lib=_library)
         return call
 
+    at = names.index("wide")
+
     def wide(_, *args):
+        args += defaults[len(args) :]
         keys = _C.DispatchKeySet(_C.DispatchKey.AutocastCPU).add(_C.DispatchKey.AutocastCUDA)
         with _C._ExcludeDispatchKeyGuard(keys):
-            return op(*args[: names.index("wide")], wide=True)
+            return op(*args[:at], True, *args[at + 1 :])
 
     for key in ("AutocastCPU", "AutocastCUDA"):
         _library.impl(name, wide, key, with_keyset=True)

@@ -95,6 +95,12 @@ def covariances(batch, channels, dtype, device="cpu", seed=0):
     return ((q * spectrum) @ q.mT).to(dtype).to(device)
 
 
+def gram_matrix(x):
+    """Of the positions, (B, M, M): what covariances become for fewer positions than channels."""
+    centered = x.flatten(2) - x.flatten(2).mean(2, keepdim=True)
+    return centered.mT @ centered / centered.shape[2]
+
+
 def layouts(x):
     """The same feature maps (B, C, H, W) in every layout that has a path of its own, under a name."""
     padded = torch.zeros(x.shape[0], x.shape[1] + 2, x.shape[2] + 4, x.shape[3] + 6, dtype=x.dtype, device=x.device)

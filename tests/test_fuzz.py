@@ -19,6 +19,7 @@ from common import (
     engine_device,
     feature_maps,
     gradient_size,
+    gram_matrix,
     missing_cuda,
     refusal,
     skip_unless_fits,
@@ -103,7 +104,7 @@ def lay_out(x, order, margins, every, repeated):
     return view.copy_(kept).expand(x.shape)
 
 
-def check_feature_maps(shape, layout, dtype, engine, iterations, output, floor, exponent, mean, seed):
+def check_feature_maps(shape, layout, dtype, engine, iterations, output, floor, exponent, mean, seed, gram=False):
     device = engine_device(engine)
     batch, channels, *spatial = shape
     positions = torch.Size(spatial).numel()
@@ -112,7 +113,8 @@ def check_feature_maps(shape, layout, dtype, engine, iterations, output, floor, 
     unit = 2.0 ** (exponent * {torch.float16: 0, torch.float64: 8}.get(dtype, 1))
     x = (feature_maps(batch, channels, positions, torch.float64, seed=seed) - 3.0 + mean) * unit
     x = lay_out(x.reshape(shape).to(dtype).to(device), *layout).requires_grad_()
-    y, sigma, _, scale = ops.cov_sqrt(x, iterations, OUTPUTS.index(output), floor, engine_code(engine))
+    gram = gram and positions < channels and device == "cpu"
+    y, sigma, _, scale = ops.cov_sqrt(x, iterations, OUTPUTS.index(output), floor, engine_code(engine), gram=gram)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y)
     (slope,) = torch.autograd.grad(y, x, upstream)
 
@@ -127,7 +129,7 @@ def check_feature_maps(shape, layout, dtype, engine, iterations, output, floor, 
     bound = rounding(dtype) + bound + steepest * of_mean
     assert (y.dtype, slope.dtype) == (dtype, dtype)
     scale = (scale.double() * unit)[:, None, None]
-    assert_close(sigma.double() / scale / scale, reference.covariance_pool(exact), bound)
+    assert_close(sigma.double() / scale / scale, (gram_matrix if gram else reference.covariance_pool)(exact), bound)
     terms = reference.cov_sqrt(exact.detach(), iterations, "matrix", steps(floor, iterations))
     if output == "mean":
         terms /= channels**0.5  # they may cancel in it
@@ -144,6 +146,7 @@ FEATURE_MAPS = {
     "exponent": st.integers(-20, 20) | st.integers(-118, 118),  # as many times 8 for float64
     "mean": st.sampled_from((0.0, 3.0, -100.0)),
     "seed": st.integers(0, 2**31),
+    "gram": st.booleans(),
 }
 
 

@@ -48,21 +48,29 @@ template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKin
   stages.add(task.x.batch, task.chunks.count, [=](Items& items) { kernels.pool_backward(task, items); });
 }
 
-template <class X> void root(const RootTask<X>& task, EngineKind level, Stages& stages) {
-  const RootKernels<X> kernels = ISQRT_KERNELS(level, root_kernels<X>());
-  stages.add(task.batch, 1, [=](Items& items) { kernels.root(task, items); });
-}
-
-template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind level, Stages& stages) {
-  const RootKernels<X> kernels = ISQRT_KERNELS(level, root_kernels<X>());
-  stages.add(task.batch, 1, [=](Items& items) { kernels.root_backward(task, items); });
-}
+// Those of which each sample is one item: the kernel that `member` is.
+#define ISQRT_BY_SAMPLE(function, Task, batch, table, member)                               \
+  template <class X> void function(const Task<X>& task, EngineKind level, Stages& stages) { \
+    const auto kernels = ISQRT_KERNELS(level, table<X>());                                  \
+    stages.add(task.batch, 1, [=](Items& items) { kernels.member(task, items); });          \
+  }
+ISQRT_BY_SAMPLE(root, RootTask, batch, root_kernels, root)
+ISQRT_BY_SAMPLE(root_backward, RootBackwardTask, batch, root_kernels, root_backward)
+ISQRT_BY_SAMPLE(gram, GramTask, x.batch, gram_kernels, pool)
+ISQRT_BY_SAMPLE(expand, ExpandTask, x.batch, gram_kernels, expand)
+ISQRT_BY_SAMPLE(contract, ContractTask, x.batch, gram_kernels, contract)
+ISQRT_BY_SAMPLE(gram_backward, GramBackwardTask, x.batch, gram_kernels, backward)
+#undef ISQRT_BY_SAMPLE
 
 #define ISQRT_INSTANTIATE(X)                                                    \
   template void pool(const PoolTask<X>&, EngineKind, Stages&);                  \
   template void pool_backward(const PoolBackwardTask<X>&, EngineKind, Stages&); \
   template void root(const RootTask<X>&, EngineKind, Stages&);                  \
-  template void root_backward(const RootBackwardTask<X>&, EngineKind, Stages&);
+  template void root_backward(const RootBackwardTask<X>&, EngineKind, Stages&); \
+  template void gram(const GramTask<X>&, EngineKind, Stages&);                  \
+  template void expand(const ExpandTask<X>&, EngineKind, Stages&);              \
+  template void contract(const ContractTask<X>&, EngineKind, Stages&);          \
+  template void gram_backward(const GramBackwardTask<X>&, EngineKind, Stages&);
 ISQRT_INSTANTIATE(float)
 ISQRT_INSTANTIATE(double)
 ISQRT_INSTANTIATE(Half)

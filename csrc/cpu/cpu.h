@@ -35,5 +35,9 @@ template <class X> void pool(const PoolTask<X>& task, EngineKind level, Stages& 
 template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKind level, Stages& stages);
 template <class X> void root(const RootTask<X>& task, EngineKind level, Stages& stages);
 template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind level, Stages& stages);
+template <class X> void gram(const GramTask<X>& task, EngineKind level, Stages& stages);
+template <class X> void expand(const ExpandTask<X>& task, EngineKind level, Stages& stages);
+template <class X> void contract(const ContractTask<X>& task, EngineKind level, Stages& stages);
+template <class X> void gram_backward(const GramBackwardTask<X>& task, EngineKind level, Stages& stages);
 
 }  // namespace isqrt::cpu

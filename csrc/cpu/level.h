@@ -1,6 +1,7 @@
 // The kernels of one SIMD level: the body of avx512.cpp, avx2.cpp and portable.cpp.
 #pragma once
 #include "covariance_engine.h"
+#include "gram_engine.h"
 #include "matrix_engine.h"
 
 namespace isqrt::cpu::ISQRT_LEVEL {
@@ -74,14 +75,47 @@ template <class X> void root_backward(const RootBackwardTask<X>& task, Items& it
     MatrixEngine<T> e(C, storage.get());
     const auto sigma = task.sigma.sample(sample);
     const auto grad = in_compute_type(task.grad.sample(sample), storage.get() + size);
-    const auto gradient = grad.output == Output::kMean ? matrix_root_mean_backward(e, sigma, grad, task.steps, C)
-                                                       : matrix_root_backward(e, sigma, grad, task.steps, task.root);
+    const auto write_root = [&](const T& factor, Panels<T>& P) {
+      if (task.value) e.write(e.result(factor, P), RootView<T>{task.value, Output::kMatrix, C}.sample(sample));
+    };
+    const auto gradient = grad.output == Output::kMean
+                              ? matrix_root_mean_backward(e, sigma, grad, task.steps, C)
+                              : matrix_root_backward(e, sigma, grad, task.steps, task.root, write_root);
     e.write(gradient, task.grad_sigma.sample(sample));
   });
 }
 
+/// run(engine, M) for an Engine of each item.
+template <class Engine, class Task, class Run> void run_gram(const Task& task, Items& items, const Run& run) {
+  const int64_t C = task.x.channels, M = task.x.positions();
+  const Scratch<std::remove_const_t<std::remove_pointer_t<decltype(task.scale)>>> storage(Engine::storage_size(C, M));
+  items.take([&](int64_t sample) {
+    Engine engine(task, sample, storage.get());
+    run(engine, M);
+  });
+}
+
+template <class X> void gram_pool(const GramTask<X>& task, Items& items) {
+  run_gram<GramEngine<X>>(task, items, [](auto& e, int64_t positions) {
+    pool_gram(e, positions);
+    rescue_covariance<X>(e);
+  });
+}
+template <class X> void gram_expand(const ExpandTask<X>& task, Items& items) {
+  run_gram<ExpandEngine<X>>(task, items, [](auto& e, int64_t positions) { expand_root(e, positions); });
+}
+template <class X> void gram_contract(const ContractTask<X>& task, Items& items) {
+  run_gram<ContractEngine<X>>(task, items, [](auto& e, int64_t positions) { contract_gradient(e, positions); });
+}
+template <class X> void gram_backward(const GramBackwardTask<X>& task, Items& items) {
+  run_gram<GramBackwardEngine<X>>(task, items, [](auto& e, int64_t positions) { isqrt::gram_backward(e, positions); });
+}
+
 template <class X> PoolKernels<X> pool_kernels() { return {pool<X>, merge<X>, pool_backward<X>}; }
 template <class X> RootKernels<X> root_kernels() { return {root<X>, root_backward<X>}; }
+template <class X> GramKernels<X> gram_kernels() {
+  return {gram_pool<X>, gram_expand<X>, gram_contract<X>, gram_backward<X>};
+}
 
 template PoolKernels<float> pool_kernels();
 template PoolKernels<double> pool_kernels();
@@ -91,5 +125,9 @@ template RootKernels<float> root_kernels();
 template RootKernels<double> root_kernels();
 template RootKernels<Half> root_kernels();
 template RootKernels<BFloat16> root_kernels();
+template GramKernels<float> gram_kernels();
+template GramKernels<double> gram_kernels();
+template GramKernels<Half> gram_kernels();
+template GramKernels<BFloat16> gram_kernels();
 
 }  // namespace isqrt::cpu::ISQRT_LEVEL

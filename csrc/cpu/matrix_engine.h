@@ -51,7 +51,7 @@ template <class T> class MatrixEngine {
 #pragma GCC unroll 16
         for (int r = 0; r < W; ++r) {
           const Vector<T> above = load_vector(source.data + (i + r) * C + j);
-          block[r] = above == below[r] ? above : T(0.5) * above + T(0.5) * below[r];  // as RootView::symmetric
+          block[r] = symmetric_vector<T>(above, below[r]);
           store_vector(A.at(i + r, j), block[r]);
         }
         transpose<T>(block);
@@ -124,11 +124,12 @@ template <class T> class MatrixEngine {
   void add(Column& u, T alpha, T beta, const Column& v) const {
     for (int64_t i = 0; i < channels_; ++i) u.data[i] = alpha * u.data[i] + beta * v.data[i];
   }
+  /// A is symmetric: its rows stand for its columns.
   void sums(Column& u, const Matrix& A) const {
-    multiply_rows(u, A, [](int64_t) { return T(1); });
+    multiply_rows(u.data, A, channels_, channels_, [](int64_t) { return T(1); });
   }
   void multiply(Column& u, const Matrix& A, const Column& v) const {
-    multiply_rows(u, A, [&](int64_t i) { return v.data[i]; });
+    multiply_rows(u.data, A, channels_, channels_, [&](int64_t i) { return v.data[i]; });
   }
   void rank_two(Matrix& D, T alpha, T beta, const Column& u, const Column& v, const Column& w) const {
     const T *U = u.data, *V = v.data, *W = w.data;
@@ -144,18 +145,14 @@ template <class T> class MatrixEngine {
   /// Copies A out, the whole of it or its upper triangle.
   template <class X> void write(const Matrix& A, const RootView<X>& result) const {
     const int64_t C = channels_;
-    const bool upper = result.output == Output::kTriu;
-    for (int64_t j = 0; j < C; j += kPanel) {
-      const int64_t columns = minimum(kPanel, C - j);
-      if (!upper)
-        copy_strided(result.data + j, C, int64_t(1), A.at(0, j), kPanel, int64_t(1), C, columns);
-      else
-        for (int64_t i = 0; i < j + columns; ++i) {
-          const int64_t first = i < j ? j : i;
-          copy_strided(result.data + triu_index(i, first, C), C, int64_t(1), A.at(i, first), kPanel, int64_t(1),
-                       int64_t(1), j + columns - first);
-        }
-    }
+    if (result.output != Output::kTriu) return copy_panels(result.data, C, A, C, C);
+    for (int64_t i = 0; i < C; ++i)
+      for (int64_t first = i; first < C;) {
+        const int64_t end = minimum(C, first / kPanel * kPanel + kPanel);
+        copy_strided(result.data + triu_index(i, first, C), C, int64_t(1), static_cast<const T*>(A.at(i, first)),
+                     kPanel, int64_t(1), int64_t(1), end - first);
+        first = end;
+      }
   }
 
   void product(Matrix& D, T alpha, T beta, const Matrix& A, const Matrix& B) {
@@ -183,20 +180,6 @@ template <class T> class MatrixEngine {
   }
 
  private:
-  /// u = sum_i factor(i) A[i, :], A being symmetric.
-  template <class Factor> void multiply_rows(Column& u, const Matrix& A, const Factor& factor) const {
-    constexpr int kVectors = kPanel / S::kWidth;
-    for (int64_t j = 0; j < channels_; j += kPanel) {
-      Vector<T> sum[kVectors] = {};
-      const T* row = A.at(0, j);
-      for (int64_t i = 0; i < channels_; ++i, row += kPanel)
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sum[v] += factor(i) * load_vector(row + v * S::kWidth);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) store_vector(u.data + j + v * S::kWidth, sum[v]);
-    }
-  }
-
   /// For combine(): a tile of A B or A1 B1 + A2 B2. The left factors are symmetric: their rows stand for their columns.
   auto sum_of(const Matrix& A, const Matrix& B) const {
     return [&A, &B, n = channels_](auto& tile, int64_t i, int64_t j)

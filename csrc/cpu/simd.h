@@ -234,6 +234,39 @@ void copy_strided(To* dst, int64_t dst_row, int64_t dst_col, const From* src, in
     for (int64_t c = 0; c < cols; ++c) copy(dst + r * dst_row + c * dst_col, src + r * src_row + c * src_col);
 }
 
+/// The mean of two mirrored vectors, as symmetric_part() of views.h.
+template <class T> inline Vector<T> symmetric_vector(Vector<T> above, Vector<T> below) {
+  return above == below ? above : T(0.5) * above + T(0.5) * below;
+}
+
+/// Rows of `ld` numbers from and into panels.
+template <class T>
+inline void read_panels(const Panels<T>& A, const T* from, int64_t ld, int64_t rows, int64_t columns) {
+  for (int64_t j = 0; j < columns; j += kPanel)
+    copy_strided(A.at(0, j), kPanel, int64_t(1), from + j, ld, int64_t(1), rows, minimum(kPanel, columns - j));
+}
+template <class X, class T>
+inline void copy_panels(X* to, int64_t ld, const Panels<T>& A, int64_t rows, int64_t columns) {
+  for (int64_t j = 0; j < columns; j += kPanel)
+    copy_strided(to + j, ld, int64_t(1), static_cast<const T*>(A.at(0, j)), kPanel, int64_t(1), rows,
+                 minimum(kPanel, columns - j));
+}
+
+/// u = sum_i factor(i) A[i, :]
+template <class T, class Factor>
+inline void multiply_rows(T* u, const Panels<T>& A, int64_t rows, int64_t columns, const Factor& factor) {
+  constexpr int W = Simd<T>::kWidth, kVectors = kPanel / W;
+  for (int64_t j = 0; j < columns; j += kPanel) {
+    Vector<T> sum[kVectors] = {};
+    const T* row = A.at(0, j);
+    for (int64_t i = 0; i < rows; ++i, row += kPanel)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[v] += factor(i) * load_vector(row + v * W);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store_vector(u + j + v * W, sum[v]);
+  }
+}
+
 /// The extent of a register tile. With kUpper what lies under its diagonal does not count.
 template <int kRows_, int kVectors_, bool kUpper_ = false> struct Shape {
   static constexpr int kRows = kRows_, kVectors = kVectors_;

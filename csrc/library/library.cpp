@@ -186,11 +186,15 @@ Tensor root(const Tensor& sigma, const Tensor& scale, const Steps& steps, Root r
   return divide(result, torch::stable::view(scale, sizes));
 }
 
-Tensor root_backward(const Tensor& grad, const Tensor& sigma, const Steps& steps, Root root, Output output) {
+Tensor root_backward(const Tensor& grad, const Tensor& sigma, const Steps& steps, Root root, Output output,
+                     Tensor* value) {
   LibraryEngine engine(sigma);
   const LibraryEngine::Source sigma_source{symmetric_part(sigma)},
       grad_source{from_output(grad, sigma.size(1), output)};
-  return symmetric_part(matrix_root_backward(engine, sigma_source, grad_source, steps, root).value);
+  const auto with_root = [&](const Batch& factor, const LibraryEngine::Matrix& P) {
+    if (value) *value = symmetric_part(engine.result(factor, P).value);
+  };
+  return symmetric_part(matrix_root_backward(engine, sigma_source, grad_source, steps, root, with_root).value);
 }
 
 }  // namespace isqrt::library

@@ -1,0 +1,336 @@
+// The Engines of gram.h on one CPU thread, for all positions of a sample.
+#pragma once
+#include "positions.h"
+
+namespace isqrt::cpu::ISQRT_LEVEL {
+
+/// F of one sample, by positions and by channels: products read the rows of both factors.
+template <class X> class Features {
+  using T = Compute<X>;
+  using S = Simd<T>;
+
+ public:
+  static int64_t storage_size(int64_t channels, int64_t positions) {
+    return PositionTile<T>::storage_size(channels, positions) + Panels<T>::size(channels, positions);
+  }
+
+  Features(const FeatureMaps<const X>& x, T* storage)
+      : by_position{storage, Panels<T>::rows_for(x.positions())},
+        by_channel{storage + PositionTile<T>::storage_size(x.channels, x.positions()), Panels<T>::rows_for(x.channels)},
+        x_(x) {}
+
+  /// s (X - mu 1^T), and mu where that is wanted, for s = 1.
+  void load(int64_t sample, T s, T* mean) const {
+    if (s == 1) {
+      load_tile(PositionTile<X>(x_, sample, x_.positions(), by_position.data), mean);
+    } else {
+      const Distances<X> distances(x_, x_.sample(sample), s);  // halves of them
+      load_tile(PositionTile<T>(distances.maps(), 0, x_.positions(), by_position.data), nullptr);
+      for (T* number = by_position.data; number < by_channel.data; ++number) *number *= 2;
+    }
+    for (int64_t c = 0; c < x_.channels; c += S::kWidth)
+      for (int64_t m = 0; m < x_.positions(); m += S::kWidth)
+        transpose_block(by_channel.at(c, m), kPanel, by_position.at(m, c), kPanel);
+  }
+
+  const Panels<T> by_position, by_channel;
+
+ private:
+  template <class PositionTile> void load_tile(PositionTile tile, T* mean) const {
+    tile.load_tile(0, x_.positions());
+    tile.center_tile(x_.positions());
+    if (mean) tile.write_mean(mean);
+  }
+
+  FeatureMaps<const X> x_;
+};
+
+/// to = alpha A^T B, known to be symmetric: one triangle is computed in `spare`, and mirrored.
+template <class T>
+void store_symmetric(T* to, int64_t n, T alpha, const Panels<T>& A, const Panels<T>& B, int64_t terms,
+                     const Panels<T>& spare) {
+  for_tiles<T>(n, true, [&](auto shape, int64_t i, int64_t j) {
+    Tile<T, decltype(shape)> tile;
+    multiply_add(tile, A.at(0, i), B.at(0, j), terms);
+    tile.for_each(kPanel,
+                  [&](const Vector<T>& sum, int64_t offset) { store_vector(spare.at(i, j) + offset, alpha * sum); });
+  });
+  mirror<T>(round_up<int64_t>(n, Simd<T>::kWidth), kPanel, [&](int64_t i, int64_t j) { return spare.at(i, j); });
+  copy_panels(to, n, spare, n, n);
+}
+
+/// f(tile, i, j) for the register tiles of A^T B, rows x columns.
+template <class T, class F>
+inline __attribute__((always_inline)) void multiply_panels(int64_t rows, int64_t columns, const Panels<T>& A,
+                                                           const Panels<T>& B, int64_t terms, const F& f) {
+  using S = Simd<T>;
+  for (int64_t j = 0; j < columns; j += S::kColumns)
+    for (int64_t i = 0; i < rows; i += S::kRows) {
+      Tile<T, Shape<S::kRows, S::kVectors>> tile;
+      multiply_add(tile, A.at(0, i), B.at(0, j), terms);
+      f(tile, i, j);
+    }
+}
+
+/// x -> mu and K.
+template <class X> class GramEngine : public SecondPass<X> {
+  using T = Compute<X>;
+  using Base = SecondPass<X>;
+  using Base::x_, Base::mean_, Base::matrix_, Base::size_;
+
+ public:
+  static int64_t storage_size(int64_t channels, int64_t positions) {
+    return Features<X>::storage_size(channels, positions) + Panels<T>::size(positions, positions);
+  }
+
+  GramEngine(const GramTask<X>& task, int64_t sample, T* storage)
+      : Base(task.x, sample, task.mean, task.gram, task.x.positions(), task.scale),
+        sample_number_(sample),
+        features_(x_, storage),
+        spare_{storage + Features<X>::storage_size(x_.channels, size_), Panels<T>::rows_for(size_)} {}
+
+  void load_features() const { features_.load(sample_number_, 1, mean_); }
+  void store_gram(double alpha) const { store_gram(features_, T(alpha)); }
+
+  void rescale(T s) const {
+    Base::with_distances(s, [&](const FeatureMaps<const T>& distances) {
+      const Features<T> features(distances, features_.by_position.data);
+      features.load(0, 1, mean_);
+      store_gram(features, 4 / T(size_));
+    });
+  }
+
+ private:
+  template <class Y> void store_gram(const Features<Y>& F, T alpha) const {
+    store_symmetric(matrix_, size_, alpha, F.by_channel, F.by_channel, x_.channels, spare_);
+  }
+
+  int64_t sample_number_;
+  Features<X> features_;
+  Panels<T> spare_;
+};
+
+/// R -> Yhat.
+template <class X> class ExpandEngine {
+  using T = Compute<X>;
+  using S = Simd<T>;
+
+ public:
+  static int64_t storage_size(int64_t channels, int64_t positions) {
+    return Features<X>::storage_size(channels, positions) + Panels<T>::size(positions, positions) +
+           Panels<T>::size(positions, channels) + Panels<T>::size(channels, kPanel) + 2 * round_up(positions, kPanel);
+  }
+
+  ExpandEngine(const ExpandTask<X>& task, int64_t sample, T* storage)
+      : C_(task.x.channels),
+        M_(task.x.positions()),
+        sample_(sample),
+        scale_(task.scale[sample]),
+        result_(task.result.sample(sample)),
+        features_(task.x, storage),
+        root_{storage + Features<X>::storage_size(C_, M_), Panels<T>::rows_for(M_)},
+        product_{root_.data + Panels<T>::size(M_, M_), root_.rows},
+        strip_{product_.data + Panels<T>::size(M_, C_), Panels<T>::rows_for(C_)},
+        sums_(strip_.data + Panels<T>::size(C_, kPanel)),
+        weights_(sums_ + round_up(M_, kPanel)) {
+    read_panels(root_, task.root + sample * M_ * M_, M_, M_, M_);
+  }
+
+  void load_features() const { features_.load(sample_, scale_, nullptr); }
+
+  void multiply_root() const {  // of the mean: Q 1 = R (F^T 1)
+    if (result_.output == Output::kMean) {
+      multiply_rows(sums_, features_.by_channel, C_, M_, [](int64_t) { return T(1); });
+      multiply_rows(weights_, root_, M_, M_, [&](int64_t m) { return sums_[m]; });
+      return;
+    }
+    multiply_panels(M_, C_, root_, features_.by_position, M_, [&](auto& tile, int64_t i, int64_t j) {
+      tile.for_each(kPanel,
+                    [&](const Vector<T>& sum, int64_t offset) { store_vector(product_.at(i, j) + offset, sum); });
+    });
+  }
+
+  void store_root(double alpha) const {
+    const T share = T(alpha), inverse = 1 / scale_;  // their product may be a denormal number
+    if (result_.output == Output::kMean) {
+      multiply_rows(strip_.data, features_.by_position, M_, C_, [&](int64_t m) { return weights_[m]; });
+      for (int64_t c = 0; c < C_; ++c) result_.data[c] = inverse * (share / T(C_) * strip_.data[c]);
+      return;
+    }
+    for (int64_t j = 0; j < C_; j += kPanel) {
+      const Panels<T> right{product_.at(0, j), product_.rows};
+      const int64_t columns = minimum(kPanel, C_ - j);
+      multiply_panels(j + columns, columns, features_.by_position, right, M_, [&](auto& tile, int64_t i, int64_t k) {
+        tile.for_each(kPanel, [&](const Vector<T>& sum, int64_t offset) {
+          store_vector(strip_.at(i, k) + offset, inverse * (share * sum));
+        });
+      });
+      for (int64_t r = 0; r < columns; ++r)  // on the diagonal the upper triangle counts
+        for (int64_t c = 0; c < r; ++c) *strip_.at(j + r, c) = *strip_.at(j + c, r);
+      write_columns(j, columns);
+    }
+  }
+
+ private:
+  /// Columns of Yhat as far as the diagonal, from strip_, and their mirror image.
+  void write_columns(int64_t j, int64_t columns) const {
+    if (result_.output == Output::kTriu) {
+      for (int64_t i = 0; i < j + columns; ++i) {
+        const int64_t first = i < j ? j : i;
+        copy_strided(result_.data + triu_index(i, first, C_), C_, int64_t(1), strip_.at(i, first - j), kPanel,
+                     int64_t(1), int64_t(1), j + columns - first);
+      }
+      return;
+    }
+    copy_strided(result_.data + j, C_, int64_t(1), strip_.data, kPanel, int64_t(1), j + columns, columns);
+    copy_strided(result_.data + j * C_, C_, int64_t(1), strip_.data, int64_t(1), kPanel, columns, j);
+  }
+
+  int64_t C_, M_, sample_;
+  T scale_;
+  RootView<T> result_;
+  Features<X> features_;
+  Panels<T> root_, product_, strip_;
+  T *sums_, *weights_;
+};
+
+/// G -> V and H.
+template <class X> class ContractEngine {
+  using T = Compute<X>;
+  using S = Simd<T>;
+
+ public:
+  static int64_t storage_size(int64_t channels, int64_t positions) {
+    return Features<X>::storage_size(channels, positions) + Panels<T>::size(channels, positions) +
+           Panels<T>::size(channels, kPanel) + Panels<T>::size(positions, positions);
+  }
+
+  ContractEngine(const ContractTask<X>& task, int64_t sample, T* storage)
+      : C_(task.x.channels),
+        M_(task.x.positions()),
+        sample_(sample),
+        scale_(task.scale[sample]),
+        grad_(task.grad.sample(sample)),
+        product_to_(task.product + sample * C_ * M_),
+        grad_root_(task.grad_root + sample * M_ * M_),
+        features_(task.x, storage),
+        product_{storage + Features<X>::storage_size(C_, M_), Panels<T>::rows_for(C_)},
+        strip_{product_.data + Panels<T>::size(C_, M_), product_.rows},
+        spare_{strip_.data + Panels<T>::size(C_, kPanel), Panels<T>::rows_for(M_)} {}
+
+  void load_features() const { features_.load(sample_, scale_, nullptr); }
+
+  void multiply_gradient() const {
+    if (grad_.output == Output::kMean) return multiply_mean_gradient();
+    for (int64_t i = 0; i < C_; i += kPanel) {
+      load_columns(i);
+      multiply_panels(kPanel, M_, strip_, features_.by_channel, C_, [&](auto& tile, int64_t r, int64_t m) {
+        tile.for_each(kPanel,
+                      [&](const Vector<T>& sum, int64_t offset) { store_vector(product_.at(i + r, m) + offset, sum); });
+      });
+    }
+  }
+
+  void store_gradient(double alpha) const {
+    copy_panels(product_to_, M_, product_, C_, M_);
+    store_symmetric(grad_root_, M_, T(alpha), features_.by_channel, product_, C_, spare_);
+  }
+
+ private:
+  /// Columns [j, j + kPanel) of sym(G).
+  void load_columns(int64_t j) const {
+    constexpr int W = S::kWidth;
+    const int64_t columns = minimum(kPanel, C_ - j);
+    const int64_t whole = grad_.output == Output::kMatrix && columns == kPanel ? C_ / W * W : 0;
+    for (int64_t k = 0; k < whole; k += W)
+      for (int64_t v = 0; v < kPanel; v += W) {
+        Vector<T> below[W];
+#pragma GCC unroll 16
+        for (int r = 0; r < W; ++r) below[r] = load_vector(grad_.data + (j + v + r) * C_ + k);
+        transpose<T>(below);
+#pragma GCC unroll 16
+        for (int r = 0; r < W; ++r)
+          store_vector(strip_.at(k + r, v),
+                       symmetric_vector<T>(load_vector(grad_.data + (k + r) * C_ + j + v), below[r]));
+      }
+    for (int64_t k = whole; k < C_; ++k)
+      for (int64_t v = 0; v < columns; ++v)
+        *strip_.at(k, v) = k < j + v ? grad_.symmetric(k, j + v) : grad_.symmetric(j + v, k);
+  }
+
+  /// V for G = (g 1^T + 1 g^T) / (2 C): (g (1^T F) + 1 (g^T F)) / (2 C).
+  void multiply_mean_gradient() const {
+    T *const sums = strip_.data, *const weighted = spare_.data;
+    const T share = T(0.5) / T(C_);
+    multiply_rows(sums, features_.by_channel, C_, M_, [&](int64_t) { return share; });
+    multiply_rows(weighted, features_.by_channel, C_, M_, [&](int64_t c) { return share * grad_.data[c]; });
+    for (int64_t m = 0; m < M_; m += S::kWidth) {
+      const Vector<T> sum = load_vector(sums + m), weight = load_vector(weighted + m);
+      for (int64_t c = 0; c < C_; ++c) store_vector(product_.at(c, m), grad_.data[c] * sum + weight);
+    }
+  }
+
+  int64_t C_, M_, sample_;
+  T scale_;
+  RootView<const T> grad_;
+  T *product_to_, *grad_root_;
+  Features<X> features_;
+  Panels<T> product_, strip_, spare_;
+};
+
+/// V, R and dK -> dX.
+template <class X> class GramBackwardEngine {
+  using T = Compute<X>;
+
+ public:
+  static int64_t storage_size(int64_t channels, int64_t positions) {
+    return Features<X>::storage_size(channels, positions) + Panels<T>::size(positions, channels) +
+           2 * Panels<T>::size(positions, positions) + round_up(channels, kPanel) * round_up(positions, kPanel);
+  }
+
+  GramBackwardEngine(const GramBackwardTask<X>& task, int64_t sample, T* storage)
+      : C_(task.x.channels),
+        M_(task.x.positions()),
+        sample_(sample),
+        scale_(task.scale[sample]),
+        grad_x_(task.grad_x),
+        features_(task.x, storage),
+        product_{storage + Features<X>::storage_size(C_, M_), Panels<T>::rows_for(M_)},
+        root_{product_.data + Panels<T>::size(M_, C_), product_.rows},
+        grad_gram_{root_.data + Panels<T>::size(M_, M_), product_.rows},
+        result_(grad_gram_.data + Panels<T>::size(M_, M_)) {
+    read_panels(root_, task.root + sample * M_ * M_, M_, M_, M_);
+    read_panels(grad_gram_, task.grad_gram + sample * M_ * M_, M_, M_, M_);
+    const T* product = task.product + sample * C_ * M_;
+    for (int64_t c = 0; c < C_; c += kPanel)  // transposed
+      copy_strided(product_.at(0, c), kPanel, int64_t(1), product + c * M_, int64_t(1), M_, M_,
+                   minimum(kPanel, C_ - c));
+  }
+
+  void load_features() const { features_.load(sample_, scale_, nullptr); }
+
+  void store_features(double alpha) const {
+    const int64_t ld = round_up(M_, kPanel);
+    multiply_panels(C_, M_, product_, root_, M_, [&](auto& tile, int64_t c, int64_t m) {
+      multiply_add(tile, features_.by_position.at(0, c), grad_gram_.at(0, m), M_);
+      tile.for_each(ld, [&](const Vector<T>& sum, int64_t offset) {
+        store_vector(result_ + c * ld + m + offset, T(alpha) * sum);
+      });
+    });
+    X* const to = grad_x_.sample(sample_);
+    for_each_run(grad_x_, 0, M_, [&](int64_t offset, int64_t m, int64_t run) {
+      copy_strided(to + offset, grad_x_.stride_c, grad_x_.stride_w, static_cast<const T*>(result_ + m), ld, int64_t(1),
+                   C_, run);
+    });
+  }
+
+ private:
+  int64_t C_, M_, sample_;
+  T scale_;
+  FeatureMaps<X> grad_x_;
+  Features<X> features_;
+  Panels<T> product_, root_, grad_gram_;
+  T* result_;
+};
+
+}  // namespace isqrt::cpu::ISQRT_LEVEL

@@ -1,0 +1,258 @@
+// What the engines of covariance.h and gram.h read of feature maps on one CPU thread: positions are copied once into
+// cache, in the orientation in which products read them, whatever the strides of x.
+#pragma once
+#include "simd.h"
+
+namespace isqrt::cpu::ISQRT_LEVEL {
+
+/// Positions of a tile, whole panels: few enough to stay near the first-level cache, enough to outweigh a pass over M2.
+template <class T> inline int64_t tile_positions_for(int64_t channels) {
+  if (ISQRT_VECTOR_BYTES < 64) return 96;
+  const int64_t fitting = 48 * 1024 / (round_up(channels, kPanel) * int64_t(sizeof(T))) / 32 * 32;
+  return minimum<int64_t>(fitting < 128 ? 128 : fitting, 256);
+}
+
+/// Calls visit(offset, r, length) for each run of positions m + r, ... of one image row among [m, m + n).
+template <class T, class Visit>
+inline void for_each_run(const FeatureMaps<T>& x, int64_t m, int64_t n, const Visit& visit) {
+  for (int64_t r = 0; r < n;) {
+    const int64_t run = minimum(n - r, x.width - (m + r) % x.width);
+    visit(x.offset(m + r), r, run);
+    r += run;
+  }
+}
+
+/// The cache lines of the tile after this one, in rows of contiguous positions or channels. The hardware does not
+/// foresee where they lie, and all at once are more than it can wait for: they are asked for a few at a time, between
+/// products, and come into the second level, for the first one holds this tile.
+template <class X> class Ahead {
+  static constexpr int64_t kLine = 64 / sizeof(X);
+
+ public:
+  Ahead() = default;
+
+  /// Of up to n positions of a sample from m on. None where they are no rows.
+  Ahead(const FeatureMaps<const X>& x, const X* sample, int64_t m, int64_t n) : row_(sample + x.offset(m)) {
+    n = minimum(n, x.positions() - m);
+    if (x.height != 1 || n <= 0) return;
+    if (x.stride_w == 1) stride_ = x.stride_c, length_ = n, rows_ = x.channels;
+    if (x.stride_c == 1) stride_ = x.stride_w, length_ = x.channels, rows_ = n;
+  }
+
+  /// As many of the lines as come while so many numbers are multiplied.
+  void ask_for_during(int64_t products) {
+    constexpr int64_t kProductsOfLine = 512;
+    const X* row = row_;
+    int64_t at = at_, rows = rows_;
+    for (int64_t line = products / kProductsOfLine; line > 0 && rows > 0; --line) {
+      __builtin_prefetch(row + at, 0, 2);
+      at += kLine;
+      if (at >= length_) at = 0, row += stride_, --rows;
+    }
+    row_ = row, at_ = at, rows_ = rows;
+  }
+
+ private:
+  const X* row_ = nullptr;
+  int64_t stride_ = 0, length_ = 0, rows_ = 0, at_ = 0;
+};
+
+/// A tile of positions, [position, channel], less the mean of those before it, and its own mean relative to that.
+template <class X> class PositionTile {
+  using T = Compute<X>;
+  using S = Simd<T>;
+
+ public:
+  static int64_t storage_size(int64_t channels, int64_t positions) {
+    return Panels<T>::size(positions, channels) + 2 * round_up(channels, kPanel);
+  }
+
+  /// Of at most so many positions of a sample, the first of which is the mean to begin with.
+  PositionTile(const FeatureMaps<const X>& x, int64_t sample, int64_t positions, T* storage)
+      : x_(x),
+        sample_(x.sample(sample)),
+        padded_(round_up(x.channels, kPanel)),
+        tile_{storage, Panels<T>::rows_for(positions)},
+        mean_(tile_.data + tile_.rows * padded_),
+        delta_(mean_ + padded_) {
+    for (int64_t c = 0; c < x.channels; ++c) mean_[c] = to_number(sample_[c * x.stride_c]);
+  }
+
+  void load_tile(int64_t m, int64_t n) {
+    for (int64_t c = 0; c < padded_; ++c) delta_[c] = 0;
+    for_each_run(x_, m, n, [&](int64_t offset, int64_t r, int64_t run) { load_run(r, sample_ + offset, run); });
+    for (int64_t c = 0; c < x_.channels; ++c) delta_[c] /= T(n);
+  }
+
+  void center_tile(int64_t n) const {
+    for (int64_t c = 0; c < padded_; c += S::kWidth) {
+      const Vector<T> delta = load_vector(delta_ + c);
+      store_vector(mean_ + c, load_vector(mean_ + c) + delta);
+      store_vector(delta_ + c, Vector<T>{});
+      T* column = tile_.at(0, c);
+      for (int64_t r = 0; r < n; ++r, column += kPanel) store_vector(column, load_vector(column) - delta);
+    }
+  }
+
+  void write_mean(T* mean) const {
+    copy_strided(mean, x_.channels, int64_t(1), mean_, x_.channels, int64_t(1), int64_t(1), x_.channels);
+  }
+
+  const Panels<T>& tile() const { return tile_; }
+
+ private:
+  /// One run of positions, less the mean, into the tile's rows from `first` on; their sums into delta_. What cannot be
+  /// transposed in whole blocks, or lies neither along positions nor along channels, is read element by element.
+  void load_run(int64_t first, const X* x, int64_t run) const {
+    constexpr int W = S::kWidth;
+    const int64_t stride_c = x_.stride_c;  // the compiler does not know that a tile is written, and not this
+    const bool along_positions = x_.stride_w == 1, along_channels = stride_c == 1;
+    const int64_t vector_channels = along_positions || along_channels ? x_.channels / W * W : 0;
+    const int64_t vector_run = along_positions ? run / W * W : along_channels ? run : 0;
+    if (along_channels) {
+      int64_t c = 0;
+      for (; c + 4 * W <= vector_channels; c += 4 * W) load_columns<4>(first, x, c, run);
+      for (; c < vector_channels; c += W) load_columns<1>(first, x, c, run);
+    }
+    for (int64_t c = 0; along_positions && c < vector_channels; c += W) {
+      const Vector<T> mean = load_vector(mean_ + c);
+      Vector<T> sum = {};
+      T* tile = tile_.at(first, c);
+      for (int64_t r = 0; r < vector_run; r += W) {
+        Vector<T> rows[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) rows[i] = load_vector(x + (c + i) * stride_c + r);
+        transpose<T>(rows);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) {
+          const Vector<T> value = rows[i] - mean;
+          sum += value;
+          store_vector(tile + (r + i) * kPanel, value);
+        }
+      }
+      store_vector(delta_ + c, load_vector(delta_ + c) + sum);
+    }
+    for (int64_t c = 0; c < x_.channels; ++c)
+      for (int64_t r = c < vector_channels ? vector_run : 0; r < run; ++r) {
+        const T value = to_number(x[c * x_.stride_c + r * x_.stride_w]) - mean_[c];
+        delta_[c] += value;
+        *tile_.at(first + r, c) = value;
+      }
+  }
+
+  /// kVectors vectors of contiguous channels from c on, of each position of a run.
+  template <int kVectors> void load_columns(int64_t first, const X* x, int64_t c, int64_t run) const {
+    const int64_t stride = x_.stride_w;
+    Vector<T> mean[kVectors], sum[kVectors] = {};
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) mean[v] = load_vector(mean_ + c + v * S::kWidth);
+    T* tile[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) tile[v] = tile_.at(first, c + v * S::kWidth);
+    for (int64_t r = 0; r < run; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const Vector<T> value = load_vector(x + r * stride + c + v * S::kWidth) - mean[v];
+        sum[v] += value;
+        store_vector(tile[v] + r * kPanel, value);
+      }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      T* delta = delta_ + c + v * S::kWidth;
+      store_vector(delta, load_vector(delta) + sum[v]);
+    }
+  }
+
+ protected:
+  FeatureMaps<const X> x_;
+  const X* sample_;
+  int64_t padded_;
+  Panels<T> tile_;
+  T *mean_, *delta_;
+};
+
+/// f(channel, position, (x - share x_0) / 2) for each number of a sample, x_0 being its first position: half of a
+/// difference does not overflow.
+template <class X, class F>
+void for_each_distance(const FeatureMaps<const X>& x, const X* sample, Compute<X> share, const F& f) {
+  using T = Compute<X>;
+  for (int64_t c = 0; c < x.channels; ++c) {
+    const X* row = sample + c * x.stride_c;
+    const T first = T(0.5) * share * to_number(row[0]);
+    for (int64_t m = 0; m < x.positions(); ++m) f(c, m, T(0.5) * to_number(row[x.offset(m)]) - first);
+  }
+}
+
+/// A contiguous copy of s (x - x_0) / 2, for the samples whose squares leave the range of T.
+template <class X> class Distances {
+  using T = Compute<X>;
+
+ public:
+  Distances(const FeatureMaps<const X>& x, const X* sample, T s)
+      : channels_(x.channels), positions_(x.positions()), copy_(channels_ * positions_) {
+    for_each_distance(x, sample, T(1),
+                      [&](int64_t c, int64_t m, T distance) { copy_.get()[c * positions_ + m] = s * distance; });
+  }
+  FeatureMaps<const T> maps() const {
+    return {copy_.get(), 1, channels_, 1, positions_, channels_ * positions_, positions_, 0, 1};
+  }
+
+ private:
+  int64_t channels_, positions_;
+  Scratch<T> copy_;
+};
+
+/// What rescue_covariance() asks of an engine that has made mu and a matrix, size x size: rescale() aside.
+template <class X> class SecondPass {
+ protected:
+  using T = Compute<X>;
+
+  /// `mean`, `matrix` and `scale`, which may be null, are those of all samples.
+  SecondPass(const FeatureMaps<const X>& x, int64_t sample, T* mean, T* matrix, int64_t size, T* scale)
+      : x_(x),
+        sample_(x.sample(sample)),
+        mean_(mean + sample * x.channels),
+        matrix_(matrix + sample * size * size),
+        size_(size),
+        scale_(scale ? scale + sample : nullptr) {}
+
+ public:
+  T trace() const {
+    T sum = 0;
+    for (int64_t i = 0; i < size_; ++i) sum += matrix_[i * (size_ + 1)];
+    return sum;
+  }
+
+  T largest(T share) const {
+    T most = 0;
+    for_each_distance(x_, sample_, share, [&](int64_t, int64_t, T distance) {
+      const T size = distance < 0 ? -distance : distance;
+      if (!(size <= most)) most = size;  // NaN is taken over
+    });
+    return most;
+  }
+
+  void keep(T s) const {
+    if (scale_) {
+      *scale_ = s;
+    } else if (s != 1) {
+      for (int64_t i = 0; i < size_ * size_; ++i) matrix_[i] = matrix_[i] / s / s;
+    }
+  }
+
+ protected:
+  /// pool(distances) makes mean_ anew, and the matrix, which is four times as large, from half of s (x - x_0).
+  template <class Pool> void with_distances(T s, const Pool& pool) const {
+    const Distances<X> distances(x_, sample_, s);
+    pool(distances.maps());
+    for (int64_t c = 0; c < x_.channels; ++c) mean_[c] = to_number(sample_[c * x_.stride_c]) + 2 * (mean_[c] / s);
+  }
+
+  FeatureMaps<const X> x_;
+  const X* sample_;
+  T *mean_, *matrix_;
+  int64_t size_;
+  T* scale_;
+};
+
+}  // namespace isqrt::cpu::ISQRT_LEVEL
