@@ -7,8 +7,8 @@
 The base is float32, NCHW, output "matrix", 5 steps, all threads and the engines that plan() chooses; options that do
 not run are listed with the reason. Everything is timed once in every round, each time in another order; ratios are the
 medians of the ratios of each round. On a GPU replays of CUDA graphs are timed, which the cost of a call is no part of.
-Below come the operators that a call consists of, each alone, and at the end that cost: of a call that has next to
-nothing to do, beside an empty operator of torch.library.
+Below come the operators alone that a call with C x C matrices consists of, and at the end that cost: of a call that has
+next to nothing to do, beside an empty operator of torch.library.
 """
 
 import argparse
@@ -57,6 +57,7 @@ class Option:
     memory_format: torch.memory_format = torch.contiguous_format
     threads: int | None = None  # all
     engine: str = "auto"
+    covariance: bool = False  # C x C matrices where plan() chooses those of the positions
     arguments: dict[str, Any] = field(default_factory=dict)  # of cov_sqrt
 
 
@@ -70,6 +71,7 @@ OPTIONS = {
     "float64": Option(dtype=torch.float64),
     "3 minimax steps": Option(arguments={"iterations": 3, "coefficients": "minimax", "spectrum_floor": 1e-2}),
     "1 thread": Option(threads=1),
+    "C x C matrices": Option(covariance=True),
     'engine "library"': Option(engine="library"),
     'engine "grid"': Option(engine="grid"),
     'engine "warpgroup"': Option(engine="warpgroup"),
@@ -93,9 +95,10 @@ def function_of(option: Option, shape: tuple[int, ...], device: torch.device) ->
     """cov_sqrt with this option; RuntimeError where its engine does not run."""
     library = methods.load_library()
     given: dict[str, Any] = {"iterations": 5, "output": option.output} | option.arguments
-    if option.engine == "auto":
+    if option.engine == "auto" and not option.covariance:
         return lambda x: library.cov_sqrt(x, **given)
-    library.plan(shape, option.dtype, device, option.engine)
+    if not library.plan(shape, option.dtype, device, option.engine)["gram"] and option.covariance:
+        raise RuntimeError("they are, for there are not much fewer positions than channels")
     code = library.ops.code
     output, engine = (
         code("output", option.output, library.ops.OUTPUTS),
@@ -154,7 +157,7 @@ def run_shape(arguments: argparse.Namespace, shape: tuple[int, ...], progress) -
 
 
 def parts(arguments: argparse.Namespace, shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    """The operators that a call consists of, float32 and 5 steps; those of the root by each engine that runs."""
+    """The operators that a call with C x C matrices consists of, float32 and 5 steps; those of the root by each engine that runs."""
     library, operators, device = methods.load_library(), torch.ops.isqrt_cov, torch.device(arguments.device)
     x = features.feature_maps("photo", shape, torch.float32, device)
     (sigma, mean), upstream = operators.covariance_pool(x), methods.make_case(x, 5, "matrix").upstream

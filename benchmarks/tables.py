@@ -118,7 +118,7 @@ def options(name: str) -> list[str]:
     """What each option costs: forward + backward in ms and beside the base."""
     result = load(name)
     rows = []
-    for option in result["shapes"][0]["options"]:
+    for option in dict.fromkeys(name for entry in result["shapes"] for name in entry["options"]):
         rows.append([option])
         for entry in result["shapes"]:
             about = entry["options"].get(option, {}).get("forward_backward")
