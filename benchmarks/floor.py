@@ -41,8 +41,9 @@ def half_products(iterations: int, output: str) -> tuple[int, int]:
     in the backward, and those of the first tangent with an upstream gradient of rank 2, a step of its own, cost C^2.
     The rest is counted as it is for a full gradient.
 
-    Where there are fewer positions than channels, the iteration may take their M x M Gram matrix (csrc/gram.h), and as
-    many products for Z_N: one less where all steps are the first ones and the last ones, for then Z_N is a sum.
+    Where there are fewer positions than channels, the iteration may take their Gram matrix (csrc/gram.h), which has
+    M - 1 rows, and as many products for Z_N: one less where all steps are the first ones and the last ones, for then
+    Z_N is a sum.
     """
     if output != "mean":
         forward = _products(_steps_at_once(iterations), ends=True)
@@ -74,18 +75,19 @@ def work(shape: tuple[int, int, int, int], iterations: int, output: str, itemsiz
       forward bytes   read x, write the output
       backward bytes  read x, write dX, read the upstream gradient; and the matrix that is kept for it, written by the
                       forward and read by the backward, which only a training step pays
-    From the side of the positions, if that is less in all, the half products have M^3 flops, and the others are
-      forward flops   one triangle of X' X: C M M; Q = R X' and one triangle of X Q: 2 C M M + C C M;
-                      for "mean" vectors instead, 1' X, R times that, and X times that: 4 C M + 2 M M, and as many
+    From the side of the positions, if that is less in all, the features F have n = M - 1 numbers a channel, the half
+    products n^3 flops, and the others are
+      forward flops   one triangle of F' F: C n n; P = R F' and one triangle of F P: 2 C n n + C C n;
+                      for "mean" vectors instead, 1' F, R times that, and F times that: 4 C n + 2 n n, and three
                       matrix-vector products for the last step
-      backward flops  V = G X and one triangle of X' V: 2 C C M + C M M; V R and X dK: 4 C M M;
-                      for "mean" V has rank 2: X dK alone, 2 C M M, and vectors, some 8 C M
+      backward flops  V = G F and one triangle of F' V: 2 C C n + C n n; V R and F dK: 4 C n n;
+                      for "mean" V has rank 2: F dK alone, 2 C n n, and vectors, some 8 C n
     """
     by_channels, by_positions = _flops(shape, iterations, output), _gram_flops(shape, iterations, output)
     flops = min(by_channels, by_positions, key=sum)
     batch, channels, height, width = shape
     m = height * width
-    side = m if flops is by_positions else channels
+    side = m - 1 if flops is by_positions else channels
     numbers = {"matrix": channels**2, "triu": channels * (channels + 1) // 2, "mean": channels}[output]
     forward_numbers = channels * m + numbers
     step_numbers = forward_numbers + 2 * channels * m + numbers + 2 * side**2
@@ -107,17 +109,17 @@ def _flops(shape: tuple[int, int, int, int], iterations: int, output: str) -> tu
 def _gram_flops(shape: tuple[int, int, int, int], iterations: int, output: str) -> tuple[int, int]:
     """The same from the side of the positions."""
     _, channels, height, width = shape
-    m = height * width
+    n = height * width - 1
     forward, backward = half_products(iterations, output)
     if output == "mean":
         return (
-            channels * m**2 + forward * m**3 + 4 * channels * m + 2 * m**2 + 3 * 2 * m**2,
-            backward * m**3 + 2 * channels * m**2 + 8 * channels * m,
+            channels * n**2 + forward * n**3 + 4 * channels * n + 2 * n**2 + 3 * 2 * n**2,
+            backward * n**3 + 2 * channels * n**2 + 8 * channels * n,
         )
     is_sum = iterations <= 2
     return (
-        3 * channels * m**2 + channels**2 * m + (forward - is_sum) * m**3,
-        (backward - 3 * is_sum) * m**3 + 2 * channels**2 * m + 5 * channels * m**2,
+        3 * channels * n**2 + channels**2 * n + (forward - is_sum) * n**3,
+        (backward - 3 * is_sum) * n**3 + 2 * channels**2 * n + 5 * channels * n**2,
     )
 
 

@@ -77,6 +77,11 @@ def clamped_root(case: Case, x: Tensor) -> Tensor:
     return reference.convert_output(reference.eig_sqrt(reference.covariance_pool(x), floor=clamp), case.output)
 
 
+def gram_root(case: Case, x: Tensor) -> Tensor:
+    """The exact root with its gradient, for fewer positions than channels; null directions are not clamped."""
+    return eig_gram_cov_sqrt(x, case.output)
+
+
 def exact_root(case: Case, x: Tensor) -> Tensor:
     return reference.convert_output(reference.exact_sqrt(reference.covariance_pool(x)), case.output)
 
@@ -157,6 +162,39 @@ def eig_cov_sqrt(x: Tensor, output: str) -> Tensor:
     return reference.convert_output(reference.eig_sqrt(covariance(x)), output)
 
 
+class _InverseEigenRoot(torch.autograd.Function):
+    """f(A) of a symmetric A with f(l) = 1 / sqrt(l) above ``floor`` and 0 below, by eigen-decomposition."""
+
+    @staticmethod
+    def forward(ctx, a, floor):
+        values, vectors = torch.linalg.eigh(a)
+        inverse = torch.where(values > floor, values.clamp_min(floor).rsqrt(), 0.0)
+        ctx.save_for_backward(inverse, vectors)
+        return (vectors * inverse[:, None, :]) @ vectors.mT
+
+    @staticmethod
+    def backward(ctx, grad):
+        # Daleckii-Krein, as in reference.eig_sqrt; where one eigenvalue is below the floor the features are zero, too.
+        inverse, vectors = ctx.saved_tensors
+        product = inverse[:, :, None] * inverse[:, None, :]
+        sums = (inverse[:, :, None] + inverse[:, None, :]).clamp_min(torch.finfo(inverse.dtype).tiny)
+        k = -product * product / sums
+        return vectors @ (k * (vectors.mT @ ((grad + grad.mT) / 2) @ vectors)) @ vectors.mT, None
+
+
+def eig_gram_cov_sqrt(x: Tensor, output: str) -> Tensor:
+    """The exact root by way of the smaller matrix, for fewer positions than channels.
+
+    With F = X - mu 1' and K = F' F / M it is F K^{-1/2} F' / M.
+    """
+    x = x.flatten(2)
+    centred = x - x.mean(2, keepdim=True)
+    gram = centred.mT.bmm(centred) / x.shape[2]
+    trace = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    root = _InverseEigenRoot.apply(gram / trace, x.shape[2] * torch.finfo(x.dtype).eps)
+    return reference.convert_output(centred @ root @ centred.mT / (x.shape[2] * trace.sqrt()), output)
+
+
 def of_function(case: Case, function: Callable[[Tensor], Tensor], **about) -> Prepared:
     """A function of x that autograd can go through."""
 
@@ -195,6 +233,13 @@ def _prepare_pade(case: Case) -> Prepared:
 
 def _prepare_eig(case: Case) -> Prepared:
     return of_function(case, working(lambda x: eig_cov_sqrt(x, case.output)))
+
+
+def _prepare_eig_gram(case: Case) -> Prepared:
+    channels, positions = case.x.flatten(2).shape[1:]
+    if positions >= channels:
+        raise Unavailable("there are no fewer positions than channels")
+    return of_function(case, working(lambda x: eig_gram_cov_sqrt(x, case.output)))
 
 
 def _prepare_eager(case: Case) -> Prepared:
@@ -361,6 +406,7 @@ METHODS: dict[str, Method] = {
     ),
     "minimax": Method(f"isqrt_cov.cov_sqrt, {MINIMAX_STEPS} minimax steps", _prepare_minimax, minimax_root),
     "eig": Method("torch.linalg.eigh, clamped, stable backward", _prepare_eig, clamped_root),
+    "eig_gram": Method("the same of the M x M Gram matrix, where it is the smaller one", _prepare_eig_gram, gram_root),
     "eager": Method("Newton-Schulz, bmm and autograd", _prepare_eager),
     "baddbmm": Method("Newton-Schulz, fused products, autograd", _prepare_baddbmm),
     "compile": Method("torch.compile of eager or baddbmm, the faster", _prepare_compile, quick=False),

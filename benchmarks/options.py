@@ -157,7 +157,10 @@ def run_shape(arguments: argparse.Namespace, shape: tuple[int, ...], progress) -
 
 
 def parts(arguments: argparse.Namespace, shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    """The operators that a call with C x C matrices consists of, float32 and 5 steps; those of the root by each engine that runs."""
+    """The operators that a call with C x C matrices consists of, float32 and 5 steps.
+
+    Those of the root by each engine that runs.
+    """
     library, operators, device = methods.load_library(), torch.ops.isqrt_cov, torch.device(arguments.device)
     x = features.feature_maps("photo", shape, torch.float32, device)
     (sigma, mean), upstream = operators.covariance_pool(x), methods.make_case(x, 5, "matrix").upstream

@@ -131,6 +131,7 @@ COLOURS = {
     "ours_graph": "#7f1d1d",
     "minimax": "#f59e0b",
     "eig": "#6b7280",
+    "eig_gram": "#d1d5db",
     "eager": "#93c5fd",
     "baddbmm": "#3b82f6",
     "compile": "#1e3a8a",

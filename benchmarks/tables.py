@@ -61,7 +61,7 @@ def speed(name: str, others: tuple[str, ...]) -> list[str]:
         rows[-1].append(number(ours["forward_backward"]["times_floor"]))
         for key in ("peak_process_bytes", "kept_for_backward_bytes"):
             rows[-1].append(" / ".join(mebibytes(about["memory"][key]) for about in (ours, methods["eager"])))
-    names = {"compile": "torch.compile", "mxm": "M x M", "eig": "EIG", "pade": "Padé"}
+    names = {"compile": "torch.compile", "mxm": "M x M", "eig": "EIG", "eig_gram": "EIG, M x M", "pade": "Padé"}
     heading = ["B x C x H x W", *(names.get(other, other) for other in others), "time / floor", "peak MiB", "kept MiB"]
     others = max(entry["processor_time_of_others_percent"] or 0 for entry in result["shapes"])
     shared = f" Others took up to {others:.0f} % of the processors meanwhile." if others > 5 else ""
@@ -242,9 +242,9 @@ def published() -> list[str]:
 # ---- The files
 
 TABLES: dict[str, Callable[[], list[str]]] = {
-    "soca": lambda: speed("soca_cpu", ("eig", "eager", "baddbmm", "compile", "mxm", "pade")),
+    "soca": lambda: speed("soca_cpu", ("eig", "eig_gram", "eager", "baddbmm", "compile", "mxm", "pade")),
     "soca_avx2": lambda: speed("soca_cpu_avx2", ("eig", "eager", "baddbmm", "compile")),
-    "soca_wide": lambda: speed("soca_cpu_wide", ("eig", "eager", "baddbmm", "compile")),
+    "soca_wide": lambda: speed("soca_cpu_wide", ("eig", "eig_gram", "eager", "baddbmm", "compile")),
     "gpu": lambda: gpu_speed("soca_h200", "soca_h200_more"),
     "gpu_bfloat16": lambda: gpu_speed("soca_h200_bfloat16"),
     "gpu_san": lambda: gpu_san("san_h200"),

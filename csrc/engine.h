@@ -161,8 +161,14 @@ struct Cuda {
     (on_grid ? cuda::grid_root<X> : cuda::root<X>)(task, kind == EngineKind::kWarpgroup, stream);
   }
   template <class X> void root_backward(const RootBackwardTask<X>& task, EngineKind kind) {
-    const bool on_grid = cuda::on_grid(kind, task.sigma.channels, sizeof(Compute<X>), true, task.steps.any_in_full());
+    using T = Compute<X>;
+    const bool on_grid = cuda::on_grid(kind, task.sigma.channels, sizeof(T), true, task.steps.any_in_full());
     (on_grid ? cuda::grid_root_backward<X> : cuda::root_backward<X>)(task, kind == EngineKind::kWarpgroup, stream);
+    if (task.value && !on_grid)  // one more launch, rather than more code for all
+      root(
+          RootTask<T>{
+              task.batch, task.sigma, task.steps, task.root, {task.value, Output::kMatrix, task.sigma.channels}},
+          kind);
   }
   void finish() {}
   /// Elements that the engine needs beside sigma.
@@ -267,7 +273,7 @@ template <class Device> struct Engine {
                        Tensor* value = nullptr) {
     const int64_t B = sigma.size(0), C = sigma.size(1);
     if (choice.backward == EngineKind::kLibrary && B > 0)
-      return library::root_backward(as(finish(grad), sigma.scalar_type()), sigma, steps, root, output, value);
+      return library::root_backward(as(grad, sigma.scalar_type()), sigma, steps, root, output, value);
     hold(grad), hold(sigma);
     const Tensor result = empty(sigma, {B, C, C}, sigma.scalar_type());
     if (value) *value = hold(empty(sigma, {B, C, C}, sigma.scalar_type()));
@@ -288,71 +294,94 @@ template <class Device> struct Engine {
 
   // ---- the same root from the side of the positions, gram.h
 
+  /// Their products beside those of the root are the library's on a GPU, and where the root's are.
+  bool gram_by_library() const { return Device::kCuda || choice.forward == EngineKind::kLibrary; }
+
   /// K of scale x, mu and scale.
   Pooled pool_gram(const Tensor& x) {
-    const int64_t B = x.size(0), C = x.size(1), M = choice.pool.positions;
+    const int64_t B = x.size(0), C = x.size(1), M = choice.pool.positions, n = gram_side(M);
     const ScalarType dtype = compute_dtype(x.scalar_type());
-    const Tensor gram = empty(x, {B, M, M}, dtype), mean = empty(x, {B, C}, dtype), scale = empty(x, {B}, dtype);
-    if (B == 0) return {gram, mean, scale};
-    dispatch(x, [&](auto zero) {
-      using X = decltype(zero);
-      using T = Compute<X>;
-      device.gram(GramTask<X>{feature_maps<const X>(x, x.const_data_ptr()), mean.mutable_data_ptr<T>(),
-                              gram.mutable_data_ptr<T>(), scale.mutable_data_ptr<T>()},
-                  choice.pooling);
-    });
+    if (gram_by_library() && B > 0) {
+      library::GramEngine engine(x, dtype);
+      isqrt::pool_gram(engine, M);
+      return {engine.result(), engine.mean(), engine.scale()};
+    }
+    const Tensor gram = empty(x, {B, n, n}, dtype), mean = empty(x, {B, C}, dtype), scale = empty(x, {B}, dtype);
+    if constexpr (!Device::kCuda)
+      if (B > 0)
+        dispatch(x, [&](auto zero) {
+          using X = decltype(zero);
+          using T = Compute<X>;
+          device.gram(GramTask<X>{feature_maps<const X>(x, x.const_data_ptr()), mean.mutable_data_ptr<T>(),
+                                  gram.mutable_data_ptr<T>(), scale.mutable_data_ptr<T>()},
+                      choice.pooling);
+        });
     return {gram, mean, scale};
   }
 
   /// Yhat in the dtype that x is computed in, from R.
   Tensor expand(const Tensor& x, const Tensor& scale, const Tensor& root, Output output) {
     const int64_t B = x.size(0), C = x.size(1);
+    const ScalarType dtype = compute_dtype(x.scalar_type());
+    if (gram_by_library() && B > 0) {
+      library::GramEngine engine(x, dtype, &scale);
+      engine.expand(root, output);
+      expand_root(engine, choice.pool.positions);
+      return engine.result();
+    }
     hold(scale), hold(root);
-    const Tensor result = empty(x, output_shape(B, C, output), compute_dtype(x.scalar_type()));
-    if (B == 0) return result;
-    dispatch(x, [&](auto zero) {
-      using X = decltype(zero);
-      using T = Compute<X>;
-      device.expand(ExpandTask<X>{feature_maps<const X>(x, x.const_data_ptr()), scale.const_data_ptr<T>(),
-                                  root.const_data_ptr<T>(), target<T>(result, output, C)},
-                    choice.pooling);
-    });
+    const Tensor result = empty(x, output_shape(B, C, output), dtype);
+    if constexpr (!Device::kCuda)
+      if (B > 0)
+        dispatch(x, [&](auto zero) {
+          using X = decltype(zero);
+          using T = Compute<X>;
+          device.expand(ExpandTask<X>{feature_maps<const X>(x, x.const_data_ptr()), scale.const_data_ptr<T>(),
+                                      root.const_data_ptr<T>(), target<T>(result, output, C)},
+                        choice.pooling);
+        });
     return result;
   }
 
   /// dX for the upstream gradient `grad`, contiguous and in the dtype that x is computed in.
   Tensor gram_backward(const Tensor& grad, const Tensor& x, const Tensor& gram, const Tensor& scale, const Steps& steps,
                        Output output) {
-    const int64_t B = x.size(0), C = x.size(1), M = choice.pool.positions;
-    const Tensor dx = like(x);
+    const int64_t B = x.size(0), C = x.size(1), M = choice.pool.positions, n = gram_side(M);
+    Tensor dx = like(x);
     if (B == 0) return dx;
+    const auto root_of = [&](const Tensor& grad_root, Tensor* root) {
+      return root_backward(grad_root, gram, steps, Root::kInverse, Output::kMatrix, root);
+    };
+    if (gram_by_library()) {
+      library::GramEngine engine(x, gram.scalar_type(), &scale);
+      engine.contract(grad, output);
+      contract_gradient(engine, M);
+      Tensor root;
+      const Tensor grad_gram = root_of(engine.result(), &root);
+      engine.backward(root, grad_gram);
+      isqrt::gram_backward(engine, M);
+      torch::stable::copy_(dx, torch::stable::view(engine.result(), x.sizes()));
+      return dx;
+    }
     hold(grad), hold(gram), hold(scale);
-    const ScalarType dtype = gram.scalar_type();
-    const Tensor &product = hold(empty(x, {B, C, M}, dtype)), &grad_root = hold(empty(x, {B, M, M}, dtype));
-    const auto for_maps = [&](const auto& f) {
+    if constexpr (!Device::kCuda) {
+      const ScalarType dtype = gram.scalar_type();
+      const Tensor &product = hold(empty(x, {B, C, n}, dtype)), &grad_root = hold(empty(x, {B, n, n}, dtype));
       dispatch(x, [&](auto zero) {
         using X = decltype(zero);
-        f(feature_maps<const X>(x, x.const_data_ptr()), zero, Compute<X>());
+        using T = Compute<X>;
+        const auto maps = feature_maps<const X>(x, x.const_data_ptr());
+        device.contract(ContractTask<X>{maps, scale.const_data_ptr<T>(), source<T>(grad, output, C),
+                                        product.mutable_data_ptr<T>(), grad_root.mutable_data_ptr<T>()},
+                        choice.pooling);
+        Tensor root;
+        const Tensor& grad_gram = hold(root_of(grad_root, &root));
+        device.gram_backward(
+            GramBackwardTask<X>{maps, scale.const_data_ptr<T>(), product.const_data_ptr<T>(), root.const_data_ptr<T>(),
+                                grad_gram.const_data_ptr<T>(), feature_maps<X>(dx, dx.mutable_data_ptr())},
+            choice.pooling);
       });
-    };
-    for_maps([&](const auto& maps, auto zero, auto number) {
-      using X = decltype(zero);
-      using T = decltype(number);
-      device.contract(ContractTask<X>{maps, scale.const_data_ptr<T>(), source<T>(grad, output, C),
-                                      product.mutable_data_ptr<T>(), grad_root.mutable_data_ptr<T>()},
-                      choice.pooling);
-    });
-    Tensor root;
-    const Tensor& grad_gram = hold(root_backward(grad_root, gram, steps, Root::kInverse, Output::kMatrix, &root));
-    hold(root);
-    for_maps([&](const auto& maps, auto zero, auto number) {
-      using X = decltype(zero);
-      using T = decltype(number);
-      device.gram_backward(
-          GramBackwardTask<X>{maps, scale.const_data_ptr<T>(), product.const_data_ptr<T>(), root.const_data_ptr<T>(),
-                              grad_gram.const_data_ptr<T>(), feature_maps<X>(dx, dx.mutable_data_ptr())},
-          choice.pooling);
-    });
+    }
     return dx;
   }
 };

@@ -65,9 +65,9 @@ void check_beside(const Tensor& t, const char* name, Sizes sizes, ScalarType dty
   check(place(t) == place(first), name, ": expected ", place(first), ", got ", place(t));
 }
 
-template <class Device> void check_gram(const Tensor& x) {
-  check(!Device::kCuda, "gram: does not run on a CUDA device");
-  check(positions_of(x) < x.size(1), "gram: expected fewer positions than channels, got shape ", shape(x));
+void check_gram(const Tensor& x) {
+  const int64_t M = positions_of(x);
+  check(M > 1 && M < x.size(1), "gram: expected more than one position and fewer than channels, got shape ", shape(x));
 }
 
 /// The upstream gradient of a result that was put out in x's dtype, or in the one it is computed in.
@@ -135,19 +135,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cov_sqrt(const Tensor& x, int64_t ite
   const Steps steps = check_steps(iterations, spectrum_floor);
   const Output layout = check_output(output);
   const ScalarType kept = compute_dtype(x.scalar_type()), dtype = wide ? kept : x.scalar_type();
-  if (gram) check_gram<Device>(x);
+  if (gram) check_gram(x);
   Engine<Device> chosen(x, positions_of(x), check_engine(engine), steps, gram);
-  if constexpr (!Device::kCuda)
-    if (gram) {
-      const auto [matrix, mean, scale] = chosen.pool_gram(x);
-      const Tensor root = chosen.root(matrix, none(matrix), steps, Root::kInverse, Output::kMatrix, kept);
-      return {as(chosen.finish(chosen.expand(x, scale, root, layout)), dtype), matrix, mean, scale};
-    }
+  if (gram) {
+    const auto [matrix, mean, scale] = chosen.pool_gram(x);
+    const Tensor root = chosen.root(matrix, none(matrix), steps, Root::kInverse, Output::kMatrix, kept);
+    return {as(chosen.finish(chosen.expand(x, scale, root, layout)), dtype), matrix, mean, scale};
+  }
   const auto [sigma, mean, scale] = chosen.pool(x, true);
   return {chosen.finish(chosen.root(sigma, scale, steps, Root::kSquare, layout, dtype)), sigma, mean, scale};
 }
 
-/// Of gram.h where sigma is a matrix of positions.
+/// Of gram.h where sigma is a matrix of that size.
 template <class Device>
 Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigma, const Tensor& mean,
                          const Tensor& scale, int64_t iterations, int64_t output, double spectrum_floor,
@@ -157,17 +156,16 @@ Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigm
   const Steps steps = check_steps(iterations, spectrum_floor);
   const Output layout = check_output(output);
   const ScalarType kept = compute_dtype(x.scalar_type());
-  const bool gram = !Device::kCuda && M < C && sigma.dim() == 3 && sigma.size(1) == M;
-  const int64_t side = gram ? M : C;
+  const bool gram = M > 1 && M < C && sigma.dim() == 3 && sigma.size(1) == gram_side(M);
+  const int64_t side = gram ? gram_side(M) : C;
   check_gradient(grad, output_shape(B, C, layout), x);
   check_beside(sigma, "sigma", {B, side, side}, kept, x);
   check_beside(mean, "mean", {B, C}, kept, x);
   check_beside(scale, "scale", {B}, kept, x);
   Engine<Device> chosen(x, M, check_engine(engine), steps, gram);
-  if constexpr (!Device::kCuda)
-    if (gram)
-      return chosen.finish(
-          chosen.gram_backward(dense(as(grad, kept)), x, matrices(sigma), matrices(scale), steps, layout));
+  if (gram)
+    return chosen.finish(
+        chosen.gram_backward(dense(as(grad, kept)), x, matrices(sigma), matrices(scale), steps, layout));
   const Tensor grad_sigma = chosen.root_backward(dense(grad), matrices(sigma), steps, Root::kSquare, layout);
   return chosen.finish(chosen.pool_backward(grad_sigma, x, matrices(mean), matrices(scale)));
 }

@@ -48,9 +48,9 @@ Plan plan_cpu(const Problem& p, EngineKind requested) {
 /// device.
 int blocks_of_sample(const Problem& p, const cuda::Limits& device, bool backward) {
   const int64_t fewest = backward ? 17 : 49, fewest_for_eight = 65;
-  const int64_t bytes = cuda::cluster_shared_bytes(p.channels, p.element_size, backward, p.in_full);
-  if (!device.clusters || bytes == 0 || bytes > device.shared_bytes || p.channels < fewest) return 1;
-  if (backward && p.channels >= fewest_for_eight && 8 * p.batch <= device.multiprocessors / 2) return 8;
+  const int64_t bytes = cuda::cluster_shared_bytes(p.side(), p.element_size, backward, p.in_full);
+  if (!device.clusters || bytes == 0 || bytes > device.shared_bytes || p.side() < fewest) return 1;
+  if (backward && p.side() >= fewest_for_eight && 8 * p.batch <= device.multiprocessors / 2) return 8;
   // Of the groups of multiprocessors that clusters lie in some have two left over: 30 of four find room on an H200.
   if (4 * p.batch <= device.multiprocessors * 10 / 11) return 4;
   return 2 * p.batch <= device.multiprocessors ? 2 : 1;
@@ -59,7 +59,7 @@ int blocks_of_sample(const Problem& p, const cuda::Limits& device, bool backward
 Plan plan_cuda(const Problem& p, EngineKind requested) {
   const cuda::Limits device = cuda::limits(p.device);
   const auto choose = [&](bool backward) {
-    const int64_t bytes = cuda::root_shared_bytes(p.channels, p.element_size, backward, p.in_full);
+    const int64_t bytes = cuda::root_shared_bytes(p.side(), p.element_size, backward, p.in_full);
     const bool fits = bytes > 0 && bytes <= device.shared_bytes;
     switch (requested) {
       case EngineKind::kAuto:
@@ -67,7 +67,7 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
       case EngineKind::kBlock:
         if (fits) return requested;
         throw std::runtime_error("engine: 'block' needs more shared memory than this device has for " +
-                                 std::to_string(p.channels) + " channels");
+                                 std::to_string(p.side()) + " channels");
       case EngineKind::kWarpgroup:
         if (!device.hopper || cuda::architectures().find("9.0a") == std::string::npos)
           throw std::runtime_error(

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "covariance.h"
+#include "gram.h"
 
 namespace isqrt {
 
@@ -14,8 +15,8 @@ struct Problem {
   int device;
   int64_t batch, channels, positions, element_size;
   bool in_full = false;  // some steps of the iteration compute T in full, newton_schulz.h, and need more memory
-  bool gram = false;     // the matrices are those of gram.h, positions x positions
-  int64_t side() const { return gram ? positions : channels; }
+  bool gram = false;     // the matrices are those of gram.h
+  int64_t side() const { return gram ? gram_side(positions) : channels; }
 };
 
 struct Plan {

@@ -62,7 +62,7 @@ template <class X, class Pointer = const X*> struct RootBackwardTask {
 template <class X> struct GramTask {
   FeatureMaps<const X> x;
   Compute<X>* mean;   // [B, C]
-  Compute<X>* gram;   // [B, M, M]
+  Compute<X>* gram;   // [B, M - 1, M - 1]
   Compute<X>* scale;  // [B]
 };
 
@@ -70,7 +70,7 @@ template <class X> struct GramTask {
 template <class X> struct ExpandTask {
   FeatureMaps<const X> x;
   const Compute<X>* scale;
-  const Compute<X>* root;  // [B, M, M]
+  const Compute<X>* root;  // [B, M - 1, M - 1]
   RootView<Compute<X>> result;
 };
 
@@ -79,17 +79,17 @@ template <class X> struct ContractTask {
   FeatureMaps<const X> x;
   const Compute<X>* scale;
   RootView<const Compute<X>> grad;
-  Compute<X>* product;    // [B, C, M]
-  Compute<X>* grad_root;  // [B, M, M]
+  Compute<X>* product;    // [B, C, M - 1]
+  Compute<X>* grad_root;  // [B, M - 1, M - 1]
 };
 
 /// x, V, R and dK -> dL/dx.
 template <class X> struct GramBackwardTask {
   FeatureMaps<const X> x;
   const Compute<X>* scale;
-  const Compute<X>* product;    // [B, C, M]
-  const Compute<X>* root;       // [B, M, M]
-  const Compute<X>* grad_gram;  // [B, M, M]
+  const Compute<X>* product;    // [B, C, M - 1]
+  const Compute<X>* root;       // [B, M - 1, M - 1]
+  const Compute<X>* grad_gram;  // [B, M - 1, M - 1]
   FeatureMaps<X> grad_x;
 };
 

@@ -111,7 +111,9 @@ def cov_sqrt(
 ) -> Tensor:
     """Square-root normalised covariance pooling: :func:`covariance_pool`, then :func:`matrix_sqrt`, fused.
 
-    Keeps ``x`` and, per sample, one C x C matrix and the mean for the backward pass.
+    Keeps ``x`` and, per sample, one C x C matrix and the mean for the backward pass. Where there are clearly fewer
+    positions than channels, on a CPU, the same function is computed from their M x M Gram matrix (see :func:`plan`), in
+    less time and with smaller rounding errors.
 
     Args:
         x: feature maps of shape (B, C, H, W) or (B, C, M), float32, float64, float16 or bfloat16, any strides, read in

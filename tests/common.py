@@ -96,9 +96,11 @@ def covariances(batch, channels, dtype, device="cpu", seed=0):
 
 
 def gram_matrix(x):
-    """Of the positions, (B, M, M): what covariances become for fewer positions than channels."""
+    """What is iterated for fewer positions than channels, csrc/gram.h: (B, M - 1, M - 1)."""
     centered = x.flatten(2) - x.flatten(2).mean(2, keepdim=True)
-    return centered.mT @ centered / centered.shape[2]
+    positions = centered.shape[2]
+    features = centered[:, :, 1:] + centered[:, :, :1] / (math.sqrt(positions) - 1)
+    return features.mT @ features / positions
 
 
 def layouts(x):

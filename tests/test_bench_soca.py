@@ -206,6 +206,18 @@ def test_eager_is_the_function_of_the_oracle(iterations, output):
         torch.testing.assert_close(actual, oracle, rtol=1e-10, atol=1e-12)
 
 
+def test_eig_of_the_smaller_matrix():
+    case = methods.make_case(maps("decay", (2, 12, 2, 4)), 5, "matrix")
+    assert torch.autograd.gradcheck(lambda x: methods.eig_gram_cov_sqrt(x, "triu"), (case.x,))
+    root, gradient = methods.prepare("eig_gram", case).step()
+    # What the other one clamps at eps of the trace, a square root of that, is zero here.
+    torch.testing.assert_close(root, methods.exact_root(case, case.x), rtol=0, atol=1e-7)
+    expected = measure.value_and_gradient(partial(methods.gram_root, case), case.x, case.upstream)[1]
+    torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-10)
+    with pytest.raises(methods.Unavailable, match="fewer positions than channels"):
+        methods.prepare("eig_gram", methods.make_case(maps("decay", SHAPE), 5, "matrix"))
+
+
 @pytest.mark.parametrize("name", ("ours", "eig", "eager", "baddbmm", "mxm"))
 def test_half_precision_is_computed_in_float32(name):
     """Results and gradients are off by the rounding of x's dtype and not by that of a sum in it."""

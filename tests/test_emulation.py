@@ -172,6 +172,20 @@ def test_newton_schulz_on_the_grid(kernels, channels, dtype):
     check_root(kernels, sigma, 2, "inverse", OUTPUTS[channels % 3], grid=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("root_name", ROOTS)
+def test_the_root_beside_its_gradient_on_the_grid(kernels, root_name, dtype):
+    sigma = covariances(2, 40, dtype)
+    upstream, exactly = torch.randn_like(sigma), (reference.matrix_sqrt, reference.matrix_inv_sqrt)
+    for iterations in (1, 4, 10):  # in full at last
+        arguments = (kernels, upstream, sigma, iterations, root_name, "matrix")
+        value = torch.full_like(sigma, float("nan"))
+        gradient = root_backward(*arguments, grid=True, value=value)
+        expected = exactly[ROOTS.index(root_name)](sigma.double(), iterations)
+        assert_close(value, expected, tolerance(dtype, 40, 1, iterations))
+        assert torch.equal(gradient, root_backward(*arguments, grid=True))
+
+
 # One panel, a tail; two panels; a second block that is one panel, and a tail; a third one.
 @pytest.mark.parametrize("channels", (20, 70, 130, 260))
 def test_warpgroups_compute_the_bits_of_the_grid(kernels, channels):

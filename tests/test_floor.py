@@ -93,19 +93,19 @@ def test_work_by_hand():
 
 
 def test_work_by_hand_of_fewer_positions():
-    # B = 2, C = 30, M = 2 * 5 = 10, N = 5, float32: 10 and 30 half products of 10 x 10 matrices.
-    forward, step = floor.work((2, 30, 2, 5), 5, "matrix", 4)
+    # B = 2, C = 30, M = 11, N = 5, float32: 10 and 30 half products of 10 x 10 matrices.
+    forward, step = floor.work((2, 30, 1, 11), 5, "matrix", 4)
     assert forward.flops == 2 * (30 * 100 + 10 * 1000 + 2 * 30 * 100 + 900 * 10)
     assert step.flops == forward.flops + 2 * (2 * 900 * 10 + 30 * 100 + 30 * 1000 + 4 * 30 * 100)
-    assert step.bytes == 2 * 4 * (3 * 30 * 10 + 2 * 900 + 2 * 100)
-    forward, step = floor.work((2, 30, 2, 5), 5, "mean", 4)
+    assert step.bytes == 2 * 4 * (3 * 30 * 11 + 2 * 900 + 2 * 100)
+    forward, step = floor.work((2, 30, 1, 11), 5, "mean", 4)
     assert forward.flops == 2 * (30 * 100 + 8 * 1000 + 4 * 300 + 2 * 100 + 6 * 100)
     assert step.flops == forward.flops + 2 * (27 * 1000 + 2 * 30 * 100 + 8 * 300)
-    forward, _ = floor.work((2, 30, 2, 5), 2, "matrix", 4)
+    forward, _ = floor.work((2, 30, 1, 11), 2, "matrix", 4)
     assert forward.flops == 2 * (30 * 100 + 2 * 1000 + 2 * 30 * 100 + 900 * 10)  # T = K; S, S S: Z is a sum
-    # Where the products beside the iteration outweigh it, it is done by channels: 10 C^3 against 10 M^3 and these.
-    _, step = floor.work((1, 30, 1, 29), 5, "matrix", 4)
-    assert step.flops == 900 * 29 + 40 * 27000 + 2 * 900 * 29
+    # Where the products beside the iteration outweigh it, it is done by channels: 40 C^3 against 40 n^3 and these.
+    _, step = floor.work((1, 30, 1, 30), 5, "matrix", 4)
+    assert step.flops == 900 * 30 + 40 * 27000 + 2 * 900 * 30
 
 
 def test_floor_is_the_greater_of_arithmetic_and_traffic():

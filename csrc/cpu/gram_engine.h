@@ -4,7 +4,7 @@
 
 namespace isqrt::cpu::ISQRT_LEVEL {
 
-/// F of one sample, by positions and by channels: products read the rows of both factors.
+/// F of one sample, by its columns and by channels: products read the rows of both factors.
 template <class X> class Features {
   using T = Compute<X>;
   using S = Simd<T>;
@@ -15,25 +15,34 @@ template <class X> class Features {
   }
 
   Features(const FeatureMaps<const X>& x, T* storage)
-      : by_position{storage, Panels<T>::rows_for(x.positions())},
+      : side(gram_side(x.positions())),
+        by_column{storage + kPanel, Panels<T>::rows_for(x.positions())},  // after the row of the first position
         by_channel{storage + PositionTile<T>::storage_size(x.channels, x.positions()), Panels<T>::rows_for(x.channels)},
         x_(x) {}
 
-  /// s (X - mu 1^T), and mu where that is wanted, for s = 1.
+  /// mu is written where that is wanted, for s = 1.
   void load(int64_t sample, T s, T* mean) const {
+    const Panels<T> positions{by_column.data - kPanel, by_column.rows};
+    T factor = 1;
     if (s == 1) {
-      load_tile(PositionTile<X>(x_, sample, x_.positions(), by_position.data), mean);
+      load_tile(PositionTile<X>(x_, sample, x_.positions(), positions.data), mean);
     } else {
       const Distances<X> distances(x_, x_.sample(sample), s);  // halves of them
-      load_tile(PositionTile<T>(distances.maps(), 0, x_.positions(), by_position.data), nullptr);
-      for (T* number = by_position.data; number < by_channel.data; ++number) *number *= 2;
+      load_tile(PositionTile<T>(distances.maps(), 0, x_.positions(), positions.data), nullptr);
+      factor = 2;
     }
-    for (int64_t c = 0; c < x_.channels; c += S::kWidth)
-      for (int64_t m = 0; m < x_.positions(); m += S::kWidth)
-        transpose_block(by_channel.at(c, m), kPanel, by_position.at(m, c), kPanel);
+    const T of_first = factor * T(Reflection(x_.positions()).of_first);
+    for (int64_t c = 0; c < x_.channels; c += S::kWidth) {
+      const Vector<T> first = of_first * load_vector(positions.at(0, c));
+      T* row = by_column.at(0, c);
+      for (int64_t j = 0; j < side; ++j, row += kPanel) store_vector(row, factor * load_vector(row) + first);
+      for (int64_t j = 0; j < side; j += S::kWidth)
+        transpose_block(by_channel.at(c, j), kPanel, by_column.at(j, c), kPanel);
+    }
   }
 
-  const Panels<T> by_position, by_channel;
+  const int64_t side;
+  const Panels<T> by_column, by_channel;
 
  private:
   template <class PositionTile> void load_tile(PositionTile tile, T* mean) const {
@@ -84,19 +93,19 @@ template <class X> class GramEngine : public SecondPass<X> {
   }
 
   GramEngine(const GramTask<X>& task, int64_t sample, T* storage)
-      : Base(task.x, sample, task.mean, task.gram, task.x.positions(), task.scale),
+      : Base(task.x, sample, task.mean, task.gram, gram_side(task.x.positions()), task.scale),
         sample_number_(sample),
         features_(x_, storage),
-        spare_{storage + Features<X>::storage_size(x_.channels, size_), Panels<T>::rows_for(size_)} {}
+        spare_{storage + Features<X>::storage_size(x_.channels, x_.positions()), Panels<T>::rows_for(size_)} {}
 
   void load_features() const { features_.load(sample_number_, 1, mean_); }
   void store_gram(double alpha) const { store_gram(features_, T(alpha)); }
 
   void rescale(T s) const {
     Base::with_distances(s, [&](const FeatureMaps<const T>& distances) {
-      const Features<T> features(distances, features_.by_position.data);
+      const Features<T> features(distances, features_.by_column.data - kPanel);
       features.load(0, 1, mean_);
-      store_gram(features, 4 / T(size_));
+      store_gram(features, 4 / T(x_.positions()));
     });
   }
 
@@ -123,28 +132,28 @@ template <class X> class ExpandEngine {
 
   ExpandEngine(const ExpandTask<X>& task, int64_t sample, T* storage)
       : C_(task.x.channels),
-        M_(task.x.positions()),
+        n_(gram_side(task.x.positions())),
         sample_(sample),
         scale_(task.scale[sample]),
         result_(task.result.sample(sample)),
         features_(task.x, storage),
-        root_{storage + Features<X>::storage_size(C_, M_), Panels<T>::rows_for(M_)},
-        product_{root_.data + Panels<T>::size(M_, M_), root_.rows},
-        strip_{product_.data + Panels<T>::size(M_, C_), Panels<T>::rows_for(C_)},
+        root_{storage + Features<X>::storage_size(C_, task.x.positions()), Panels<T>::rows_for(n_)},
+        product_{root_.data + Panels<T>::size(n_, n_), root_.rows},
+        strip_{product_.data + Panels<T>::size(n_, C_), Panels<T>::rows_for(C_)},
         sums_(strip_.data + Panels<T>::size(C_, kPanel)),
-        weights_(sums_ + round_up(M_, kPanel)) {
-    read_panels(root_, task.root + sample * M_ * M_, M_, M_, M_);
+        weights_(sums_ + round_up(n_, kPanel)) {
+    read_panels(root_, task.root + sample * n_ * n_, n_, n_, n_);
   }
 
   void load_features() const { features_.load(sample_, scale_, nullptr); }
 
-  void multiply_root() const {  // of the mean: Q 1 = R (F^T 1)
+  void multiply_root() const {  // of the mean: P 1 = R (F^T 1)
     if (result_.output == Output::kMean) {
-      multiply_rows(sums_, features_.by_channel, C_, M_, [](int64_t) { return T(1); });
-      multiply_rows(weights_, root_, M_, M_, [&](int64_t m) { return sums_[m]; });
+      multiply_rows(sums_, features_.by_channel, C_, n_, [](int64_t) { return T(1); });
+      multiply_rows(weights_, root_, n_, n_, [&](int64_t m) { return sums_[m]; });
       return;
     }
-    multiply_panels(M_, C_, root_, features_.by_position, M_, [&](auto& tile, int64_t i, int64_t j) {
+    multiply_panels(n_, C_, root_, features_.by_column, n_, [&](auto& tile, int64_t i, int64_t j) {
       tile.for_each(kPanel,
                     [&](const Vector<T>& sum, int64_t offset) { store_vector(product_.at(i, j) + offset, sum); });
     });
@@ -153,14 +162,14 @@ template <class X> class ExpandEngine {
   void store_root(double alpha) const {
     const T share = T(alpha), inverse = 1 / scale_;  // their product may be a denormal number
     if (result_.output == Output::kMean) {
-      multiply_rows(strip_.data, features_.by_position, M_, C_, [&](int64_t m) { return weights_[m]; });
+      multiply_rows(strip_.data, features_.by_column, n_, C_, [&](int64_t m) { return weights_[m]; });
       for (int64_t c = 0; c < C_; ++c) result_.data[c] = inverse * (share / T(C_) * strip_.data[c]);
       return;
     }
     for (int64_t j = 0; j < C_; j += kPanel) {
       const Panels<T> right{product_.at(0, j), product_.rows};
       const int64_t columns = minimum(kPanel, C_ - j);
-      multiply_panels(j + columns, columns, features_.by_position, right, M_, [&](auto& tile, int64_t i, int64_t k) {
+      multiply_panels(j + columns, columns, features_.by_column, right, n_, [&](auto& tile, int64_t i, int64_t k) {
         tile.for_each(kPanel, [&](const Vector<T>& sum, int64_t offset) {
           store_vector(strip_.at(i, k) + offset, inverse * (share * sum));
         });
@@ -186,7 +195,7 @@ template <class X> class ExpandEngine {
     copy_strided(result_.data + j * C_, C_, int64_t(1), strip_.data, int64_t(1), kPanel, columns, j);
   }
 
-  int64_t C_, M_, sample_;
+  int64_t C_, n_, sample_;
   T scale_;
   RootView<T> result_;
   Features<X> features_;
@@ -207,16 +216,16 @@ template <class X> class ContractEngine {
 
   ContractEngine(const ContractTask<X>& task, int64_t sample, T* storage)
       : C_(task.x.channels),
-        M_(task.x.positions()),
+        n_(gram_side(task.x.positions())),
         sample_(sample),
         scale_(task.scale[sample]),
         grad_(task.grad.sample(sample)),
-        product_to_(task.product + sample * C_ * M_),
-        grad_root_(task.grad_root + sample * M_ * M_),
+        product_to_(task.product + sample * C_ * n_),
+        grad_root_(task.grad_root + sample * n_ * n_),
         features_(task.x, storage),
-        product_{storage + Features<X>::storage_size(C_, M_), Panels<T>::rows_for(C_)},
-        strip_{product_.data + Panels<T>::size(C_, M_), product_.rows},
-        spare_{strip_.data + Panels<T>::size(C_, kPanel), Panels<T>::rows_for(M_)} {}
+        product_{storage + Features<X>::storage_size(C_, task.x.positions()), Panels<T>::rows_for(C_)},
+        strip_{product_.data + Panels<T>::size(C_, n_), product_.rows},
+        spare_{strip_.data + Panels<T>::size(C_, kPanel), Panels<T>::rows_for(n_)} {}
 
   void load_features() const { features_.load(sample_, scale_, nullptr); }
 
@@ -224,7 +233,7 @@ template <class X> class ContractEngine {
     if (grad_.output == Output::kMean) return multiply_mean_gradient();
     for (int64_t i = 0; i < C_; i += kPanel) {
       load_columns(i);
-      multiply_panels(kPanel, M_, strip_, features_.by_channel, C_, [&](auto& tile, int64_t r, int64_t m) {
+      multiply_panels(kPanel, n_, strip_, features_.by_channel, C_, [&](auto& tile, int64_t r, int64_t m) {
         tile.for_each(kPanel,
                       [&](const Vector<T>& sum, int64_t offset) { store_vector(product_.at(i + r, m) + offset, sum); });
       });
@@ -232,8 +241,8 @@ template <class X> class ContractEngine {
   }
 
   void store_gradient(double alpha) const {
-    copy_panels(product_to_, M_, product_, C_, M_);
-    store_symmetric(grad_root_, M_, T(alpha), features_.by_channel, product_, C_, spare_);
+    copy_panels(product_to_, n_, product_, C_, n_);
+    store_symmetric(grad_root_, n_, T(alpha), features_.by_channel, product_, C_, spare_);
   }
 
  private:
@@ -262,15 +271,15 @@ template <class X> class ContractEngine {
   void multiply_mean_gradient() const {
     T *const sums = strip_.data, *const weighted = spare_.data;
     const T share = T(0.5) / T(C_);
-    multiply_rows(sums, features_.by_channel, C_, M_, [&](int64_t) { return share; });
-    multiply_rows(weighted, features_.by_channel, C_, M_, [&](int64_t c) { return share * grad_.data[c]; });
-    for (int64_t m = 0; m < M_; m += S::kWidth) {
+    multiply_rows(sums, features_.by_channel, C_, n_, [&](int64_t) { return share; });
+    multiply_rows(weighted, features_.by_channel, C_, n_, [&](int64_t c) { return share * grad_.data[c]; });
+    for (int64_t m = 0; m < n_; m += S::kWidth) {
       const Vector<T> sum = load_vector(sums + m), weight = load_vector(weighted + m);
       for (int64_t c = 0; c < C_; ++c) store_vector(product_.at(c, m), grad_.data[c] * sum + weight);
     }
   }
 
-  int64_t C_, M_, sample_;
+  int64_t C_, n_, sample_;
   T scale_;
   RootView<const T> grad_;
   T *product_to_, *grad_root_;
@@ -285,47 +294,65 @@ template <class X> class GramBackwardEngine {
  public:
   static int64_t storage_size(int64_t channels, int64_t positions) {
     return Features<X>::storage_size(channels, positions) + Panels<T>::size(positions, channels) +
-           2 * Panels<T>::size(positions, positions) + round_up(channels, kPanel) * round_up(positions, kPanel);
+           2 * Panels<T>::size(positions, positions) + round_up(channels, kPanel) * round_up(positions, kPanel) +
+           kPanel;
   }
 
   GramBackwardEngine(const GramBackwardTask<X>& task, int64_t sample, T* storage)
       : C_(task.x.channels),
-        M_(task.x.positions()),
+        n_(gram_side(task.x.positions())),
         sample_(sample),
         scale_(task.scale[sample]),
         grad_x_(task.grad_x),
         features_(task.x, storage),
-        product_{storage + Features<X>::storage_size(C_, M_), Panels<T>::rows_for(M_)},
-        root_{product_.data + Panels<T>::size(M_, C_), product_.rows},
-        grad_gram_{root_.data + Panels<T>::size(M_, M_), product_.rows},
-        result_(grad_gram_.data + Panels<T>::size(M_, M_)) {
-    read_panels(root_, task.root + sample * M_ * M_, M_, M_, M_);
-    read_panels(grad_gram_, task.grad_gram + sample * M_ * M_, M_, M_, M_);
-    const T* product = task.product + sample * C_ * M_;
+        product_{storage + Features<X>::storage_size(C_, task.x.positions()), Panels<T>::rows_for(n_)},
+        root_{product_.data + Panels<T>::size(n_, C_), product_.rows},
+        grad_gram_{root_.data + Panels<T>::size(n_, n_), product_.rows},
+        result_(grad_gram_.data + Panels<T>::size(n_, n_)) {
+    read_panels(root_, task.root + sample * n_ * n_, n_, n_, n_);
+    read_panels(grad_gram_, task.grad_gram + sample * n_ * n_, n_, n_, n_);
+    const T* product = task.product + sample * C_ * n_;
     for (int64_t c = 0; c < C_; c += kPanel)  // transposed
-      copy_strided(product_.at(0, c), kPanel, int64_t(1), product + c * M_, int64_t(1), M_, M_,
+      copy_strided(product_.at(0, c), kPanel, int64_t(1), product + c * n_, int64_t(1), n_, n_,
                    minimum(kPanel, C_ - c));
   }
 
   void load_features() const { features_.load(sample_, scale_, nullptr); }
 
   void store_features(double alpha) const {
-    const int64_t ld = round_up(M_, kPanel);
-    multiply_panels(C_, M_, product_, root_, M_, [&](auto& tile, int64_t c, int64_t m) {
-      multiply_add(tile, features_.by_position.at(0, c), grad_gram_.at(0, m), M_);
+    const int64_t ld = round_up(n_ + 1, kPanel);
+    multiply_panels(C_, n_, product_, root_, n_, [&](auto& tile, int64_t c, int64_t m) {
+      multiply_add(tile, features_.by_column.at(0, c), grad_gram_.at(0, m), n_);
       tile.for_each(ld, [&](const Vector<T>& sum, int64_t offset) {
-        store_vector(result_ + c * ld + m + offset, T(alpha) * sum);
+        store_vector(result_ + 1 + c * ld + m + offset, T(alpha) * sum);  // after that of the first position
       });
     });
+    for (int64_t c = 0; c < C_; ++c) reflect(result_ + c * ld);
     X* const to = grad_x_.sample(sample_);
-    for_each_run(grad_x_, 0, M_, [&](int64_t offset, int64_t m, int64_t run) {
+    for_each_run(grad_x_, 0, n_ + 1, [&](int64_t offset, int64_t m, int64_t run) {
       copy_strided(to + offset, grad_x_.stride_c, grad_x_.stride_w, static_cast<const T*>(result_ + m), ld, int64_t(1),
                    C_, run);
     });
   }
 
  private:
-  int64_t C_, M_, sample_;
+  /// A row of D, from its second number on, becomes one of D Q^T.
+  void reflect(T* row) const {
+    constexpr int W = Simd<T>::kWidth;
+    const Reflection reflection(n_ + 1);
+    Vector<T> sums = {};
+    T sum = 0;
+    int64_t m = 1;
+    for (; m + W <= n_ + 1; m += W) sums += load_vector(row + m);
+    for (; m <= n_; ++m) sum += row[m];
+    for (int lane = 0; lane < W; ++lane) sum += sums[lane];
+    const T of_others = T(reflection.to_others) * sum;
+    for (m = 1; m + W <= n_ + 1; m += W) store_vector(row + m, load_vector(row + m) + of_others);
+    for (; m <= n_; ++m) row[m] += of_others;
+    row[0] = T(reflection.to_first) * sum;
+  }
+
+  int64_t C_, n_, sample_;
   T scale_;
   FeatureMaps<X> grad_x_;
   Features<X> features_;

@@ -47,8 +47,14 @@ void launch_root_backward(const RootBackwardTask<T, Elements<const T>>& task, bo
   const int count = matrices(true, task.steps.any_in_full());
   for_each_slice<T>(task, task.sigma.channels, count, warpgroups, [&](const GridShape& shape, int64_t first) {
     GridEngine<T> e(shape, count, task.workspace, stream);
-    e.write(matrix_root_backward(e, task.sigma.sample(first), task.grad.sample(first), task.steps, task.root),
-            task.grad_sigma.sample(first), e.number(nullptr));
+    const auto with_root = [&](const auto& factor, const auto& P) {
+      if (!task.value) return;
+      const RootView<T> values{task.value, Output::kMatrix, task.sigma.channels};
+      e.write(e.result(factor, P), values.sample(first), e.number(nullptr));
+    };
+    const auto gradient =
+        matrix_root_backward(e, task.sigma.sample(first), task.grad.sample(first), task.steps, task.root, with_root);
+    e.write(gradient, task.grad_sigma.sample(first), e.number(nullptr));
   });
 }
 

@@ -123,9 +123,11 @@ template <class X, class T = Compute<X>> RootTask<T, Elements<T>> with_elements(
 }
 template <class X, class T = Compute<X>>
 RootBackwardTask<T, Elements<const T>> with_elements(const RootBackwardTask<X>& task) {
-  return {
-      task.batch, with_elements<const T>(task.grad), task.sigma, task.steps, task.root, task.grad_sigma, task.workspace,
-      task.blocks};
+  return {task.batch,     with_elements<const T>(task.grad),
+          task.sigma,     task.steps,
+          task.root,      task.grad_sigma,
+          task.workspace, task.blocks,
+          task.value};
 }
 
 }  // namespace isqrt::cuda

@@ -1,39 +1,12 @@
 #include "library.h"
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <array>
 #include <utility>
 #include <vector>
 
-// Weak: absent in a CPU-only torch, where the library must still load.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cuda_baddbmm_out(AtenTensorHandle out, AtenTensorHandle self,
-                                                                            AtenTensorHandle batch1,
-                                                                            AtenTensorHandle batch2, double beta,
-                                                                            double alpha);
+#include "tensors.h"
 
 namespace isqrt::library {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::detail::from;
-using torch::stable::detail::to;
-
-template <class... Args> Tensor call(const char* op, const char* overload, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{from(args)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
-}
-
-/// A number as a 0-dim CPU tensor: it mixes with tensors of any device and does not change their dtype.
-Tensor number(double value) { return torch::stable::full({}, value, ScalarType::Double); }
-
-Tensor multiply(const Tensor& a, const Tensor& b) { return call("aten::mul", "Tensor", a, b); }
-Tensor divide(const Tensor& a, const Tensor& b) { return call("aten::div", "Tensor", a, b); }
-Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
-Tensor transpose(const Tensor& a) { return torch::stable::transpose(a, -2, -1); }
 
 /// One number per sample.
 struct Batch {
@@ -95,13 +68,13 @@ class LibraryEngine {
   }
 
   void product(Matrix& D, double alpha, double beta, const Matrix& A, const Matrix& B) {
-    gemm(spare_, alpha == 0 ? A.value : D.value, A, B, alpha, beta);
+    gemm(spare_, alpha == 0 ? A.value : D.value, A.value, B.value, alpha, beta);
     replace(D);
   }
   void products(Matrix& D, double alpha, double beta, const Matrix& A1, const Matrix& B1, const Matrix& A2,
                 const Matrix& B2) {
-    gemm(spare_, alpha == 0 ? A1.value : D.value, A1, B1, alpha, beta);
-    gemm(spare_, spare_, A2, B2, 1.0, beta);
+    gemm(spare_, alpha == 0 ? A1.value : D.value, A1.value, B1.value, alpha, beta);
+    gemm(spare_, spare_, A2.value, B2.value, 1.0, beta);
     replace(D);
   }
   /// In full always, and without a second matrix.
@@ -115,13 +88,6 @@ class LibraryEngine {
   }
 
  private:
-  /// out = alpha added + beta A B; `added` is not read where alpha = 0.
-  static void gemm(const Tensor& out, const Tensor& added, const Matrix& A, const Matrix& B, double alpha,
-                   double beta) {
-    const auto baddbmm = out.is_cpu() ? &aoti_torch_cpu_baddbmm_out : &aoti_torch_cuda_baddbmm_out;
-    TORCH_ERROR_CODE_CHECK(baddbmm(out.get(), added.get(), A.value.get(), B.value.get(), alpha, beta));
-  }
-
   void replace(Matrix& D) {
     // A matrix not yet computed has nothing to leave behind.
     Tensor previous = D.value.defined() ? D.value : torch::stable::empty_like(spare_);
@@ -146,6 +112,8 @@ Tensor triangle(const Tensor& like, int64_t channels) {
   return torch::stable::sum(multiply(rows_and_columns, strides), dim);
 }
 
+}  // namespace
+
 Tensor to_output(const Tensor& A, Output output) {
   const int64_t B = A.size(0), C = A.size(1);
   if (output == Output::kMatrix) return A;
@@ -168,8 +136,6 @@ Tensor from_output(const Tensor& grad, int64_t channels, Output output) {
   const Tensor upper = call("aten::index_copy", "", zeros, int64_t(1), triangle(grad, channels), grad);
   return symmetric_part(torch::stable::view(upper, {B, channels, channels}));
 }
-
-}  // namespace
 
 Tensor symmetric_part(const Tensor& A) {
   const Tensor half = multiply(A, number(0.5));

@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
+#include "../gram.h"
 #include "../normalization.h"
 
 namespace isqrt::library {
@@ -15,6 +16,36 @@ Tensor root(const Tensor& sigma, const Tensor& scale, const Steps& steps, Root r
 /// itself into `value`, if that is wanted.
 Tensor root_backward(const Tensor& grad, const Tensor& sigma, const Steps& steps, Root root, Output output,
                      Tensor* value = nullptr);
+
+/// The Engine of gram.h: what is asked of it, and for what.
+class GramEngine {
+ public:
+  /// For x, in the dtype that it is computed in, and the scale of its samples, where that is known.
+  GramEngine(const Tensor& x, torch::headeronly::ScalarType dtype, const Tensor* scale = nullptr);
+
+  /// R for Yhat; or the upstream gradient for H, and then R and dK for dX.
+  void expand(const Tensor& root, Output output) { root_ = root, output_ = output; }
+  void contract(const Tensor& grad, Output output) { grad_ = grad, output_ = output; }
+  void backward(const Tensor& root, const Tensor& grad_gram) { root_ = root, grad_gram_ = grad_gram; }
+
+  void load_features();
+  void store_gram(double alpha);
+  void multiply_root();
+  void store_root(double alpha);
+  void multiply_gradient();
+  void store_gradient(double alpha);
+  void store_features(double alpha);
+
+  int64_t positions() const;
+  Tensor mean() const;                              // [B, C]
+  Tensor scale() const;                             // [B]
+  const Tensor& result() const { return result_; }  // of the last function that stores
+
+ private:
+  Tensor x_, scale_, features_, mean_, root_, grad_, grad_gram_, product_, result_;
+  torch::headeronly::ScalarType dtype_;
+  Output output_ = Output::kMatrix;
+};
 
 /// (A + A^T) / 2 of each matrix.
 Tensor symmetric_part(const Tensor& A);

@@ -38,8 +38,9 @@ PYBIND11_MODULE(isqrt_emulation, m) {
     launchers::root(dtype, view(sigma), iterations, root, output, floor, blocks, view(scale), view(result));
   });
   m.def("root_backward", [](Text dtype, Array grad, Array sigma, int iterations, int root, int output, double floor,
-                            int blocks, Array grad_sigma) {
-    launchers::root_backward(dtype, view(grad), view(sigma), iterations, root, output, floor, blocks, view(grad_sigma));
+                            int blocks, Array grad_sigma, Array value) {
+    launchers::root_backward(dtype, view(grad), view(sigma), iterations, root, output, floor, blocks, view(grad_sigma),
+                             view(value));
   });
   m.def(
       "plan",

@@ -122,7 +122,7 @@ struct NewtonSchulz {
     require_finite(result, "root");
     if (!fits(true)) return;
     launchers::root_backward(type.name, grad.array(B, size), sigma.array(B, C, C), iterations, root, output, 0, blocks,
-                             grad_sigma.array(B, C, C));
+                             grad_sigma.array(B, C, C), kNone);
     require_finite(grad_sigma, "grad_sigma");
   }
 };

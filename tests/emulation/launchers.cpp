@@ -106,7 +106,7 @@ void root(const std::string& dtype, const Array& sigma, int iterations, int root
 }
 
 void root_backward(const std::string& dtype, const Array& grad, const Array& sigma, int iterations, int root,
-                   int output, double floor, int blocks, const Array& grad_sigma) {
+                   int output, double floor, int blocks, const Array& grad_sigma, const Array& value) {
   const bool warpgroups = is_by_warpgroups(blocks), grid = is_on_grid(blocks);
   dispatch(dtype, [&](auto zero) {
     using X = decltype(zero);
@@ -122,7 +122,8 @@ void root_backward(const std::string& dtype, const Array& grad, const Array& sig
                                    static_cast<Root>(root),
                                    {contiguous<T>(grad_sigma), Output::kMatrix, C},
                                    workspace.data(),
-                                   blocks};
+                                   blocks,
+                                   numbers<T>(value)};
     grid ? cuda::grid_root_backward(task, warpgroups, nullptr) : cuda::root_backward(task, warpgroups, nullptr);
   });
 }

@@ -29,7 +29,7 @@ void pool_backward(const std::string& dtype, const Array& grad_sigma, const Arra
 void root(const std::string& dtype, const Array& sigma, int iterations, int root, int output, double floor, int blocks,
           const Array& scale, const Array& result);
 void root_backward(const std::string& dtype, const Array& grad, const Array& sigma, int iterations, int root,
-                   int output, double floor, int blocks, const Array& grad_sigma);
+                   int output, double floor, int blocks, const Array& grad_sigma, const Array& value);
 
 /// What plan() chooses on this device where this EngineKind is asked for: the engines by their names, and the positions
 /// in a chunk.

@@ -65,12 +65,14 @@ def root(kernels, sigma, iterations, root_name, output, floor=0.0, grid=False, s
     return result
 
 
-def root_backward(kernels, grad, sigma, iterations, root_name, output, floor=0.0, grid=False, blocks=1):
+def root_backward(kernels, grad, sigma, iterations, root_name, output, floor=0.0, grid=False, blocks=1, value=None):
     grad_sigma = torch.full_like(sigma, float("nan"))
+    value = torch.empty(0, dtype=sigma.dtype) if value is None else value  # where the root itself is written
     codes = ROOTS.index(root_name), OUTPUTS.index(output)
     arrays = array(grad.contiguous()), array(sigma)
     blocks = engine_code(grid, blocks)
-    kernels.root_backward(name_of(grad.dtype), *arrays, iterations, *codes, floor, blocks, array(grad_sigma))
+    results = array(grad_sigma), array(value)
+    kernels.root_backward(name_of(grad.dtype), *arrays, iterations, *codes, floor, blocks, *results)
     return grad_sigma
 
 
