@@ -7,11 +7,12 @@
 The base is float32, NCHW, output "matrix", 5 steps, all threads and the engines that plan() chooses; options that do
 not run are listed with the reason. Everything is timed once in every round, each time in another order; ratios are the
 medians of the ratios of each round. On a GPU replays of CUDA graphs are timed, which the cost of a call is no part of.
-Below come the operators alone that a call with C x C matrices consists of, and at the end that cost: of a call that has
-next to nothing to do, beside an empty operator of torch.library.
+Below come the operators alone that a call with matrices of the channels consists of, and at the end that cost: of a
+call that has next to nothing to do, beside an empty operator of torch.library.
 """
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -57,7 +58,7 @@ class Option:
     memory_format: torch.memory_format = torch.contiguous_format
     threads: int | None = None  # all
     engine: str = "auto"
-    covariance: bool = False  # C x C matrices where plan() chooses those of the positions
+    gram: bool | None = None  # the positions' matrices, or the channels', where plan() chooses the other ones
     arguments: dict[str, Any] = field(default_factory=dict)  # of cov_sqrt
 
 
@@ -71,7 +72,8 @@ OPTIONS = {
     "float64": Option(dtype=torch.float64),
     "3 minimax steps": Option(arguments={"iterations": 3, "coefficients": "minimax", "spectrum_floor": 1e-2}),
     "1 thread": Option(threads=1),
-    "C x C matrices": Option(covariance=True),
+    "matrices of the channels": Option(gram=False),
+    "matrices of the positions": Option(gram=True),
     'engine "library"': Option(engine="library"),
     'engine "grid"': Option(engine="grid"),
     'engine "warpgroup"': Option(engine="warpgroup"),
@@ -95,16 +97,19 @@ def function_of(option: Option, shape: tuple[int, ...], device: torch.device) ->
     """cov_sqrt with this option; RuntimeError where its engine does not run."""
     library = methods.load_library()
     given: dict[str, Any] = {"iterations": 5, "output": option.output} | option.arguments
-    if option.engine == "auto" and not option.covariance:
+    if option.engine == "auto" and option.gram is None:
         return lambda x: library.cov_sqrt(x, **given)
-    if not library.plan(shape, option.dtype, device, option.engine)["gram"] and option.covariance:
-        raise RuntimeError("they are, for there are not much fewer positions than channels")
+    plan = library.plan(shape, option.dtype, device, option.engine)
+    if option.gram is not None and (plan["gram"] == option.gram or not 1 < math.prod(shape[2:]) < shape[1]):
+        raise RuntimeError("they are the base's" if plan["gram"] == option.gram else "no fewer positions than channels")
     code = library.ops.code
     output, engine = (
         code("output", option.output, library.ops.OUTPUTS),
         code("engine", option.engine, library.ops.ENGINES),
     )
-    return lambda x: torch.ops.isqrt_cov.cov_sqrt(x, given["iterations"], output, engine=engine)[0]
+    return lambda x: torch.ops.isqrt_cov.cov_sqrt(
+        x, given["iterations"], output, engine=engine, gram=bool(option.gram)
+    )[0]
 
 
 def variations(shape: tuple[int, ...], device: torch.device) -> tuple[dict[str, methods.Prepared], dict[str, str]]:
@@ -157,7 +162,7 @@ def run_shape(arguments: argparse.Namespace, shape: tuple[int, ...], progress) -
 
 
 def parts(arguments: argparse.Namespace, shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    """The operators that a call with C x C matrices consists of, float32 and 5 steps.
+    """The operators that a call with matrices of the channels consists of, float32 and 5 steps.
 
     Those of the root by each engine that runs.
     """

@@ -112,8 +112,8 @@ def cov_sqrt(
     """Square-root normalised covariance pooling: :func:`covariance_pool`, then :func:`matrix_sqrt`, fused.
 
     Keeps ``x`` and, per sample, one C x C matrix and the mean for the backward pass. Where there are clearly fewer
-    positions than channels, on a CPU, the same function is computed from their M x M Gram matrix (see :func:`plan`), in
-    less time and with smaller rounding errors.
+    positions than channels, on a CPU, the same function is computed from their Gram matrix, (M - 1) x (M - 1): in less
+    time, and without the rounding errors that many steps bring in the null space of a covariance (see :func:`plan`).
 
     Args:
         x: feature maps of shape (B, C, H, W) or (B, C, M), float32, float64, float16 or bfloat16, any strides, read in
@@ -167,7 +167,8 @@ def plan(
         iterations, coefficients, spectrum_floor: those of :func:`cov_sqrt`. Many steps need more memory on a GPU.
 
     Returns:
-        ``gram``: whether the iteration takes M x M matrices, for there are clearly fewer positions than channels;
+        ``gram``: whether the iteration takes (M - 1) x (M - 1) matrices, for there are clearly fewer positions M than
+        channels;
         ``pooling``, ``forward`` and ``backward``: the engine of the covariance, of the root and of its gradient;
         ``pool_chunks`` and ``pool_backward_chunks``: independent pieces of one sample's positions;
         ``forward_blocks`` and ``backward_blocks``: blocks of a cluster of a GPU, which share the root of one sample.
