@@ -16,10 +16,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from .images import InputError, bicubic, crop_to_multiple, list_images, match, read_uint8
+from .images import InputError, bicubic, crop_to_multiple, list_images, match, read_uint8, to_uint8
 
 Root = TypeVar("Root", bound=str | Path)
 
@@ -62,13 +63,20 @@ def by_name(roots: Sequence[Root], argument: str) -> dict[str, Root]:
     return dict(zip(names, roots, strict=True))
 
 
-def load_pair(paths: PairPaths, scale: int) -> tuple[Tensor, Tensor]:
-    """(3, h, w) and (3, scale h, scale w), uint8; rows and columns of HR that no LR pixel stands for are cut off."""
-    hr = crop_to_multiple(read_uint8(paths.hr), scale)
+def load_pair(paths: PairPaths, scale: int, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(3, h, w) and (3, scale h, scale w), uint8; rows and columns of HR that no LR pixel stands for are cut off.
+
+    With ``shrink`` below 1 a copy of HR of so many times its sides, whose LR image is always made.
+    """
+    hr = read_uint8(paths.hr)
+    if shrink < 1:
+        sides = [max(1, int(side * shrink)) for side in hr.shape[1:]]
+        hr = to_uint8(F.interpolate(hr[None].double(), size=sides, mode="bicubic", antialias=True)[0])
+    hr = crop_to_multiple(hr, scale)
     size = hr.shape[1] // scale, hr.shape[2] // scale
     if 0 in size:
         raise InputError(f"{paths.hr}: smaller than one LR pixel at scale {scale}")
-    if paths.lr is None:
+    if paths.lr is None or shrink < 1:
         return bicubic(hr, scale, down=True), hr
     lr = read_uint8(paths.lr)
     if lr.shape[1:] != size:
@@ -86,6 +94,7 @@ class Pair:
     path: Path
     lr: Tensor  # (3, h, w) uint8
     hr: Tensor  # (3, scale h, scale w) uint8
+    shrink: float = 1.0  # of the file's own size
 
 
 def load_pairs(
@@ -96,6 +105,7 @@ def load_pairs(
     least: int = 1,
     bad_files: str = "refuse",
     cache: str | Path | None = None,
+    shrink: Sequence[float] = (),
     report: Callable[[str], None] = print,
 ) -> list[Pair]:
     """Decodes every image of the folders once, and makes the LR images that are not there.
@@ -106,24 +116,27 @@ def load_pairs(
         bad_files: "refuse" raises for a file that is broken or too small, "skip" reports its name and goes on.
         cache: a folder for the decoded images, which are then mapped and shared between processes and runs instead of
             being held in memory.
+        shrink: fractions of its size of which each image is loaded as a copy, too.
         report: called with a line about each file skipped.
     """
     if bad_files not in ("refuse", "skip"):
         raise InputError(f"--bad-files: expected refuse or skip, got {bad_files!r}")
 
-    def load(paths: PairPaths) -> Pair | InputError:
+    def load(wanted: tuple[PairPaths, float]) -> Pair | InputError:
+        paths, size = wanted
         try:
-            lr, hr = load_pair(paths, scale) if cache is None else _cached_pair(paths, scale, Path(cache))
+            lr, hr = load_pair(paths, scale, size) if cache is None else _cached_pair(paths, scale, size, Path(cache))
             if min(lr.shape[1:]) < least:
                 width, height = hr.shape[2], hr.shape[1]
                 raise InputError(f"{paths.hr}: {width} x {height} is too small, {least * scale} a side are needed")
-            return Pair(paths.hr, lr, hr)
+            return Pair(paths.hr, lr, hr, size)
         except InputError as error:
             if bad_files == "refuse":
                 raise
             return error
 
-    everything = [paths for root in roots for paths in find_pairs(root, scale, argument)]
+    sizes = 1.0, *shrink
+    everything = [(paths, size) for root in roots for paths in find_pairs(root, scale, argument) for size in sizes]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         loaded = list(pool.map(load, everything))
     for problem in loaded:
@@ -135,17 +148,17 @@ def load_pairs(
     return pairs
 
 
-def _cached_pair(paths: PairPaths, scale: int, cache: Path) -> tuple[Tensor, Tensor]:
+def _cached_pair(paths: PairPaths, scale: int, shrink: float, cache: Path) -> tuple[Tensor, Tensor]:
     sources = [path for path in paths if path is not None]
     try:
         state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
     except OSError as error:
         raise InputError(f"{paths.hr}: cannot be read ({error})") from error
-    key = hashlib.sha256(repr((state, scale)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((state, scale, shrink)).encode()).hexdigest()[:16]
     files = [cache / f"{paths.hr.stem}-{key}-{part}.npy" for part in ("lr", "hr")]
     if not all(file.exists() for file in files):
         cache.mkdir(parents=True, exist_ok=True)
-        for file, image in zip(files, load_pair(paths, scale), strict=True):
+        for file, image in zip(files, load_pair(paths, scale, shrink), strict=True):
             unfinished = file.with_name(f"{file.stem}-{os.getpid()}.part")
             with unfinished.open("wb") as stream:
                 np.save(stream, image.numpy())
@@ -220,7 +233,9 @@ class Patches(Dataset[tuple[Tensor, Tensor, int]]):
         where = (
             f"LR rows {place.top}..{place.top + self.patch - 1}, columns {place.left}..{place.left + self.patch - 1}"
         )
-        return f"{self.pairs[place.image].path}: {where}" + (f" ({', '.join(turned)})" if turned else "")
+        pair = self.pairs[place.image]
+        copy = f" at {pair.shrink:g} of its size" if pair.shrink < 1 else ""
+        return f"{pair.path}{copy}: {where}" + (f" ({', '.join(turned)})" if turned else "")
 
 
 class Batches(Sampler[list[int]]):

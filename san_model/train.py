@@ -43,8 +43,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 # What may differ between a run and its continuation, because it does not change the weights that come out.
+# (Of the copies that shrink asks for the list of images tells.)
 FREE = {"out", "data", "val", "init", "resume", "workers", "cache", "bad_files", "validate_every", "checkpoint_every",
-        "log_every", "device"}  # fmt: skip
+        "log_every", "device", "shrink"}  # fmt: skip
 
 
 @dataclass
@@ -82,6 +83,8 @@ class TrainOptions:
         amp: half precision where torch.autocast allows it
         clip: largest norm of the gradient, 0 for any
         augment: flips and rotations
+        shrink: fractions of its size (0.75 0.5, say) of which each image is trained on as a copy, too: few photographs
+            then show more kinds of detail
         seed: of the initial weights and the patches
         resume: continue the run in --out, or start it where there is none yet
         workers: processes that cut patches
@@ -119,6 +122,7 @@ class TrainOptions:
     amp: Literal["none", "bf16", "fp16"] = "none"
     clip: float = 0.0
     augment: bool = True
+    shrink: list[float] = field(default_factory=list)
     seed: int = 0
     resume: bool = False
     workers: int = 2
@@ -144,6 +148,9 @@ class TrainOptions:
             raise InputError(f"--lr {self.lr}: expected a positive number")
         if not 0 <= self.ema < 1:
             raise InputError(f"--ema {self.ema}: expected at least 0 and less than 1")
+        for factor in self.shrink:
+            if not 0 < factor < 1:
+                raise InputError(f"--shrink {factor}: expected more than 0 and less than 1")
 
     def network(self) -> SAN:
         """A new network."""
@@ -209,7 +216,7 @@ class Run:
         self.last = options.out / "last.pt"
         if self.last.exists() and not options.resume:
             raise InputError(f"--out {options.out}: holds a run already; --resume continues it")
-        self.pairs = self._load(options.data, "--data", options.patch)
+        self.pairs = self._load(options.data, "--data", options.patch, options.shrink)
         self.validation = {key: self._load([root], "--val", 1) for key, root in by_name(options.val, "--val").items()}
         self.patches = Patches(self.pairs, options.scale, options.patch, options.seed, options.augment)
 
@@ -239,11 +246,13 @@ class Run:
         if self.process.rank == 0:
             console.print(line)
 
-    def _load(self, roots: Sequence[str | Path], argument: str, least: int) -> list[Pair]:
+    def _load(
+        self, roots: Sequence[str | Path], argument: str, least: int, shrink: Sequence[float] = ()
+    ) -> list[Pair]:
         options = self.options
         return load_pairs(
             roots, options.scale, argument=argument, least=least, bad_files=options.bad_files, cache=options.cache,
-            report=self.say,
+            shrink=shrink, report=self.say,
         )  # fmt: skip
 
     def _average(self, means: Tensors, values: Tensors, _: Tensor | int) -> None:

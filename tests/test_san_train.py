@@ -280,6 +280,7 @@ def test_options_work(images, uninterrupted, tmp_path, change):
     [
         ({"batch": 0}, "--batch 0: expected 1 or more"),
         ({"ema": 1.0}, "--ema 1.0: expected at least 0 and less than 1"),
+        ({"shrink": [0.5, 1.0]}, "--shrink 1.0: expected more than 0 and less than 1"),
         ({"lr": float("nan")}, "--lr nan"),
         ({"n_feats": 9}, "--n_feats: expected a multiple of 8"),
         ({"patch": 64}, r"a\.png: 44 x 40 is too small, 128 a side are needed"),
