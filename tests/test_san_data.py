@@ -96,12 +96,12 @@ def test_smaller_copies(folder):
     for pair in pairs:
         assert torch.equal(pair.lr, bicubic(pair.hr, 2, down=True))
     whole = read_uint8(pairs[0].path).float()
-    halves = whole.unfold(1, 2, 2).unfold(2, 2, 2).mean((3, 4))  # of random numbers bicubic is off by a fraction of them
+    halves = whole.unfold(1, 2, 2).unfold(2, 2, 2).mean((3, 4))  # bicubic is off by a fraction of such random numbers
     assert (pairs[2].hr - halves).abs().mean() < 0.5 * (halves - halves.mean()).abs().mean()
     cached = [load_pairs([folder], 2, shrink=[0.5], cache=folder / "cache") for _ in range(2)]
     for loaded in cached:
         assert all(torch.equal(a.hr, b.hr) for a, b in zip(loaded[1::2], pairs[2::3], strict=True))
-    assert "image0.png at 0.5 of its size: LR rows 2..7" in Patches(pairs[2:3], 2, 6, seed=0, augment=False).describe(1)
+    assert "image0.png at 0.5 of its size: LR rows 3..8" in Patches(pairs[2:3], 2, 6, seed=0, augment=False).describe(1)
     with pytest.raises(InputError, match=r"image0\.png: 9 x 10 is too small"):
         load_pairs([folder], 2, shrink=[0.25], least=6)
 
