@@ -128,7 +128,8 @@ def load_pairs(
             lr, hr = load_pair(paths, scale, size) if cache is None else _cached_pair(paths, scale, size, Path(cache))
             if min(lr.shape[1:]) < least:
                 width, height = hr.shape[2], hr.shape[1]
-                raise InputError(f"{paths.hr}: {width} x {height} is too small, {least * scale} a side are needed")
+                name = _name(paths.hr, size)
+                raise InputError(f"{name}: {width} x {height} is too small, {least * scale} a side are needed")
             return Pair(paths.hr, lr, hr, size)
         except InputError as error:
             if bad_files == "refuse":
@@ -146,6 +147,11 @@ def load_pairs(
     if not pairs:
         raise InputError(f"{argument} {' '.join(map(str, roots))}: no usable image is left")
     return pairs
+
+
+def _name(path: Path, shrink: float) -> str:
+    """Of an image, or of a smaller copy."""
+    return f"{path} at {shrink:g} of its size" if shrink < 1 else str(path)
 
 
 def _cached_pair(paths: PairPaths, scale: int, shrink: float, cache: Path) -> tuple[Tensor, Tensor]:
@@ -234,8 +240,7 @@ class Patches(Dataset[tuple[Tensor, Tensor, int]]):
             f"LR rows {place.top}..{place.top + self.patch - 1}, columns {place.left}..{place.left + self.patch - 1}"
         )
         pair = self.pairs[place.image]
-        copy = f" at {pair.shrink:g} of its size" if pair.shrink < 1 else ""
-        return f"{pair.path}{copy}: {where}" + (f" ({', '.join(turned)})" if turned else "")
+        return f"{_name(pair.path, pair.shrink)}: {where}" + (f" ({', '.join(turned)})" if turned else "")
 
 
 class Batches(Sampler[list[int]]):

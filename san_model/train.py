@@ -246,9 +246,7 @@ class Run:
         if self.process.rank == 0:
             console.print(line)
 
-    def _load(
-        self, roots: Sequence[str | Path], argument: str, least: int, shrink: Sequence[float] = ()
-    ) -> list[Pair]:
+    def _load(self, roots: Sequence[str | Path], argument: str, least: int, shrink: Sequence[float] = ()) -> list[Pair]:
         options = self.options
         return load_pairs(
             roots, options.scale, argument=argument, least=least, bad_files=options.bad_files, cache=options.cache,

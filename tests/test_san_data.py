@@ -102,7 +102,7 @@ def test_smaller_copies(folder):
     for loaded in cached:
         assert all(torch.equal(a.hr, b.hr) for a, b in zip(loaded[1::2], pairs[2::3], strict=True))
     assert "image0.png at 0.5 of its size: LR rows 3..8" in Patches(pairs[2:3], 2, 6, seed=0, augment=False).describe(1)
-    with pytest.raises(InputError, match=r"image0\.png: 9 x 10 is too small"):
+    with pytest.raises(InputError, match=r"image0\.png at 0.25 of its size: 8 x 10 is too small"):
         load_pairs([folder], 2, shrink=[0.25], least=6)
 
 
