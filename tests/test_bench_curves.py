@@ -56,16 +56,19 @@ def test_curves(tmp_path, capsys):
 def test_options(tmp_path, capsys):
     path = tmp_path / "options.json"
     threads = torch.get_num_threads()
-    assert options.main(["--shape", "2x16x8x8", "--rounds", "2", "--json", str(path)]) == 0
+    assert options.main(["--shape", "2x16x8x8", "2x32x3x3", "2x16x3x3", "--rounds", "2", "--json", str(path)]) == 0
     assert torch.get_num_threads() == threads
     result = json.loads(path.read_text())
-    (entry,) = result["shapes"]
-    on_cuda = {f'engine "{name}"' for name in CUDA_ENGINES}
-    assert entry["shape"] == [2, 16, 8, 8] and set(entry["options"]) == set(options.OPTIONS) - on_cuda
-    for about in entry["options"].values():
-        assert all(about[block]["ms"] > 0 and len(about[block]["samples_ms"]) == 2 for block in options.BLOCKS)
-    assert entry["options"]["base"]["forward"]["faster"] == 1
-    assert list(entry["parts"]) == ["pooling", "root", "gradient of the root", "gradient of pooling"]
-    assert all(part["ms"] > 0 and len(part["samples_ms"]) == 2 for part in entry["parts"].values())
+    usual = set(options.OPTIONS) - {f'engine "{name}"' for name in CUDA_ENGINES}
+    channels, positions = (f"matrices of the {side}" for side in ("channels", "positions"))
+    # As many positions as channels at least; fewer ones, of which plan() takes the matrices; and of which it does not.
+    for entry, others in zip(result["shapes"], ({channels, positions}, {positions}, {channels}), strict=True):
+        assert set(entry["options"]) == usual - others
+        for about in entry["options"].values():
+            assert all(about[block]["ms"] > 0 and len(about[block]["samples_ms"]) == 2 for block in options.BLOCKS)
+        assert entry["options"]["base"]["forward"]["faster"] == 1
+        assert list(entry["parts"]) == ["pooling", "root", "gradient of the root", "gradient of pooling"]
+        assert all(part["ms"] > 0 and len(part["samples_ms"]) == 2 for part in entry["parts"].values())
+    assert [entry["shape"] for entry in result["shapes"]] == [[2, 16, 8, 8], [2, 32, 3, 3], [2, 16, 3, 3]]
     assert all(us > 0 for of in ("cov_sqrt", "empty") for us in result["call_us"][of].values())
     assert "times as fast" in capsys.readouterr().out
