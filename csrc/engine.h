@@ -294,8 +294,8 @@ template <class Device> struct Engine {
 
   // ---- the same root from the side of the positions, gram.h
 
-  /// Their products beside those of the root are the library's on a GPU, and where the root's are.
-  bool gram_by_library() const { return Device::kCuda || choice.forward == EngineKind::kLibrary; }
+  /// On a GPU, and where the products of the root are the library's, too.
+  bool gram_by_library() const { return choice.pooling == EngineKind::kLibrary; }
 
   /// K of scale x, mu and scale.
   Pooled pool_gram(const Tensor& x) {

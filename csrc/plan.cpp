@@ -37,9 +37,10 @@ Plan plan_cpu(const Problem& p, EngineKind requested) {
   const EngineKind level = is_level ? requested : best_cpu_level();
   const bool library = requested == EngineKind::kLibrary || (!is_level && p.side() > kLargestInCache);
   const EngineKind root = library ? EngineKind::kLibrary : level;
+  const EngineKind pooling = p.gram && library ? EngineKind::kLibrary : level;
   // A chunk costs a C x C partial result: at 4 C positions or more these stay below a quarter of x.
   const int64_t pieces = p.gram ? 1 : 64;
-  return {root, root, level, split(p, pieces, std::max<int64_t>(1024, 4 * p.channels)), split(p, pieces, 256)};
+  return {root, root, pooling, split(p, pieces, std::max<int64_t>(1024, 4 * p.channels)), split(p, pieces, 256)};
 }
 
 #ifdef ISQRT_WITH_CUDA
@@ -90,7 +91,7 @@ Plan plan_cuda(const Problem& p, EngineKind requested) {
     const int64_t length = kTile * divide_up(std::max(divide_up(p.positions, wanted), shortest), kTile);
     return Chunks{p.positions, length, divide_up(p.positions, length)};
   };
-  Plan plan = {choose(false), choose(true), EngineKind::kBlock,
+  Plan plan = {choose(false), choose(true), p.gram ? EngineKind::kLibrary : EngineKind::kBlock,
                split_tiles(kPoolBlocks / (tiles * (tiles + 1) / 2), 2 * p.channels), split_tiles(kBlocks / tiles, 0)};
   if (requested != EngineKind::kAuto) return plan;  // no clusters where that is asked for: to compare with
   const auto blocks = [&](EngineKind engine, bool backward) {

@@ -158,7 +158,8 @@ def test_plan_on_the_cpu():
     assert one_chunk["pool_chunks"] == 1
     assert plan((1, 64, 256, 256))["pool_chunks"] > 8  # a small batch is split over its positions
     assert plan((2, 2048, 48, 48))["forward"] == "library"  # outgrows the cache
-    assert plan((2, 2048, 7, 7))["forward"] == best  # 49 x 49
+    assert plan((2, 2048, 7, 7))["forward"] == best  # 48 x 48
+    assert [plan((2, 4096, 50, 50))[of] for of in ("gram", "pooling", "forward")] == [True, "library", "library"]
     assert plan((2, 64, 14, 14), engine="portable")["forward"] == "portable"
 
 
