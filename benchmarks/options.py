@@ -100,8 +100,10 @@ def function_of(option: Option, shape: tuple[int, ...], device: torch.device) ->
     if option.engine == "auto" and option.gram is None:
         return lambda x: library.cov_sqrt(x, **given)
     plan = library.plan(shape, option.dtype, device, option.engine)
-    if option.gram is not None and (plan["gram"] == option.gram or not 1 < math.prod(shape[2:]) < shape[1]):
-        raise RuntimeError("they are the base's" if plan["gram"] == option.gram else "no fewer positions than channels")
+    if plan["gram"] == option.gram:
+        raise RuntimeError("they are the base's")
+    if option.gram and not 1 < math.prod(shape[2:]) < shape[1]:
+        raise RuntimeError("no fewer positions than channels")
     code = library.ops.code
     output, engine = (
         code("output", option.output, library.ops.OUTPUTS),

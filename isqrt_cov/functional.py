@@ -130,7 +130,7 @@ def cov_sqrt(
     """
     floor = _spectrum_floor(coefficients, spectrum_floor)
     arguments = iterations, code("output", output, OUTPUTS), floor
-    return _call(ops.cov_sqrt, x, *arguments, further=(prefers_gram(x.shape, x.device),))[0]
+    return _call(ops.cov_sqrt, x, *arguments, further=(True,) if prefers_gram(x.shape, x.device) else ())[0]
 
 
 def triu_vector(y: Tensor) -> Tensor:

@@ -119,10 +119,36 @@ template <class X> class GramEngine : public SecondPass<X> {
   Panels<T> spare_;
 };
 
-/// R -> Yhat.
-template <class X> class ExpandEngine {
+/// What the engines of one sample whose scale is known have in common.
+template <class X> class SampleEngine {
+ protected:
   using T = Compute<X>;
-  using S = Simd<T>;
+
+  /// The features come first in the storage.
+  template <class Task>
+  SampleEngine(const Task& task, int64_t sample, T* storage)
+      : C_(task.x.channels),
+        n_(gram_side(task.x.positions())),
+        sample_(sample),
+        scale_(task.scale[sample]),
+        features_(task.x, storage),
+        next_(storage + Features<X>::storage_size(C_, task.x.positions())) {}
+
+ public:
+  void load_features() const { features_.load(sample_, scale_, nullptr); }
+
+ protected:
+  int64_t C_, n_, sample_;
+  T scale_;
+  Features<X> features_;
+  T* next_;  // what follows them
+};
+
+/// R -> Yhat.
+template <class X> class ExpandEngine : public SampleEngine<X> {
+  using T = Compute<X>;
+  using Base = SampleEngine<X>;
+  using Base::C_, Base::n_, Base::sample_, Base::scale_, Base::features_, Base::next_;
 
  public:
   static int64_t storage_size(int64_t channels, int64_t positions) {
@@ -131,21 +157,15 @@ template <class X> class ExpandEngine {
   }
 
   ExpandEngine(const ExpandTask<X>& task, int64_t sample, T* storage)
-      : C_(task.x.channels),
-        n_(gram_side(task.x.positions())),
-        sample_(sample),
-        scale_(task.scale[sample]),
+      : Base(task, sample, storage),
         result_(task.result.sample(sample)),
-        features_(task.x, storage),
-        root_{storage + Features<X>::storage_size(C_, task.x.positions()), Panels<T>::rows_for(n_)},
+        root_{next_, Panels<T>::rows_for(n_)},
         product_{root_.data + Panels<T>::size(n_, n_), root_.rows},
         strip_{product_.data + Panels<T>::size(n_, C_), Panels<T>::rows_for(C_)},
         sums_(strip_.data + Panels<T>::size(C_, kPanel)),
         weights_(sums_ + round_up(n_, kPanel)) {
     read_panels(root_, task.root + sample * n_ * n_, n_, n_, n_);
   }
-
-  void load_features() const { features_.load(sample_, scale_, nullptr); }
 
   void multiply_root() const {  // of the mean: P 1 = R (F^T 1)
     if (result_.output == Output::kMean) {
@@ -195,18 +215,17 @@ template <class X> class ExpandEngine {
     copy_strided(result_.data + j * C_, C_, int64_t(1), strip_.data, int64_t(1), kPanel, columns, j);
   }
 
-  int64_t C_, n_, sample_;
-  T scale_;
   RootView<T> result_;
-  Features<X> features_;
   Panels<T> root_, product_, strip_;
   T *sums_, *weights_;
 };
 
 /// G -> V and H.
-template <class X> class ContractEngine {
+template <class X> class ContractEngine : public SampleEngine<X> {
   using T = Compute<X>;
   using S = Simd<T>;
+  using Base = SampleEngine<X>;
+  using Base::C_, Base::n_, Base::features_, Base::next_;
 
  public:
   static int64_t storage_size(int64_t channels, int64_t positions) {
@@ -215,19 +234,13 @@ template <class X> class ContractEngine {
   }
 
   ContractEngine(const ContractTask<X>& task, int64_t sample, T* storage)
-      : C_(task.x.channels),
-        n_(gram_side(task.x.positions())),
-        sample_(sample),
-        scale_(task.scale[sample]),
+      : Base(task, sample, storage),
         grad_(task.grad.sample(sample)),
         product_to_(task.product + sample * C_ * n_),
         grad_root_(task.grad_root + sample * n_ * n_),
-        features_(task.x, storage),
-        product_{storage + Features<X>::storage_size(C_, task.x.positions()), Panels<T>::rows_for(C_)},
+        product_{next_, Panels<T>::rows_for(C_)},
         strip_{product_.data + Panels<T>::size(C_, n_), product_.rows},
         spare_{strip_.data + Panels<T>::size(C_, kPanel), Panels<T>::rows_for(n_)} {}
-
-  void load_features() const { features_.load(sample_, scale_, nullptr); }
 
   void multiply_gradient() const {
     if (grad_.output == Output::kMean) return multiply_mean_gradient();
@@ -279,17 +292,16 @@ template <class X> class ContractEngine {
     }
   }
 
-  int64_t C_, n_, sample_;
-  T scale_;
   RootView<const T> grad_;
   T *product_to_, *grad_root_;
-  Features<X> features_;
   Panels<T> product_, strip_, spare_;
 };
 
 /// V, R and dK -> dX.
-template <class X> class GramBackwardEngine {
+template <class X> class GramBackwardEngine : public SampleEngine<X> {
   using T = Compute<X>;
+  using Base = SampleEngine<X>;
+  using Base::C_, Base::n_, Base::sample_, Base::features_, Base::next_;
 
  public:
   static int64_t storage_size(int64_t channels, int64_t positions) {
@@ -299,13 +311,9 @@ template <class X> class GramBackwardEngine {
   }
 
   GramBackwardEngine(const GramBackwardTask<X>& task, int64_t sample, T* storage)
-      : C_(task.x.channels),
-        n_(gram_side(task.x.positions())),
-        sample_(sample),
-        scale_(task.scale[sample]),
+      : Base(task, sample, storage),
         grad_x_(task.grad_x),
-        features_(task.x, storage),
-        product_{storage + Features<X>::storage_size(C_, task.x.positions()), Panels<T>::rows_for(n_)},
+        product_{next_, Panels<T>::rows_for(n_)},
         root_{product_.data + Panels<T>::size(n_, C_), product_.rows},
         grad_gram_{root_.data + Panels<T>::size(n_, n_), product_.rows},
         result_(grad_gram_.data + Panels<T>::size(n_, n_)) {
@@ -316,8 +324,6 @@ template <class X> class GramBackwardEngine {
       copy_strided(product_.at(0, c), kPanel, int64_t(1), product + c * n_, int64_t(1), n_, n_,
                    minimum(kPanel, C_ - c));
   }
-
-  void load_features() const { features_.load(sample_, scale_, nullptr); }
 
   void store_features(double alpha) const {
     const int64_t ld = round_up(n_ + 1, kPanel);
@@ -352,10 +358,7 @@ template <class X> class GramBackwardEngine {
     row[0] = T(reflection.to_first) * sum;
   }
 
-  int64_t C_, n_, sample_;
-  T scale_;
   FeatureMaps<X> grad_x_;
-  Features<X> features_;
   Panels<T> product_, root_, grad_gram_;
   T* result_;
 };

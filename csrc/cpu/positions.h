@@ -98,8 +98,6 @@ template <class X> class PositionTile {
     copy_strided(mean, x_.channels, int64_t(1), mean_, x_.channels, int64_t(1), int64_t(1), x_.channels);
   }
 
-  const Panels<T>& tile() const { return tile_; }
-
  private:
   /// One run of positions, less the mean, into the tile's rows from `first` on; their sums into delta_. What cannot be
   /// transposed in whole blocks, or lies neither along positions nor along channels, is read element by element.

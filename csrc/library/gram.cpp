@@ -47,16 +47,17 @@ void GramEngine::load_features() {
   const Tensor x = torch::stable::to(torch::stable::flatten(x_, 2, -1), dtype_);
   const Tensor half = multiply(x, number(0.5));  // of a difference, which does not overflow
   const Tensor distance = torch::stable::subtract(half, narrow(half, 0, 1));
-  if (!scale_.defined()) {
+  const bool pools = !scale_.defined();
+  if (pools) {
     constexpr std::array<int64_t, 2> kAll{1, 2};
     scale_ = scale_for(torch::stable::amax(call("aten::abs", "", distance), kAll, true));
   }
-  const Tensor scaled = multiply(multiply(distance, scale_), number(2));
+  const Tensor scaled = multiply(distance, multiply(scale_, number(2)));
   const Tensor mean = divide(sum(scaled, kPositions), number(double(positions())));
   const Tensor centered = torch::stable::subtract(scaled, mean), first = narrow(centered, 0, 1);
   features_ =
       add(narrow(centered, 1, gram_side(positions())), multiply(first, number(Reflection(positions()).of_first)));
-  mean_ = add(narrow(x, 0, 1), divide(mean, scale_));
+  if (pools) mean_ = add(narrow(x, 0, 1), divide(mean, scale_));
 }
 
 void GramEngine::store_gram(double alpha) { result_ = product(transpose(features_), features_, alpha); }
