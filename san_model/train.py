@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from . import SAN
+from .checkpoint import replacing
 from .data import Batches, Pair, Patches, by_name, load_pairs
 from .distributed import Process, processes
 from .images import InputError, to_uint8
@@ -491,14 +492,3 @@ class Run:
             return f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB"
         unit = 1 if sys.platform == "darwin" else 2**10
         return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write in place of ``path``: it takes the name only once it is whole and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    yield unfinished
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

@@ -203,14 +203,8 @@ template <class X> class ExpandEngine : public SampleEngine<X> {
  private:
   /// Columns of Yhat as far as the diagonal, from strip_, and their mirror image.
   void write_columns(int64_t j, int64_t columns) const {
-    if (result_.output == Output::kTriu) {
-      for (int64_t i = 0; i < j + columns; ++i) {
-        const int64_t first = i < j ? j : i;
-        copy_strided(result_.data + triu_index(i, first, C_), C_, int64_t(1), strip_.at(i, first - j), kPanel,
-                     int64_t(1), int64_t(1), j + columns - first);
-      }
-      return;
-    }
+    if (result_.output == Output::kTriu)
+      return copy_triangle(result_.data, C_, j, columns, static_cast<const T*>(strip_.data));
     copy_strided(result_.data + j, C_, int64_t(1), strip_.data, kPanel, int64_t(1), j + columns, columns);
     copy_strided(result_.data + j * C_, C_, int64_t(1), strip_.data, int64_t(1), kPanel, columns, j);
   }

@@ -146,13 +146,8 @@ template <class T> class MatrixEngine {
   template <class X> void write(const Matrix& A, const RootView<X>& result) const {
     const int64_t C = channels_;
     if (result.output != Output::kTriu) return copy_panels(result.data, C, A, C, C);
-    for (int64_t i = 0; i < C; ++i)
-      for (int64_t first = i; first < C;) {
-        const int64_t end = minimum(C, first / kPanel * kPanel + kPanel);
-        copy_strided(result.data + triu_index(i, first, C), C, int64_t(1), static_cast<const T*>(A.at(i, first)),
-                     kPanel, int64_t(1), int64_t(1), end - first);
-        first = end;
-      }
+    for (int64_t j = 0; j < C; j += kPanel)
+      copy_triangle(result.data, C, j, minimum(kPanel, C - j), static_cast<const T*>(A.at(0, j)));
   }
 
   void product(Matrix& D, T alpha, T beta, const Matrix& A, const Matrix& B) {

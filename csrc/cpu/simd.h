@@ -252,6 +252,15 @@ inline void copy_panels(X* to, int64_t ld, const Panels<T>& A, int64_t rows, int
                  minimum(kPanel, columns - j));
 }
 
+/// Columns [j, j + columns) of a C x C matrix's upper triangle into its row-major vector, from a panel of A.
+template <class X, class T> inline void copy_triangle(X* to, int64_t C, int64_t j, int64_t columns, const T* panel) {
+  for (int64_t i = 0; i < j + columns; ++i) {
+    const int64_t first = i < j ? j : i;
+    copy_strided(to + triu_index(i, first, C), C, int64_t(1), panel + i * kPanel + first - j, kPanel, int64_t(1),
+                 int64_t(1), j + columns - first);
+  }
+}
+
 /// u = sum_i factor(i) A[i, :]
 template <class T, class Factor>
 inline void multiply_rows(T* u, const Panels<T>& A, int64_t rows, int64_t columns, const Factor& factor) {
