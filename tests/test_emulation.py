@@ -20,22 +20,12 @@ DTYPES = (torch.float32, torch.float64)
 # One position; one more than a panel has; a tile of a gradient and a tail; odd sides and several tiles.
 IMAGES = ((1, 1), (1, 33), (5, 15), (13, 11))
 ORDERS = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
-
-
 HOPPER_SHARED_BYTES = 227 * 1024
-
-
-def whole_file_runs(request):
-    """All tests of this file in their order, whatever might leave some out, so that coverage can be asked for. It makes
-    the kernels slower."""
-    module = request.node.getparent(pytest.Module)
-    chosen = [item.nodeid for item in request.session.items if item.getparent(pytest.Module) is module]
-    return chosen == [item.nodeid for item in module.collect()]
 
 
 @pytest.fixture(scope="module")
 def loaded_kernels(request):
-    measured = whole_file_runs(request)
+    measured = coverage.whole_module_runs(request)  # it makes the kernels slower
     path = build("isqrt_emulation", "coverage" if measured else "plain")
     if measured:
         coverage.forget()
@@ -499,7 +489,7 @@ def test_failing_launches_name_the_kernel(kernels):
 
 def test_every_line_of_the_kernels_runs(request, kernels):
     """Of all files that the kernels are compiled from; and every instance of every template."""
-    if not whole_file_runs(request):
+    if not coverage.whole_module_runs(request):
         pytest.skip("only some of the tests above were asked for")
     kernels.write_coverage()
     assert coverage.missed() == []

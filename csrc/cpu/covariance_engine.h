@@ -203,12 +203,10 @@ template <class X> class PoolBackwardEngine {
     const int64_t whole_panels = stride_w == 1 && first % kPanel == 0 ? run / kPanel * kPanel : 0;
     for (int64_t r = 0; transposed && r < vector_run; r += W)
       for (int64_t c = 0; c < transposed; c += W) {
-        Vector<T> rows[W];
+        Vector<T> channels[W];
+        load_transposed(channels, x + r * stride_w + c, stride_w);
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) rows[i] = load_vector(x + (r + i) * stride_w + c);
-        transpose<T>(rows);
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) store(c + i, r, scale_ * rows[i] - scale_ * mean_[c + i]);
+        for (int i = 0; i < W; ++i) store(c + i, r, scale_ * channels[i] - scale_ * mean_[c + i]);
       }
     for (int64_t c = 0; c < C; ++c) {
       const T mean = scale_ * mean_[c];

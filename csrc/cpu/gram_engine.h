@@ -261,9 +261,7 @@ template <class X> class ContractEngine : public SampleEngine<X> {
     for (int64_t k = 0; k < whole; k += W)
       for (int64_t v = 0; v < kPanel; v += W) {
         Vector<T> below[W];
-#pragma GCC unroll 16
-        for (int r = 0; r < W; ++r) below[r] = load_vector(grad_.data + (j + v + r) * C_ + k);
-        transpose<T>(below);
+        load_transposed(below, grad_.data + (j + v) * C_ + k, C_);
 #pragma GCC unroll 16
         for (int r = 0; r < W; ++r)
           store_vector(strip_.at(k + r, v),

@@ -45,9 +45,7 @@ template <class T> class MatrixEngine {
     for (int64_t i = 0; i < in_blocks; i += W)
       for (int64_t j = i; j < in_blocks; j += W) {
         Vector<T> block[W], below[W];
-#pragma GCC unroll 16
-        for (int r = 0; r < W; ++r) below[r] = load_vector(source.data + (j + r) * C + i);
-        transpose<T>(below);
+        load_transposed(below, source.data + j * C + i, C);
 #pragma GCC unroll 16
         for (int r = 0; r < W; ++r) {
           const Vector<T> above = load_vector(source.data + (i + r) * C + j);

@@ -117,13 +117,11 @@ template <class X> class PositionTile {
       Vector<T> sum = {};
       T* tile = tile_.at(first, c);
       for (int64_t r = 0; r < vector_run; r += W) {
-        Vector<T> rows[W];
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) rows[i] = load_vector(x + (c + i) * stride_c + r);
-        transpose<T>(rows);
+        Vector<T> positions[W];
+        load_transposed(positions, x + c * stride_c + r, stride_c);
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) {
-          const Vector<T> value = rows[i] - mean;
+          const Vector<T> value = positions[i] - mean;
           sum += value;
           store_vector(tile + (r + i) * kPanel, value);
         }

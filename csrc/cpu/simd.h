@@ -169,15 +169,22 @@ template <int Stride, class T> inline void butterflies(Vector<T> (&rows)[Simd<T>
 /// rows <- rows^T, a square block of one vector's width held in registers.
 template <class T> inline void transpose(Vector<T> (&rows)[Simd<T>::kWidth]) { butterflies<1, T>(rows); }
 
+/// The columns of such a block in memory.
+template <class From, class T = Compute<From>>
+inline __attribute__((always_inline)) void load_transposed(Vector<T> (&columns)[Simd<T>::kWidth], const From* src,
+                                                           int64_t ld) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Simd<T>::kWidth; ++i) columns[i] = load_vector(src + i * ld);
+  transpose<T>(columns);
+}
+
 template <class To, class From>
 inline __attribute__((always_inline)) void transpose_block(To* dst, int64_t ld_dst, const From* src, int64_t ld_src) {
   constexpr int W = Simd<Compute<From>>::kWidth;
-  Vector<Compute<From>> rows[W];
+  Vector<Compute<From>> columns[W];
+  load_transposed(columns, src, ld_src);
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) rows[i] = load_vector(src + i * ld_src);
-  transpose<Compute<From>>(rows);
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) store_vector(dst + i * ld_dst, rows[i]);
+  for (int i = 0; i < W; ++i) store_vector(dst + i * ld_dst, columns[i]);
 }
 
 /// The lower triangle of an n x n matrix from its upper one. at(i, j) is the address of an element, `ld` beyond which

@@ -6,7 +6,17 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import pytest
+
 from .build import CUDA, ROOT, object_path
+
+
+def whole_module_runs(request):
+    """Whether all tests of the asking module run in their order, whatever might leave some out: of fewer there is no
+    coverage to ask for."""
+    module = request.node.getparent(pytest.Module)
+    chosen = [item.nodeid for item in request.session.items if item.getparent(pytest.Module) is module]
+    return chosen == [item.nodeid for item in module.collect()]
 
 
 def counts():
