@@ -227,6 +227,16 @@ def test_not_finite_in_one_sample_stays_there(device, output, dtype, bad):
     assert torch.equal(slope_dirty[others], slope[others]) and not slope_dirty[2].isfinite().all()
 
 
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_what_is_not_finite_is_not_scaled(device, bad):
+    """A second pass would take its time, and find no scale that helps."""
+    x = feature_maps(3, 12, 10, torch.float32, device)
+    x[1, 4, 7] = bad  # numbers follow it
+    for gram in (False,) if x.is_cuda else (False, True):  # the library scales all samples
+        scale = torch.ops.isqrt_cov.cov_sqrt(x, 5, 0, gram=gram)[3]
+        assert (scale == 1).all()
+
+
 @pytest.mark.parametrize("function", (matrix_sqrt, matrix_inv_sqrt))
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
 def test_not_finite_sigma_stays_in_its_sample(device, function, bad):

@@ -223,7 +223,7 @@ template <class X> class SecondPass {
     T most = 0;
     for_each_distance(x_, sample_, share, [&](int64_t, int64_t, T distance) {
       const T size = distance < 0 ? -distance : distance;
-      if (!(size <= most)) most = size;  // NaN is taken over
+      if (size > most || size != size) most = size;  // NaN is taken over, and stays
     });
     return most;
   }
