@@ -40,11 +40,15 @@ def find_cuda_home():
 
 
 def default_architectures(cuda_home):
-    """Those of ARCHITECTURES that this nvcc knows, the last one also as PTX for devices to come."""
+    """Those of ARCHITECTURES that this nvcc knows, one of them also as PTX for devices to come: the last one without an
+    "a", for code of those runs nowhere else."""
     nvcc = str(Path(cuda_home) / "bin" / "nvcc")
     listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
     listed = listing.stdout.split()
-    return ";".join(a for a in ARCHITECTURES if "compute_" + a.strip("a").replace(".", "") in listed) + "+PTX"
+    known = [a for a in ARCHITECTURES if "compute_" + a.strip("a").replace(".", "") in listed]
+    last = max(i for i, a in enumerate(known) if not a.endswith("a"))
+    known[last] += "+PTX"
+    return ";".join(known)
 
 
 def extension(cpp_extension):
@@ -111,4 +115,5 @@ def main():
     )
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import re
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -119,6 +120,22 @@ def sdist(tmp_path_factory):
     return archive
 
 
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    (
+        ("80 86 89 90 100 120", "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"),
+        ("75 80 86 87 89 90", "8.0;8.6;8.9+PTX;9.0a"),  # code of 9.0a runs on 9.0 alone
+    ),
+)
+def test_devices_to_come_have_code(tmp_path, listed, expected):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\nprintf 'compute_%s\\n' {listed}\n")
+    nvcc.chmod(0o755)
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    assert setup["default_architectures"](tmp_path) == expected
+
+
 def copy_of_the_tree(folder):
     """Files that git knows, or would: a build leaves its metadata behind, and finds what an earlier one left."""
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
@@ -138,7 +155,7 @@ def test_source_archive_holds_all_that_a_build_needs(sdist):
     assert code and code <= names
     assert {"LICENSE", "README.md", "CITATION.cff", "pyproject.toml", "setup.py", "isqrt_cov/py.typed"} <= names
     assert sources("isqrt_cov") | sources("san_model") <= names
-    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+    assert not [name for name in names if name.endswith((".so", ".pyc")) or name.startswith("tests/")]
 
 
 @pytest.mark.build
