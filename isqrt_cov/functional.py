@@ -11,19 +11,17 @@ from torch import Tensor
 
 from . import ops
 from .ops import ENGINES, OUTPUTS, ROOTS, code, prefers_gram
-from .transforms import compute_dtype
+from .transforms import compute_dtype, without_autocast
 
 _ops = torch.ops.isqrt_cov
 COEFFICIENTS = ("newton_schulz", "minimax")
 
 
-def _spectrum_floor(coefficients: str, spectrum_floor: float) -> float:
-    """The argument of the operators: 0 stands for the paper's coefficients."""
-    if code("coefficients", coefficients, COEFFICIENTS) == 0:
-        return 0.0
-    if spectrum_floor == 0:
-        raise ValueError("spectrum_floor: expected more than 0, got 0")
-    return spectrum_floor
+def check_coefficients(coefficients: str, spectrum_floor: float) -> float:
+    """The operators' argument ``spectrum_floor``: 0 stands for the paper's coefficients. Raises ValueError."""
+    if not 1e-12 <= spectrum_floor < 1:
+        raise ValueError(f"spectrum_floor: expected 1e-12 or more and less than 1, got {spectrum_floor}")
+    return spectrum_floor if code("coefficients", coefficients, COEFFICIENTS) else 0.0
 
 
 def _call(
@@ -32,9 +30,14 @@ def _call(
     """The operator, autocast included, whose own rule comes too late for the derivatives of torch.func: float32 is put
     out, for which 16-bit feature maps are read in place, and matrices are copied. ``further`` arguments follow wide.
     """
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if not (
+        torch._C._is_any_autocast_enabled()
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    ):
         return operator(x, *arguments, 0, False, *further) if further else operator(x, *arguments)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if in_place:
             return operator(x, *arguments, 0, True, *further)  # engine, wide
         return operator(x.to(compute_dtype(x.dtype)), *arguments)
@@ -69,13 +72,13 @@ def matrix_sqrt(
 
     Args:
         sigma: (B, C, C), float32, float64, float16 or bfloat16 (iterated in float32). Its symmetric part is used.
-        iterations: number of steps N, at least 1. More are nearer to the exact root until the iteration has converged
-            (5 to 15 steps). Where ``sigma`` is singular it does not converge: each step multiplies the rounding errors
-            there by about 1.5, and 20 steps in float32 leave few digits of the gradient.
+        iterations: number of steps N, from 1 to 1000. More are nearer to the exact root until the iteration has
+            converged (10 to 20 steps as printed). Where ``sigma`` is singular it does not converge: each step
+            multiplies the rounding errors there by about 1.5, and 20 steps in float32 leave few digits of the gradient.
         coefficients: ``"newton_schulz"``, the paper's 3/2 and -1/2 in each step; or ``"minimax"``, in each step the
             pair that is best for eigenvalues of ``sigma`` / trace between ``spectrum_floor`` and 1. The same number of
             products comes several times nearer to the exact root; eigenvalues below the floor stay bounded.
-        spectrum_floor: for ``"minimax"`` only, between 1e-12 and 1. In float32 below 1e-4 the rounding errors of
+        spectrum_floor: for ``"minimax"`` only, from 1e-12 to below 1. In float32 below 1e-4 the rounding errors of
             eigenvalues under the floor show: a rank-deficient ``sigma`` is then better served by more steps.
 
     Returns:
@@ -83,11 +86,11 @@ def matrix_sqrt(
         beyond its dtype's range.
 
     Raises:
-        RuntimeError: ``sigma`` is not a batch of square matrices, has another dtype, ``iterations`` < 1, or
-            ``spectrum_floor`` is out of range.
-        ValueError: other ``coefficients``.
+        RuntimeError: ``sigma`` is not a batch of square matrices or has another dtype; or ``iterations`` is out of
+            range.
+        ValueError: other ``coefficients``, or ``spectrum_floor`` is out of range, even where it is not used.
     """
-    floor = _spectrum_floor(coefficients, spectrum_floor)
+    floor = check_coefficients(coefficients, spectrum_floor)
     return _call(ops.matrix_root, sigma, iterations, ROOTS.index("square"), floor, in_place=False)
 
 
@@ -98,7 +101,7 @@ def matrix_inv_sqrt(
 
     Zero, with zero gradient, where ``sigma`` is zero.
     """
-    floor = _spectrum_floor(coefficients, spectrum_floor)
+    floor = check_coefficients(coefficients, spectrum_floor)
     return _call(ops.matrix_root, sigma, iterations, ROOTS.index("inverse"), floor, in_place=False)
 
 
@@ -118,17 +121,16 @@ def cov_sqrt(
     Args:
         x: feature maps of shape (B, C, H, W) or (B, C, M), float32, float64, float16 or bfloat16, any strides, read in
             place. The 16-bit types are computed in float32 without a copy of ``x``, under autocast, too.
-        iterations: number of Newton-Schulz steps, at least 1.
+        iterations: number of Newton-Schulz steps, from 1 to 1000.
         output: ``"matrix"`` (B, C, C); ``"triu"`` (B, C (C + 1) / 2), the upper triangle row by row; or ``"mean"``
             (B, C), the mean over dim 1, which is what second-order channel attention uses.
         coefficients, spectrum_floor: see :func:`matrix_sqrt`.
 
     Raises:
-        RuntimeError: ``x`` has another rank or dtype, no channel or no position, ``iterations`` < 1, or
-            ``spectrum_floor`` is out of range.
-        ValueError: another ``output``, other ``coefficients``.
+        RuntimeError: ``x`` has another rank or dtype, no channel or no position; or ``iterations`` is out of range.
+        ValueError: another ``output``, other ``coefficients``, or ``spectrum_floor`` is out of range.
     """
-    floor = _spectrum_floor(coefficients, spectrum_floor)
+    floor = check_coefficients(coefficients, spectrum_floor)
     arguments = iterations, code("output", output, OUTPUTS), floor
     return _call(ops.cov_sqrt, x, *arguments, further=(True,) if prefers_gram(x.shape, x.device) else ())[0]
 
@@ -185,7 +187,7 @@ def plan(
     batch, channels, *positions = shape
     requested = code("engine", engine, ENGINES)
     problem = (on_cuda, index, batch, channels, math.prod(positions), compute_dtype(dtype).itemsize)
-    floor = _spectrum_floor(coefficients, spectrum_floor)
+    floor = check_coefficients(coefficients, spectrum_floor)
     gram = prefers_gram(shape, device)
     return {"gram": gram, **json.loads(_ops.plan(*problem, iterations, floor, requested, gram))}
 

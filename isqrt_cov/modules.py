@@ -1,8 +1,11 @@
 """The layer."""
 
+import operator
+from typing import SupportsIndex
+
 from torch import Tensor, nn
 
-from .functional import COEFFICIENTS, cov_sqrt
+from .functional import check_coefficients, cov_sqrt
 from .ops import OUTPUTS, code
 
 
@@ -10,10 +13,13 @@ class CovSqrtNorm(nn.Module):
     """Square-root normalised covariance pooling as a layer without parameters; see :func:`isqrt_cov.cov_sqrt`.
 
     Args:
-        iterations: number of Newton-Schulz steps, at least 1.
+        iterations: number of Newton-Schulz steps, from 1 to 1000.
         output: ``"matrix"``, ``"triu"`` or ``"mean"``.
         coefficients: ``"newton_schulz"``, the paper's, or ``"minimax"``, nearer to the exact root at the same cost.
         spectrum_floor: the smallest eigenvalue, relative to the trace, that the minimax coefficients are made for.
+
+    Raises:
+        ValueError: one of these is none of the values named.
 
     Shape:
         (B, C, H, W) or (B, C, M) to (B, C, C), (B, C (C + 1) / 2) or (B, C).
@@ -27,10 +33,10 @@ class CovSqrtNorm(nn.Module):
         spectrum_floor: float = 1e-3,
     ) -> None:
         super().__init__()
-        if iterations < 1:
-            raise ValueError(f"iterations: expected 1 or more, got {iterations}")
+        if not isinstance(iterations, SupportsIndex) or not 1 <= operator.index(iterations) <= 1000:
+            raise ValueError(f"iterations: expected a whole number from 1 to 1000, got {iterations!r}")
         code("output", output, OUTPUTS)
-        code("coefficients", coefficients, COEFFICIENTS)
+        check_coefficients(coefficients, spectrum_floor)
         self.iterations = iterations
         self.output = output
         self.coefficients = coefficients

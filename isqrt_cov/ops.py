@@ -14,7 +14,7 @@ import torch
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 
 from . import reference, transforms
-from .transforms import compute_dtype
+from .transforms import compute_dtype, without_autocast
 
 # The enumerations of csrc, in their order.
 OUTPUTS = ("matrix", "triu", "mean")
@@ -53,7 +53,7 @@ def _second_order(function, x, upstream, direction):
         return tensor if tensor.requires_grad else tensor.requires_grad_()
 
     further = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False), enable_inplace_requires_grad(True):
+    with torch.enable_grad(), without_autocast(x), enable_inplace_requires_grad(True):
         x_, upstream_ = variable(x), variable(upstream)
         (vjp,) = torch.autograd.grad(function(x_), x_, upstream_, create_graph=True)
         grads = torch.autograd.grad(vjp, (upstream_, x_), direction.to(dtype), create_graph=further)
@@ -67,6 +67,45 @@ def _steps(iterations, spectrum_floor):
 def _times(scale, x):
     """Each sample of x times its number."""
     return x * scale.view(-1, *(1,) * (x.dim() - 1))
+
+
+# What ``csrc/ops.cpp`` says of wrong arguments is said while tracing, too: of those that a gradient is given, which are
+# results, the kernels alone see to it.
+
+
+def _check_number(name, number, least, most):
+    torch._check(least <= number <= most, lambda: f"{name}: expected {least} to {most}, got {number}")
+
+
+def _check_tensor(name, tensor):
+    torch._check(
+        tensor.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16),
+        lambda: f"{name}: expected a float32, float64, float16 or bfloat16 tensor, got {tensor.dtype}",
+    )
+    torch._check(tensor.shape[1] > 0, lambda: f"{name}: expected at least one channel, got shape {tuple(tensor.shape)}")
+
+
+def _check_maps(x):
+    torch._check(x.dim() in (3, 4), lambda: f"x: expected shape (B, C, H, W) or (B, C, M), got {tuple(x.shape)}")
+    _check_tensor("x", x)
+    for size in x.shape[2:]:
+        torch._check(size > 0, lambda: f"x: expected at least one position, got shape {tuple(x.shape)}")
+
+
+def _check_matrices(sigma):
+    torch._check(
+        sigma.dim() == 3 and sigma.shape[1] == sigma.shape[2],
+        lambda: f"sigma: expected a batch of square matrices (B, C, C), got {tuple(sigma.shape)}",
+    )
+    _check_tensor("sigma", sigma)
+
+
+def _check_steps(iterations, spectrum_floor):
+    _check_number("iterations", iterations, 1, 1000)
+    torch._check(
+        spectrum_floor == 0 or 1e-12 <= spectrum_floor < 1,
+        lambda: f"spectrum_floor: expected 1e-12 or more and less than 1, got {spectrum_floor}",
+    )
 
 
 def _register(name, fake, *derivatives, autocast=True):
@@ -104,6 +143,8 @@ def _result_dtype(x, wide):
 
 
 def _pool_fake(x, engine=0, wide=False):
+    _check_maps(x)
+    _check_number("engine", engine, 0, len(ENGINES) - 1)
     batch, channels = x.shape[:2]
     sigma = x.new_empty(batch, channels, channels, dtype=_result_dtype(x, wide))
     return sigma, x.new_empty(batch, channels, dtype=compute_dtype(x.dtype))
@@ -144,6 +185,10 @@ covariance_pool_backward = _register_gradient(
 
 
 def _root_fake(sigma, iterations, root, spectrum_floor=0.0, engine=0):
+    _check_matrices(sigma)
+    _check_steps(iterations, spectrum_floor)
+    _check_number("root", root, 0, len(ROOTS) - 1)
+    _check_number("engine", engine, 0, len(ENGINES) - 1)
     return torch.empty_like(sigma, memory_format=torch.contiguous_format)
 
 
@@ -204,13 +249,18 @@ matrix_root_backward = _register_gradient("matrix_root_backward", _root_backward
 # Gram matrix [B, M - 1, M - 1] instead (csrc/gram.h), and y the same.
 
 
+def _is_traced():
+    """By torch.jit.trace, for any sizes."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
 def prefers_gram(shape, device):
     """Whether ``gram`` makes :func:`cov_sqrt` faster for such feature maps; without a guard on symbolic sizes.
 
     Matrices, of (M - 1) x (M - 1), are padded to multiples of 16, and where they are nearly as large as C x C the four
     products beside the iteration outweigh what it saves.
     """
-    if device.type != "cpu" or len(shape) not in (3, 4):
+    if device.type != "cpu" or len(shape) not in (3, 4) or _is_traced():
         return False
     positions = shape[2] * shape[3] if len(shape) == 4 else shape[2]
     several, fewer = positions > 1, (positions + 14) // 16 * 128 <= 7 * shape[1]
@@ -222,10 +272,20 @@ def prefers_gram(shape, device):
 
 
 def _cov_sqrt_fake(x, iterations, output, spectrum_floor=0.0, engine=0, wide=False, gram=False):
+    _check_maps(x)
+    _check_steps(iterations, spectrum_floor)
+    _check_number("output", output, 0, len(OUTPUTS) - 1)
+    _check_number("engine", engine, 0, len(ENGINES) - 1)
     batch, channels = x.shape[:2]
+    positions = math.prod(x.shape[2:])
+    if gram:
+        torch._check(
+            positions > 1 and positions < channels,
+            lambda: f"gram: expected more than one position and fewer than channels, got shape {tuple(x.shape)}",
+        )
     shape = ((batch, channels, channels), (batch, channels * (channels + 1) // 2), (batch, channels))[output]
     mean = x.new_empty(batch, channels, dtype=compute_dtype(x.dtype))
-    side = math.prod(x.shape[2:]) - 1 if gram else channels
+    side = positions - 1 if gram else channels
     y = x.new_empty(shape, dtype=_result_dtype(x, wide))
     return y, mean.new_empty(batch, side, side), mean, mean.new_empty(batch)
 

@@ -23,7 +23,7 @@ Sigma has the square of x's unit, its root has x's unit.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -320,19 +320,23 @@ def mxm_cov_sqrt(x: Tensor, iterations: int = 5, output: str = "matrix") -> Tens
     return convert_output(_eager_root(mxm_covariance_pool(x), iterations), output)
 
 
+# A symmetric matrix, (B, C, C) -> its eigenvalues (B, C) and eigenvectors, the columns of (B, C, C).
+Eigh = Callable[[Tensor], Sequence[Tensor]]
+
+
 class _ClampedEigenRoot(torch.autograd.Function):
     """f(A) of a symmetric A with f(l) = sqrt(max(l, floor)), by eigen-decomposition."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, floor: float) -> Tensor:
-        values, vectors = torch.linalg.eigh(a)
+    def forward(ctx: Any, a: Tensor, floor: float, eigh: Eigh) -> Tensor:
+        values, vectors = eigh(a)
         ctx.save_for_backward(values, vectors)
         ctx.floor = floor
         return (vectors * values.clamp_min(floor).sqrt()[:, None, :]) @ vectors.mT
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         # Daleckii-Krein: dA = U (K o U' G U) U', K_ij = (f(l_i) - f(l_j)) / (l_i - l_j). For the root that is
         # 1 / (sqrt(l_i) + sqrt(l_j)), finite for equal eigenvalues, times the slope of the clamp between l_i and l_j:
         # 1 where neither is clamped, 0 where both are, and in [0, 1] between a clamped and a free one.
@@ -345,24 +349,25 @@ class _ClampedEigenRoot(torch.autograd.Function):
         slope = torch.where(one_free, between, both_free.to(values.dtype))
         sums = root[:, :, None] + root[:, None, :]
         k = torch.where(slope > 0, slope / sums, 0.0)
-        return vectors @ (k * (vectors.mT @ grad @ vectors)) @ vectors.mT, None
+        return vectors @ (k * (vectors.mT @ grad @ vectors)) @ vectors.mT, None, None
 
 
-def eig_sqrt(sigma: Tensor, floor: float | None = None) -> Tensor:
+def eig_sqrt(sigma: Tensor, floor: float | None = None, eigh: Eigh = torch.linalg.eigh) -> Tensor:
     """EIG: the exact root by eigen-decomposition, (B, C, C) -> (B, C, C), with its exact symmetric gradient.
 
     Eigenvalues of sigma / tr(sigma) below ``floor`` count as ``floor``: those of a rank-deficient covariance come back
     as rounding noise of either sign, whose root is NaN or has an unbounded gradient. By default ``floor`` is the eps of
     sigma's dtype (1.2e-7 in float32, 2.2e-16 in float64), the size of that noise; a null direction then has the root
     sqrt(eps t), and no derivative of the clamped spectrum exceeds 1 / (2 sqrt(eps)). Once differentiable. float32 and
-    float64; torch.linalg.LinAlgError where sigma is not finite, for the whole batch.
+    float64; torch.linalg.LinAlgError where sigma is not finite, for the whole batch. ``eigh`` decomposes A in the place
+    of torch's own.
     """
     _check_square(sigma, "sigma")
     if floor is None:
         floor = torch.finfo(sigma.dtype).eps
     _require(0 <= floor < float("inf"), f"floor must be finite and >= 0, got {floor!r}")
     a, trace, nonzero = _pre_normalise(_sym(sigma))
-    return _root_scale(trace, nonzero) * _ClampedEigenRoot.apply(a, floor)
+    return _root_scale(trace, nonzero) * _ClampedEigenRoot.apply(a, floor, eigh)
 
 
 def eig_cov_sqrt(x: Tensor, output: str = "matrix", floor: float | None = None) -> Tensor:

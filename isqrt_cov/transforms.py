@@ -6,6 +6,7 @@ a ``jvp``, and treats one level of ``torch.func`` at a time, as the kernels of t
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Of x's device, if there is any: the meta device has none."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def _only_autograd_cares(x: Any) -> bool:
     """True for an argument of which autograd alone would come to know before the operator runs."""
     return (
@@ -32,6 +39,67 @@ def _only_autograd_cares(x: Any) -> bool:
         and not _C._get_tracing_state()
         and not _C._dispatch_tls_is_dispatch_key_excluded(_C.DispatchKey.AutogradFunctionality)
     )
+
+
+def _refuse_autocast(name: str, like: Tensor) -> None:
+    """torch.func restores an outer level's autocast, and only a product shows whether it did."""
+    one = torch.ones(1, 1, dtype=compute_dtype(like.dtype), device=like.device)
+    if (one @ one).dtype != one.dtype:
+        raise NotImplementedError(
+            f"isqrt_cov::{name}: this forward-mode derivative by torch.func does not work in an autocast region"
+        )
+
+
+def _function(name: str, setup_context: Any, backward: Any, jvp: Any, tensor_count: int) -> Any:
+    """The ``autograd.Function`` whose methods these are, for :func:`register_derivatives`."""
+
+    class Derivatives(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, run, arguments, others, *tensors):
+            output = run(*tensors, *arguments)
+            ctx.arguments = arguments
+            setup_context(ctx, tensors, output)
+            if not isinstance(output, tuple):
+                return output
+            others.extend(output[1:])
+            return output[0]
+
+        @staticmethod
+        def backward(ctx, grad):
+            grads = backward(ctx, grad)
+            return None, None, None, *grads, *(None,) * (tensor_count - len(grads))
+
+        @staticmethod
+        def jvp(ctx, _run, _arguments, _others, *tangents):
+            # What was saved carries the tangent of this level, which is done with, and those of outer levels.
+            like = ctx.saved_tensors[0]
+            with forward_ad._set_fwd_grad_enabled(True), without_autocast(like):
+                _refuse_autocast(name, like)
+                saved = [forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+                return jvp(ctx, saved, *tangents)
+
+        _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+    Derivatives.__name__ = Derivatives.__qualname__ = name
+    return Derivatives
+
+
+def _register_autocast(name: str, op: Any, defaults: tuple[Any, ...]) -> None:
+    names = [argument.name for argument in op._schema.arguments]
+    if "wide" not in names:
+        for device in ("cpu", "cuda"):
+            torch.library.register_autocast(f"isqrt_cov::{name}", device, torch.float32, lib=_library)
+        return
+    at = names.index("wide")
+
+    def wide(_, *args):
+        args += defaults[len(args) :]
+        keys = _C.DispatchKeySet(_C.DispatchKey.AutocastCPU).add(_C.DispatchKey.AutocastCUDA)
+        with _C._ExcludeDispatchKeyGuard(keys):
+            return op(*args[:at], True, *args[at + 1 :])
+
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        _library.impl(name, wide, key, with_keyset=True)
 
 
 def register_derivatives(
@@ -56,52 +124,16 @@ def register_derivatives(
     op = getattr(torch.ops.isqrt_cov, name).default
     defaults = tuple(a.default_value if a.has_default_value() else None for a in op._schema.arguments)
     tensor_count = sum(isinstance(a.type, torch.TensorType) for a in op._schema.arguments)
+    function = _function(name, setup_context, backward, jvp, tensor_count)
 
     def run(*args):
         with _C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    def refuse_autocast(like):
-        # torch.func restores an outer level's autocast, and only a product shows whether it did.
-        one = torch.ones(1, 1, dtype=compute_dtype(like.dtype), device=like.device)
-        if (one @ one).dtype != one.dtype:
-            raise NotImplementedError(
-                f"isqrt_cov::{name}: this forward-mode derivative by torch.func does not work in an autocast region"
-            )
-
-    class Derivatives(_SingleLevelFunction):
-        @staticmethod
-        def forward(ctx, run, arguments, others, *tensors):
-            output = run(*tensors, *arguments)
-            ctx.arguments = arguments
-            setup_context(ctx, tensors, output)
-            if not isinstance(output, tuple):
-                return output
-            others.extend(output[1:])
-            return output[0]
-
-        @staticmethod
-        def backward(ctx, grad):
-            grads = backward(ctx, grad)
-            return None, None, None, *grads, *(None,) * (tensor_count - len(grads))
-
-        @staticmethod
-        def jvp(ctx, _run, _arguments, _others, *tangents):
-            # What was saved carries the tangent of this level, which is done with, and those of outer levels.
-            like = ctx.saved_tensors[0]
-            with forward_ad._set_fwd_grad_enabled(True), torch.autocast(like.device.type, enabled=False):
-                refuse_autocast(like)
-                saved = [forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
-                return jvp(ctx, saved, *tangents)
-
-        _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
-
-    Derivatives.__name__ = Derivatives.__qualname__ = name
-
     def differentiate(run, args):
         args += defaults[len(args) :]  # the dispatcher leaves out trailing defaults
         others: list[Tensor] = []  # pass by Function, whose every argument and result takes time
-        result = Derivatives.apply(run, args[tensor_count:], others, *args[:tensor_count])  # type: ignore[attr-defined]
+        result = function.apply(run, args[tensor_count:], others, *args[:tensor_count])
         return (result, *others) if others else result
 
     def is_differentiated(args):
@@ -124,31 +156,14 @@ def register_derivatives(
         with enable_single_level_autograd_function():
             return differentiate(run_with_modes, args)
 
-    _library.impl(name, kernel, "Autograd", with_keyset=True)
-
     def call(*args):
         if not _only_autograd_cares(args[0]):
             return op(*args)
         return differentiate(run, args) if is_differentiated(args) else run(*args)
 
-    if not autocast:
-        return call
-    names = [argument.name for argument in op._schema.arguments]
-    if "wide" not in names:
-        for device in ("cpu", "cuda"):
-            torch.library.register_autocast(f"isqrt_cov::{name}", device, torch.float32, lib=_library)
-        return call
-
-    at = names.index("wide")
-
-    def wide(_, *args):
-        args += defaults[len(args) :]
-        keys = _C.DispatchKeySet(_C.DispatchKey.AutocastCPU).add(_C.DispatchKey.AutocastCUDA)
-        with _C._ExcludeDispatchKeyGuard(keys):
-            return op(*args[:at], True, *args[at + 1 :])
-
-    for key in ("AutocastCPU", "AutocastCUDA"):
-        _library.impl(name, wide, key, with_keyset=True)
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+    if autocast:
+        _register_autocast(name, op, defaults)
     return call
 
 
@@ -157,13 +172,14 @@ def register_batching(name: str) -> None:
     op = getattr(torch.ops.isqrt_cov, name).default
 
     def rule(info, in_dims, *args):
-        def fold(arg: Any, dim: int | None) -> Any:
+        def in_front(arg: Any, dim: int | None) -> Any:
             if not isinstance(arg, Tensor):
                 return arg
-            arg = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
-            return arg.flatten(0, 1)
+            return arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
 
-        outputs = op(*map(fold, args, in_dims))
-        return tree_map(lambda t: t.unflatten(0, (info.batch_size, -1)), outputs), tree_map(lambda _: 0, outputs)
+        args = tuple(map(in_front, args, in_dims))
+        sizes = args[0].shape[:2]
+        outputs = op(*(arg.flatten(0, 1) if isinstance(arg, Tensor) else arg for arg in args))
+        return tree_map(lambda t: t.unflatten(0, sizes), outputs), tree_map(lambda _: 0, outputs)
 
     torch.library.register_vmap(f"isqrt_cov::{name}", rule, lib=_library)

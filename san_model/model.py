@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from isqrt_cov import cov_sqrt
 from isqrt_cov.reference import eig_cov_sqrt
+from isqrt_cov.transforms import without_autocast
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K
 SCALES = (2, 3, 4, 8)
@@ -59,7 +60,7 @@ class MeanShift(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         # Never in half precision under autocast: bfloat16 has steps of 1 from 128 on, which is a grey level.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return super().forward(x.to(self.weight.dtype))
 
 
@@ -94,7 +95,7 @@ def second_order(x: Tensor, root: Callable[[Tensor], Tensor]) -> Tensor:
     height, width = x.shape[2:]
     top, left = max(height - MAX_POOLED_SIDE, 0) // 2, max(width - MAX_POOLED_SIDE, 0) // 2
     x = x[:, :, top : top + MAX_POOLED_SIDE, left : left + MAX_POOLED_SIDE]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return root(x)
 
 

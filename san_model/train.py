@@ -58,7 +58,7 @@ class TrainOptions:
     from which --resume continues (also after a kill) to the same weights bit for bit, the weights last.safetensors and
     best.safetensors (by --val), history.json, and TensorBoard's event files. Under torchrun the processes share each
     batch. --preset paper (the default) is the paper's network and recipe, small one that trains in hours, light that
-    of the package's own weights, an hour on two cores.
+    of the package's own weights, whose model card tells what it took.
 
     Args:
         data: folders of training images

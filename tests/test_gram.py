@@ -244,6 +244,13 @@ def test_export_keeps_sizes_dynamic(strict):
     assert torch.equal(fixed.module()(x), layer(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*jit.trace")
+def test_trace_is_of_no_size():
+    traced = torch.jit.trace(cov_sqrt, feature_maps(2, 64, 16, torch.float32))
+    x = feature_maps(3, 64, 200, torch.float32)
+    assert_close(traced(x), reference.cov_sqrt(x.double()), 1e-5)
+
+
 def test_compile_follows_the_sizes():
     compiled = torch.compile(cov_sqrt, fullgraph=True, backend="aot_eager")
     for shape in ((2, 64, 4, 4), (2, 64, 5, 6), (3, 64, 30, 20)):  # the second compilation has open sizes

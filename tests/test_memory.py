@@ -1,4 +1,5 @@
-"""What is allocated: beside x and its gradient only C x C matrices, whatever the layout and the dtype of x."""
+"""What is allocated: beside x and its gradient only C x C matrices, whatever the layout and the dtype of x; or, for
+fewer positions than channels, smaller matrices, and one like x for the gradient."""
 
 import gc
 
@@ -64,6 +65,16 @@ def test_no_copy_of_a_half_root_and_its_gradient(device, dtype):
     _, in_backward = allocated(lambda: torch.autograd.grad(y, x, torch.ones_like(y)), device)
     assert 3 * size < in_forward < 3.2 * size  # Sigma in float32, and y
     assert 3 * size <= in_backward - x.numel() * x.element_size() < 3.2 * size  # its gradient, and that of y
+
+
+def test_matrices_of_the_positions():
+    x = torch.randn(4, 128, 40, requires_grad=True)
+    matrix, size = 4 * 4 * 39 * 39, 4 * x.numel()
+    y, in_forward = allocated(lambda: cov_sqrt(x), "cpu")
+    (_,), in_backward = allocated(lambda: torch.autograd.grad(y, x, torch.ones_like(y)), "cpu")
+    y_size = 4 * y.numel()
+    assert 2 * matrix <= in_forward - y_size < 2.2 * matrix
+    assert 3 * matrix <= in_backward - y_size - size - 39 / 40 * size < 3.2 * matrix
 
 
 def test_a_copy_would_be_seen(device):

@@ -392,6 +392,31 @@ def test_wrong_arguments(call, message):
         call()
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.covariance_pool(torch.zeros(2, 3)), r"x: expected shape .* got \(2, 3\)"),
+        (lambda: ops.covariance_pool(torch.zeros(2, 3, 0)), r"x: expected at least one position, .* \(2, 3, 0\)"),
+        (lambda: ops.covariance_pool(torch.zeros(2, 3, 4), 9), "engine: expected 0 to 7, got 9"),
+        (lambda: ops.matrix_root(torch.zeros(2, 3, 4), 5, 0), r"sigma: expected .* square .* got \(2, 3, 4\)"),
+        (lambda: ops.matrix_root(torch.zeros(2, 0, 0), 5, 0), r"sigma: .* one channel, got shape \(2, 0, 0\)"),
+        (lambda: ops.matrix_root(torch.zeros(2, 3, 3), 5, -1), "root: expected 0 to 1, got -1"),
+        (lambda: ops.matrix_root(torch.zeros(2, 3, 3), 1001, 0), "iterations: expected 1 to 1000, got 1001"),
+        (lambda: ops.matrix_root(torch.zeros(2, 3, 3), 5, 0, float("nan")), "spectrum_floor: .* got nan"),
+        (lambda: ops.cov_sqrt(torch.zeros(2, 3), 5, 0), r"x: expected shape .* got \(2, 3\)"),
+        (lambda: ops.cov_sqrt(torch.zeros(2, 0, 4), 5, 0), r"x: expected at least one channel, .* \(2, 0, 4\)"),
+        (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4).int(), 5, 0), "x: expected a float32, .* got torch.int32"),
+        (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4), 0, 0), "iterations: expected 1 to 1000, got 0"),
+        (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4), 5, 3), "output: expected 0 to 2, got 3"),
+        (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4), 5, 0, gram=True), r"gram: expected more .* got shape \(2, 3, 4\)"),
+    ],
+)
+def test_wrong_arguments_without_numbers(call, message):
+    """While a network is traced, that is: torch.compile and torch.export see no more than shapes."""
+    with torch.device("meta"), pytest.raises(RuntimeError, match=message):
+        call()
+
+
 @pytest.mark.cuda
 def test_mixed_devices():
     if reason := missing_cuda():

@@ -294,6 +294,15 @@ def test_eig_squares_to_sigma():
     assert_near(ref.eig_sqrt(sigma + torch.triu(sigma, 1) - torch.tril(sigma, -1)), y)  # the symmetric part counts
 
 
+def test_eig_by_another_decomposition():
+    def eigh(a):
+        return [t.flip(-1) for t in torch.linalg.eigh(a)]
+
+    sigma, g = ref.covariance_pool(randn(3, 6, 20)), randn(3, 6, 6, seed=1)
+    assert_near(ref.eig_sqrt(sigma, eigh=eigh), ref.eig_sqrt(sigma))
+    assert_near(gradient(lambda s: ref.eig_sqrt(s, eigh=eigh), sigma, g), gradient(ref.eig_sqrt, sigma, g))
+
+
 NEAR_DEGENERATE = {
     "simple": [1.0, 0.7, 0.4, 0.2],
     "equal": [1.0, 1.0, 1.0, 1.0],

@@ -210,6 +210,11 @@ def test_any_size(scale, size):
     assert y.isfinite().all()
 
 
+def test_shapes_without_numbers():
+    with torch.device("meta"):
+        assert SAN(2, 1, 1, 8, 4)(torch.zeros(2, 3, 9, 7)).shape == (2, 3, 18, 14)
+
+
 def test_empty_batch():
     assert small()(image(8, 6, batch=0)).shape == (0, 3, 16, 12)
 

@@ -183,6 +183,12 @@ def test_vmap_over_any_dimension(case, in_dim):
     assert_close(vmap(function, in_dim, out_dims=1)(several), each.transpose(0, 1), BOUND)
 
 
+def test_vmap_over_nothing(device):
+    x = torch.randn(0, 2, 4, 6, device=device)
+    assert vmap(cov_sqrt)(x).shape == (0, 2, 4, 4)
+    assert vmap(covariance_pool)(torch.randn(3, 0, 4, 6, device=device)).shape == (3, 0, 4, 4)
+
+
 def test_vmap_nested_and_around_gradients(case):
     function, _, x = case
     several = torch.stack([torch.stack([x, 2 * x]), torch.stack([3 * x, 4 * x])])
@@ -322,6 +328,11 @@ def test_autocast_in_a_network(device):
     y.float().square().sum().backward()
     assert dtypes == [torch.bfloat16, torch.float32] and y.dtype == torch.bfloat16
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_meta_tensors_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cov_sqrt(torch.zeros(2, 3, 5, 5, device="meta")).shape == (2, 3, 3)
 
 
 def test_second_order_under_autocast(case):
