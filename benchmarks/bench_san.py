@@ -231,6 +231,7 @@ def run(arguments: argparse.Namespace, progress: report.Progress) -> dict[str, A
     names = list(found)
     times = {name: {block: [] for block in BLOCKS} for name in names}
     inside = {name: {block: [] for block in BLOCKS} for name in names}
+    others = measure.OtherLoad()
     for index in range(arguments.rounds if names else 0):
         progress.stage(f"round {index + 1}/{arguments.rounds}")
         for name in measure.order(names, index):
@@ -239,6 +240,7 @@ def run(arguments: argparse.Namespace, progress: report.Progress) -> dict[str, A
             for block in BLOCKS:
                 times[name][block].append(measure.time_ms(getattr(subject, block), device))
                 inside[name][block].append(subject.stopwatch.take_ms())
+    others_percent = others.percent()
     listed = []
     for name in arguments.methods:
         about: dict[str, Any] = {"name": name, "summary": METHODS[name][0], "ran": name in found}
@@ -249,7 +251,11 @@ def run(arguments: argparse.Namespace, progress: report.Progress) -> dict[str, A
         else:
             about["reason"] = reasons[name]
         listed.append(about)
-    return {"network": subject.model.config, "methods": listed}
+    return {
+        "network": subject.model.config,
+        "processor_time_of_others_percent": others_percent,
+        "methods": listed,
+    }
 
 
 def _statistics(times: list[float], inside: list[float], first: list[float]) -> dict[str, Any]:

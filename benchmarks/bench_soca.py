@@ -137,26 +137,14 @@ def _time(arguments, case, prepared, reasons, rates, progress) -> tuple[dict, di
     return samples, calls
 
 
-def _rates(arguments, case) -> dict[str, list]:
-    """What is timed in the same rounds to know the rates of this machine."""
-    device, dtype = case.x.device, case.x.dtype
-    sizes = (2048, 4096, 8192) if case.x.is_cuda else (512, 1024) if arguments.quick else (512, 1024, 2048)
-    large = (1024 if case.x.is_cuda else 64 if arguments.quick else 256) * 2**20
-    return {
-        "gemm": [floor.Gemm(size, dtype, device) for size in sizes],
-        "copy": [floor.Copy(size, device) for size in (max(case.x.nbytes, 2**16), large)],
-    }
-
-
 def _floor(arguments, case, samples, rates) -> dict[str, Any]:
     """The floors, one for each round, from the best rates of that round."""
     about: dict[str, Any] = {}
     best = {}
     for kind, unit in (("gemm", "flops_per_s"), ("copy", "bytes_per_s")):
-        per_second = {r.name: [1e3 * r.amount / ms for ms in samples[kind][r.name]] for r in rates[kind]}
-        best[kind] = [max(of_round) for of_round in zip(*per_second.values(), strict=True)]
-        fastest = max(per_second, key=lambda name: statistics.median(per_second[name]))
-        about |= {f"{kind}_{unit}": statistics.median(best[kind]), f"{kind}_fastest": fastest}
+        best[kind] = floor.best_rates(rates[kind], samples[kind])
+        fastest = max(rates[kind], key=lambda rate: rate.amount / statistics.median(samples[kind][rate.name]))
+        about |= {f"{kind}_{unit}": statistics.median(best[kind]), f"{kind}_fastest": fastest.name}
         about[f"{kind}_samples_ms"] = samples[kind]
     needed = floor.work(tuple(case.x.shape), arguments.iterations, arguments.output, case.x.itemsize)
     for block, work in zip(BLOCKS, needed, strict=True):
@@ -258,7 +246,7 @@ def run_shape(arguments: argparse.Namespace, shape: tuple[int, int, int, int], p
     case = methods.make_case(x, arguments.iterations, arguments.output)
 
     prepared, reasons = _prepare(arguments, case, progress)
-    rates = _rates(arguments, case)
+    rates = floor.probes(case.x, arguments.quick)
     others = measure.OtherLoad()
     samples, calls = _time(arguments, case, prepared, reasons, rates, progress)
     others_percent = others.percent()

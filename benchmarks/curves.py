@@ -43,7 +43,7 @@ NEARNESS_SHAPES = {"cpu": ((16, 64, 48, 48), (32, 256, 14, 14)), "cuda": ((16, 6
 STEPS = range(1, 10)
 MEANING = {
     "cost": "ms of forward + backward, the median over the rounds, for each value of the size that changes; "
-    "floor: the least time of that work at the rates measured in the same rounds",
+    "floor: the time of that work at the rates measured in the same rounds",
     "nearness": "ms of forward + backward and the relative Frobenius distance of the value to the exact root, on "
     "feature maps of photographs",
 }
@@ -60,10 +60,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return report.parse(parser, argv)
 
 
-def time_all(calls: dict[str, Any], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median ms of each call, all of them once in every round."""
-    samples = measure.interleaved_ms(calls, rounds, device, 5.0)
-    return {name: statistics.median(values) for name, values in samples.items()}
+def time_all(calls: dict[str, Any], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """ms of each call in each round."""
+    return measure.interleaved_ms(calls, rounds, device, 5.0)
 
 
 def cost(arguments, progress) -> dict[str, dict[str, Any]]:
@@ -79,14 +78,15 @@ def cost(arguments, progress) -> dict[str, dict[str, Any]]:
             shape = (at["B"], at["C"], 1, at["M"])
             x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
             case = methods.make_case(x, at["N"], "matrix")
-            gemm, copy = floor.Gemm(1024, x.dtype, device), floor.Copy(max(x.nbytes, 2**16), device)
+            probes = floor.probes(x, arguments.quick)
             calls = {name: methods.prepare(name, case).step for name in COST_METHODS}
-            ms = time_all(calls | {"gemm": gemm.call, "copy": copy.call}, arguments.rounds, device)
+            calls |= {probe.name: probe.call for kind in probes.values() for probe in kind}
+            samples = time_all(calls, arguments.rounds, device)
             for name in COST_METHODS:
-                curve[name].append(ms[name])
+                curve[name].append(statistics.median(samples[name]))
             _, work = floor.work(shape, at["N"], "matrix", x.itemsize)
-            rates = gemm.amount / ms["gemm"] * 1e3, copy.amount / ms["copy"] * 1e3
-            curve["floor"].append(floor.floor_ms(work, *rates))
+            rates = (floor.best_rates(probes[kind], samples) for kind in ("gemm", "copy"))
+            curve["floor"].append(statistics.median(floor.floor_ms(work, *each) for each in zip(*rates, strict=True)))
         found[size] = curve
     return found
 
@@ -109,12 +109,14 @@ def nearness(arguments, progress) -> list[dict[str, Any]]:
             tuned = partial(library.cov_sqrt, iterations=n, coefficients="minimax", spectrum_floor=1e-3)
             prepared["minimax", n] = methods.of_function(case, tuned)
         progress.update(f"nearness at {'x'.join(map(str, shape))}")
-        ms = time_all({f"{name} {n}": method.step for (name, n), method in prepared.items()}, arguments.rounds, device)
+        samples = time_all(
+            {f"{name} {n}": method.step for (name, n), method in prepared.items()}, arguments.rounds, device
+        )
         curves: dict[str, Any] = {}
         for (name, n), method in prepared.items():
             curve = curves.setdefault(name, {"steps": [], "ms": [], "distance": []})
             curve["steps"].append(n)
-            curve["ms"].append(ms[f"{name} {n}"])
+            curve["ms"].append(statistics.median(samples[f"{name} {n}"]))
             curve["distance"].append(measure.relative_error(method.forward(), exact))
         found.append({"shape": list(shape), "curves": curves})
     return found

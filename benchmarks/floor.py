@@ -1,14 +1,16 @@
-"""The least time that a covariance square root can take on this machine: work needed over rates measured here.
+"""The time that a covariance square root needs at torch's own rates on this machine: work needed over rates measured.
 
     floor = max(flops / GEMM rate, bytes / copy rate)
 
 It is the larger of the two, as if arithmetic and memory traffic overlapped perfectly, and it charges nothing for
 launches, reductions and synchronisation. Both rates are the best that torch itself reaches here, in each round of the
-methods anew: of matrix products of several sizes in the same dtype (under torch's precision setting), and of a copy as
-large as x, which stays in the cache where x does, and a large one. Time over floor is the median of the ratios of each
+methods anew: of matrix products of several sizes in the dtype that is computed in (under torch's precision setting),
+and of a copy as large as x, which stays in the cache where x does, and a large one. Products of small matrices that
+stay in the cache can be faster than those, and then time over floor is below 1. It is the median of the ratios of each
 round, as all ratios are: a processor whose clock changes, or that others use, too, changes both.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +68,7 @@ def _products(steps_at_once: list[int], ends: bool) -> int:
 
 
 def work(shape: tuple[int, int, int, int], iterations: int, output: str, itemsize: int) -> tuple[Work, Work]:
-    """Least work of (forward, forward + backward) for feature maps (B, C, H, W) of ``itemsize`` bytes a number.
+    """Work needed for (forward, forward + backward) for feature maps (B, C, H, W) of ``itemsize`` bytes a number.
 
     Per sample, M = H W; a multiplication and an addition are 2 flops:
       forward flops   pooling, one triangle of X X': 2 C C M / 2; the half products, C^3 each;
@@ -148,3 +150,20 @@ class Copy:
         self.name = f"{size} bytes"
         self.call = lambda: target.copy_(source)
         self.amount = 2 * size  # bytes
+
+
+def probes(x: torch.Tensor, quick: bool = False) -> dict[str, list[Gemm] | list[Copy]]:
+    """What is timed in the rounds of methods for feature maps x, to know the rates of the machine."""
+    sizes = (2048, 4096, 8192) if x.is_cuda else (512, 1024) if quick else (512, 1024, 2048)
+    large = (1024 if x.is_cuda else 64 if quick else 256) * 2**20
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return {
+        "gemm": [Gemm(size, dtype, x.device) for size in sizes],
+        "copy": [Copy(size, x.device) for size in (max(x.nbytes, 2**16), large)],
+    }
+
+
+def best_rates(probes: Sequence[Gemm | Copy], samples_ms: Mapping[str, Sequence[float]]) -> list[float]:
+    """The best of each round, a second."""
+    per_second = ([1e3 * probe.amount / ms for ms in samples_ms[probe.name]] for probe in probes)
+    return [max(of_round) for of_round in zip(*per_second, strict=True)]

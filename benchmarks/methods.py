@@ -369,32 +369,8 @@ def _prepare_cupy(case: Case) -> Prepared:
             values, vectors = cupy.linalg.eigh(cupy.from_dlpack(a.detach().contiguous()))
             return torch.from_dlpack(values), torch.from_dlpack(vectors)
 
-    floor = torch.finfo(working_dtype(case.x.dtype)).eps
-
-    class Root(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, a):
-            values, vectors = eigh(a)
-            root = values.clamp_min(floor).sqrt()
-            ctx.save_for_backward(values, vectors)
-            return (vectors * root[:, None, :]) @ vectors.mT
-
-        @staticmethod
-        def backward(ctx, grad):
-            values, vectors = ctx.saved_tensors
-            clamped = values.clamp_min(floor)
-            root, free = clamped.sqrt(), values > floor
-            between = (clamped[:, :, None] - clamped[:, None, :]) / (values[:, :, None] - values[:, None, :])
-            both = (free[:, :, None] & free[:, None, :]).to(values.dtype)
-            slope = torch.where(free[:, :, None] != free[:, None, :], between, both)
-            k = slope / (root[:, :, None] + root[:, None, :])
-            symmetric = (grad + grad.mT) / 2
-            return vectors @ (k * (vectors.mT @ symmetric @ vectors)) @ vectors.mT
-
     def function(x):
-        sigma = covariance(x)
-        trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-        return reference.convert_output(trace.sqrt() * Root.apply(sigma / trace), case.output)
+        return reference.convert_output(reference.eig_sqrt(covariance(x), eigh=eigh), case.output)
 
     return of_function(case, working(function), detail=f"CuPy {cupy.__version__}", own_pool="CuPy's")
 

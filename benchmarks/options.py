@@ -109,9 +109,8 @@ def function_of(option: Option, shape: tuple[int, ...], device: torch.device) ->
         code("output", option.output, library.ops.OUTPUTS),
         code("engine", option.engine, library.ops.ENGINES),
     )
-    return lambda x: torch.ops.isqrt_cov.cov_sqrt(
-        x, given["iterations"], output, engine=engine, gram=bool(option.gram)
-    )[0]
+    gram = plan["gram"] if option.gram is None else option.gram
+    return lambda x: torch.ops.isqrt_cov.cov_sqrt(x, given["iterations"], output, engine=engine, gram=gram)[0]
 
 
 def variations(shape: tuple[int, ...], device: torch.device) -> tuple[dict[str, methods.Prepared], dict[str, str]]:

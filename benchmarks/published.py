@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,7 @@ import report  # noqa: E402
 from isqrt_cov import mpncov, reference  # noqa: E402
 
 ITERATIONS = 5
+SAMPLE_MS = 20.0
 EXPLANATION = {
     "float32, float64": "relative Frobenius error of the root of a covariance in this dtype, value and gradient; an "
     "upstream gradient that is not symmetric",
@@ -137,16 +139,14 @@ def cost(files: dict[str, ModuleType], shape: features.Shape, rounds: int, progr
         layers(of, x).backward(upstream)
         x.grad = None
 
-    samples = {name: [] for name in files}
-    for index in range(rounds):
-        progress.update(f"round {index + 1}/{rounds}")
-        for name in measure.order(list(files), index):
-            samples[name].append(measure.time_ms(lambda name=name: step(files[name]), x.device))
+    progress.update(f"{rounds} rounds")
+    calls = {name: partial(step, of) for name, of in files.items()}
+    samples = measure.interleaved_ms(calls, rounds, x.device, SAMPLE_MS)
     return {
         name: {
             "samples_ms": samples[name],
             "time": measure.median_ratio(samples[name], samples["isqrt_cov.mpncov"]),
-            "peak_torch_bytes": measure.peak_torch_memory(lambda of=of: step(of), x.device),
+            "peak_torch_bytes": measure.peak_torch_memory(calls[name], x.device),
             "kept_for_backward_bytes": measure.kept_for_backward(lambda x, of=of: layers(of, x), x),
         }
         for name, of in files.items()

@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Writes the numbers in README.md and docs/ from benchmarks/results/.
+"""Writes the numbers in README.md and docs/, and the figures, from benchmarks/results/.
 
     python benchmarks/tables.py              fill every block between <!-- table: NAME --> and <!-- end of table -->
     python benchmarks/tables.py --check      say which files would change, and fail if any
+    python benchmarks/tables.py --figures    draw the figures anew, too
 
 The tests run the check: no number in a block is typed by hand.
 """
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -18,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules beside this file, also when it is imported
 
 from report import mebibytes, number  # noqa: E402
+from soca_report import times_floor  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -58,7 +61,7 @@ def speed(name: str, others: tuple[str, ...]) -> list[str]:
         ours = methods["ours"]
         faster = ours["forward_backward"]["speedup_over"]
         rows.append([_shape(entry), *(number(faster[other], 2) if other in faster else "-" for other in others)])
-        rows[-1].append(number(ours["forward_backward"]["times_floor"]))
+        rows[-1].append(number(times_floor(entry, ours["forward_backward"])))
         for key in ("peak_process_bytes", "kept_for_backward_bytes"):
             rows[-1].append(" / ".join(mebibytes(about["memory"][key]) for about in (ours, methods["eager"])))
     names = {"compile": "torch.compile", "mxm": "M x M", "eig": "EIG", "eig_gram": "EIG, M x M", "pade": "Padé"}
@@ -80,8 +83,9 @@ def gpu_speed(*names: str) -> list[str]:
             replayed = methods["ours_graph"]
             rows.append([_shape(entry), *(f"{1e3 * methods[of]['median_ms']:.0f}" for of in ("ours_graph", "ours"))])
             rows[-1] += [number(replayed["speedup_over"].get(other), 2) for other in others]
-            rows[-1].append(number(replayed["times_floor"], 2))
-    heading = ["B x C x H x W", "us, replayed", "us, called", *others.values(), "time / floor"]
+            if entry["dtype"] == "float32":  # floors were measured by the GEMM of x's own dtype
+                rows[-1].append(number(times_floor(entry, replayed), 2))
+    heading = ["B x C x H x W", "us, replayed", "us, called", *others.values(), "time / floor"][: len(rows[0])]
     return [*markdown(heading, rows), "", where(results[0])]
 
 
@@ -259,6 +263,15 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "classifier": classifier,
     "published": published,
 }
+# Results with a figure beside them, and what draws it.
+FIGURES = {
+    "soca_cpu": "soca_report",
+    "soca_h200": "soca_report",
+    "curves_cpu": "curves",
+    "accuracy": "accuracy",
+    "classifier": "classifier",
+    "convergence_cpu": "convergence",
+}
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -278,7 +291,10 @@ def files() -> list[Path]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--figures", action="store_true", help="draw all figures")
     arguments = parser.parse_args(argv)
+    for name, module in FIGURES.items() if arguments.figures else ():
+        importlib.import_module(module).plot(load(name), RESULTS / f"{name}.png")
     stale = [path for path in files() if filled(path.read_text()) != path.read_text()]
     for path in stale:
         print(path.relative_to(ROOT))
