@@ -29,8 +29,8 @@ from isqrt_cov.mpncov import MPNCOV  # noqa: E402
 CHANNELS, CLASSES = 32, 10
 TEST_IMAGES = 500
 TRAINING_IMAGES = (100, 400, 1297)  # the last is all that there are
-RATES = (3e-3, 1e-2, 3e-2, 1e-1)
-SEEDS, TUNING_SEEDS = range(5), range(100, 102)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+SEEDS, TUNING_SEEDS = range(5), range(100, 106)
 STEPS, BATCH = 400, 64
 EXPLANATION = {
     "accuracy": "share of the 500 test images of each seed that are classified correctly",
