@@ -30,6 +30,8 @@ CUDA := build/cuda
 ARCHITECTURES := 8.0 9.0a 10.0
 
 BIN := .venv/bin
+# Where an interpreter's packages are. Those of a virtual environment are not among the system's: .venv is told of them.
+SITE := "import sysconfig; print(sysconfig.get_path('purelib'))"
 # The second command of an install names torch again: without it pip might replace what the first one chose.
 PIN = $(shell $(BIN)/python -c "import torch; print('torch==' + torch.__version__)")
 SOURCES := $(shell git ls-files 'csrc/*' 'isqrt_cov/*' 'san_model/*' setup.py pyproject.toml 2>/dev/null)
@@ -59,8 +61,11 @@ emulate: $(if $(wildcard .venv/test),,.venv/test)
 	$(BIN)/pytest -p no:hypothesispytest tests/test_emulation.py tests/test_emulation_checks.py $(if $(K),-k "($(K)) and not sanitizers")
 
 .venv/torch:
-	if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages .venv; \
+	if $(PYTHON) -c "import torch" 2>/dev/null; then \
+		$(PYTHON) -m venv --system-site-packages .venv; \
+		$(BIN)/python -c "import torch" 2>/dev/null || $(PYTHON) -c $(SITE) > "$$($(BIN)/python -c $(SITE))/outer.pth"; \
 	else $(PYTHON) -m venv .venv && $(BIN)/pip install $(TORCH); fi
+	$(BIN)/python -c "import torch"
 	touch $@
 
 .venv/package: .venv/torch $(SOURCES)

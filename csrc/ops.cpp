@@ -65,10 +65,8 @@ void check_beside(const Tensor& t, const char* name, Sizes sizes, ScalarType dty
   check(place(t) == place(first), name, ": expected ", place(first), ", got ", place(t));
 }
 
-void check_gram(const Tensor& x) {
-  const int64_t M = positions_of(x);
-  check(M > 1 && M < x.size(1), "gram: expected more than one position and fewer than channels, got shape ", shape(x));
-}
+/// Whether gram.h is for such feature maps.
+bool has_gram(const Tensor& x) { return positions_of(x) > 1 && positions_of(x) < x.size(1); }
 
 /// The upstream gradient of a result that was put out in x's dtype, or in the one it is computed in.
 void check_gradient(const Tensor& grad, Sizes sizes, const Tensor& x) {
@@ -135,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cov_sqrt(const Tensor& x, int64_t ite
   const Steps steps = check_steps(iterations, spectrum_floor);
   const Output layout = check_output(output);
   const ScalarType kept = compute_dtype(x.scalar_type()), dtype = wide ? kept : x.scalar_type();
-  if (gram) check_gram(x);
+  gram = gram && has_gram(x);  // a graph that was recorded for other sizes may ask for it
   Engine<Device> chosen(x, positions_of(x), check_engine(engine), steps, gram);
   if (gram) {
     const auto [matrix, mean, scale] = chosen.pool_gram(x);
@@ -156,7 +154,7 @@ Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigm
   const Steps steps = check_steps(iterations, spectrum_floor);
   const Output layout = check_output(output);
   const ScalarType kept = compute_dtype(x.scalar_type());
-  const bool gram = M > 1 && M < C && sigma.dim() == 3 && sigma.size(1) == gram_side(M);
+  const bool gram = has_gram(x) && sigma.dim() == 3 && sigma.size(1) == gram_side(M);
   const int64_t side = gram ? gram_side(M) : C;
   check_gradient(grad, output_shape(B, C, layout), x);
   check_beside(sigma, "sigma", {B, side, side}, kept, x);

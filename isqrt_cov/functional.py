@@ -3,8 +3,9 @@
 import importlib.metadata
 import json
 import math
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -24,8 +25,19 @@ def check_coefficients(coefficients: str, spectrum_floor: float) -> float:
     return spectrum_floor if code("coefficients", coefficients, COEFFICIENTS) else 0.0
 
 
+def check_iterations(name: str, iterations: int) -> None:
+    """Raises ValueError where that is no number of steps."""
+    if not isinstance(iterations, SupportsIndex) or not 1 <= operator.index(iterations) <= 1000:
+        raise ValueError(f"{name}: expected a whole number from 1 to 1000, got {iterations!r}")
+
+
+def _require_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
 def _call(
-    operator: Callable[..., Any], x: Tensor, *arguments: Any, in_place: bool = True, further: tuple[Any, ...] = ()
+    op: Callable[..., Any], x: Tensor, *arguments: Any, in_place: bool = True, further: tuple[Any, ...] = ()
 ) -> Any:
     """The operator, autocast included, whose own rule comes too late for the derivatives of torch.func: float32 is put
     out, for which 16-bit feature maps are read in place, and matrices are copied. ``further`` arguments follow wide.
@@ -36,11 +48,11 @@ def _call(
         and torch.amp.is_autocast_available(device)
         and torch.is_autocast_enabled(device)
     ):
-        return operator(x, *arguments, 0, False, *further) if further else operator(x, *arguments)
+        return op(x, *arguments, 0, False, *further) if further else op(x, *arguments)
     with without_autocast(x):
         if in_place:
-            return operator(x, *arguments, 0, True, *further)  # engine, wide
-        return operator(x.to(compute_dtype(x.dtype)), *arguments)
+            return op(x, *arguments, 0, True, *further)  # engine, wide
+        return op(x.to(compute_dtype(x.dtype)), *arguments)
 
 
 def covariance_pool(x: Tensor) -> Tensor:
@@ -55,8 +67,10 @@ def covariance_pool(x: Tensor) -> Tensor:
         as for all functions here.
 
     Raises:
+        TypeError: ``x`` is no tensor.
         RuntimeError: ``x`` has another rank or dtype, no channel or no position.
     """
+    _require_tensor("x", x)
     return _call(ops.covariance_pool, x)[0]
 
 
@@ -86,10 +100,12 @@ def matrix_sqrt(
         beyond its dtype's range.
 
     Raises:
+        TypeError: ``sigma`` is no tensor.
         RuntimeError: ``sigma`` is not a batch of square matrices or has another dtype; or ``iterations`` is out of
             range.
         ValueError: other ``coefficients``, or ``spectrum_floor`` is out of range, even where it is not used.
     """
+    _require_tensor("sigma", sigma)
     floor = check_coefficients(coefficients, spectrum_floor)
     return _call(ops.matrix_root, sigma, iterations, ROOTS.index("square"), floor, in_place=False)
 
@@ -97,10 +113,11 @@ def matrix_sqrt(
 def matrix_inv_sqrt(
     sigma: Tensor, iterations: int = 5, coefficients: str = "newton_schulz", spectrum_floor: float = 1e-3
 ) -> Tensor:
-    r"""Approximate inverse square root :math:`Z_N / \sqrt t` of the same iteration; see :func:`matrix_sqrt`.
+    r"""Approximate inverse square root :math:`Z_N / \sqrt t` of the same iteration, (B, C, C) to (B, C, C).
 
-    Zero, with zero gradient, where ``sigma`` is zero.
+    Zero, with zero gradient, where ``sigma`` is zero. Arguments and errors are those of :func:`matrix_sqrt`.
     """
+    _require_tensor("sigma", sigma)
     floor = check_coefficients(coefficients, spectrum_floor)
     return _call(ops.matrix_root, sigma, iterations, ROOTS.index("inverse"), floor, in_place=False)
 
@@ -116,7 +133,8 @@ def cov_sqrt(
 
     Keeps ``x`` and, per sample, one C x C matrix and the mean for the backward pass. Where there are clearly fewer
     positions than channels, on a CPU, the same function is computed from their Gram matrix, (M - 1) x (M - 1): in less
-    time, and without the rounding errors that many steps bring in the null space of a covariance (see :func:`plan`).
+    time, and without the rounding errors that many steps bring in the null space of a covariance (see :func:`plan`);
+    not in programs that torch.export or torch.jit.trace made for open sizes.
 
     Args:
         x: feature maps of shape (B, C, H, W) or (B, C, M), float32, float64, float16 or bfloat16, any strides, read in
@@ -127,9 +145,11 @@ def cov_sqrt(
         coefficients, spectrum_floor: see :func:`matrix_sqrt`.
 
     Raises:
+        TypeError: ``x`` is no tensor.
         RuntimeError: ``x`` has another rank or dtype, no channel or no position; or ``iterations`` is out of range.
         ValueError: another ``output``, other ``coefficients``, or ``spectrum_floor`` is out of range.
     """
+    _require_tensor("x", x)
     floor = check_coefficients(coefficients, spectrum_floor)
     arguments = iterations, code("output", output, OUTPUTS), floor
     return _call(ops.cov_sqrt, x, *arguments, further=(True,) if prefers_gram(x.shape, x.device) else ())[0]
@@ -139,8 +159,10 @@ def triu_vector(y: Tensor) -> Tensor:
     """Upper triangle of (B, C, C) matrices, row by row: (B, C (C + 1) / 2).
 
     Raises:
+        TypeError: ``y`` is no tensor.
         ValueError: ``y`` is not a batch of square matrices.
     """
+    _require_tensor("y", y)
     if y.dim() != 3 or y.shape[1] != y.shape[2]:
         raise ValueError(f"y: expected a batch of square matrices (B, C, C), got {tuple(y.shape)}")
     channels = y.shape[1]
@@ -177,13 +199,16 @@ def plan(
     """
     if len(shape) not in (3, 4):
         raise ValueError(f"shape: expected (B, C, H, W) or (B, C, M), got {tuple(shape)}")
+    if min(shape) < 0:
+        raise ValueError(f"shape: expected no negative size, got {tuple(shape)}")
     if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype: expected float32, float64, float16 or bfloat16, got {dtype}")
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected a cpu or cuda device, got {str(device)!r}")
     on_cuda = device.type == "cuda"
-    index = device.index if device.index is not None else (torch.cuda.current_device() if on_cuda else 0)
+    usable = on_cuda and torch.cuda.is_available()  # else the operator says what is missing
+    index = device.index if device.index is not None else (torch.cuda.current_device() if usable else 0)
     batch, channels, *positions = shape
     requested = code("engine", engine, ENGINES)
     problem = (on_cuda, index, batch, channels, math.prod(positions), compute_dtype(dtype).itemsize)

@@ -1,12 +1,12 @@
 """The layer."""
 
-import operator
-from typing import SupportsIndex
-
+import torch.fx
 from torch import Tensor, nn
 
-from .functional import check_coefficients, cov_sqrt
+from .functional import check_coefficients, check_iterations, cov_sqrt
 from .ops import OUTPUTS, code
+
+torch.fx.wrap("cov_sqrt")  # one node of a symbolic trace
 
 
 class CovSqrtNorm(nn.Module):
@@ -33,8 +33,7 @@ class CovSqrtNorm(nn.Module):
         spectrum_floor: float = 1e-3,
     ) -> None:
         super().__init__()
-        if not isinstance(iterations, SupportsIndex) or not 1 <= operator.index(iterations) <= 1000:
-            raise ValueError(f"iterations: expected a whole number from 1 to 1000, got {iterations!r}")
+        check_iterations("iterations", iterations)
         code("output", output, OUTPUTS)
         check_coefficients(coefficients, spectrum_floor)
         self.iterations = iterations
@@ -43,6 +42,7 @@ class CovSqrtNorm(nn.Module):
         self.spectrum_floor = spectrum_floor
 
     def forward(self, x: Tensor) -> Tensor:
+        """:func:`isqrt_cov.cov_sqrt` of feature maps x."""
         return cov_sqrt(x, self.iterations, self.output, self.coefficients, self.spectrum_floor)
 
     def extra_repr(self) -> str:

@@ -5,11 +5,15 @@ What differs is in the numbers: no NaN on a constant map; the gradient of ``Sqrt
 fast-MPN-COV's is transposed; second derivatives are right; float64 is float64; and there is no M x M matrix.
 """
 
+import torch.fx
 from torch import Tensor, nn
 
-from .functional import cov_sqrt, covariance_pool, matrix_sqrt, triu_vector
+from .functional import check_iterations, cov_sqrt, covariance_pool, matrix_sqrt, triu_vector
 
 __all__ = ["MPNCOV", "CovpoolLayer", "SqrtmLayer", "TriuvecLayer"]
+
+for _function in ("cov_sqrt", "covariance_pool", "matrix_sqrt", "triu_vector"):
+    torch.fx.wrap(_function)  # one node of a symbolic trace
 
 
 def CovpoolLayer(var: Tensor) -> Tensor:
@@ -38,6 +42,9 @@ class MPNCOV(nn.Module):
         dimension_reduction: if given, a 1 x 1 convolution with batch normalisation and ReLU comes first and leaves that
             many channels.
 
+    Raises:
+        ValueError: one of these is out of range.
+
     Attributes:
         output_dim: numbers per sample that come out.
 
@@ -55,8 +62,12 @@ class MPNCOV(nn.Module):
         dimension_reduction: int | None = None,
     ) -> None:
         super().__init__()
-        if is_sqrt and iterNum < 1:
-            raise ValueError(f"iterNum: expected 1 or more, got {iterNum}")
+        if is_sqrt:
+            check_iterations("iterNum", iterNum)
+        if input_dim < 1:
+            raise ValueError(f"input_dim: expected 1 or more, got {input_dim}")
+        if dimension_reduction is not None and dimension_reduction < 1:
+            raise ValueError(f"dimension_reduction: expected 1 or more, got {dimension_reduction}")
         self.iterNum = iterNum
         self.is_sqrt = is_sqrt
         self.is_vec = is_vec
@@ -65,7 +76,7 @@ class MPNCOV(nn.Module):
             convolution = nn.Conv2d(input_dim, self.dr, kernel_size=1, stride=1, bias=False)
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
             self.conv_dr_block = nn.Sequential(convolution, nn.BatchNorm2d(self.dr), nn.ReLU(inplace=True))
-        channels = self.dr or input_dim
+        channels = input_dim if self.dr is None else self.dr
         self.output_dim = channels * (channels + 1) // 2 if is_vec else channels * channels
 
     def forward(self, x: Tensor) -> Tensor:

@@ -245,8 +245,8 @@ matrix_root_backward = _register_gradient("matrix_root_backward", _root_backward
 # ---- cov_sqrt: x [B, C, H, W] or [B, C, M] -> y, sigma [B, C, C], mean [B, C], scale [B] -----------------------------
 #
 # sigma is the covariance of scale x: the powers of two keep it within the range of its dtype wherever y is, and are 1
-# for samples that do not need it. With gram, for more than one position and fewer than channels, it is the positions'
-# Gram matrix [B, M - 1, M - 1] instead (csrc/gram.h), and y the same.
+# for samples that do not need it. With gram, where there are more than one position and fewer than channels, it is the
+# positions' Gram matrix [B, M - 1, M - 1] instead (csrc/gram.h), and y the same.
 
 
 def _is_traced():
@@ -255,19 +255,21 @@ def _is_traced():
 
 
 def prefers_gram(shape, device):
-    """Whether ``gram`` makes :func:`cov_sqrt` faster for such feature maps; without a guard on symbolic sizes.
+    """Whether ``gram`` makes :func:`cov_sqrt` faster for such feature maps.
 
     Matrices, of (M - 1) x (M - 1), are padded to multiples of 16, and where they are nearly as large as C x C the four
-    products beside the iteration outweigh what it saves.
+    products beside the iteration outweigh what it saves. torch.compile makes a graph for either answer, by a guard on
+    the sizes; a program that is exported has none, and takes C x C where they are open.
     """
     if device.type != "cpu" or len(shape) not in (3, 4) or _is_traced():
         return False
     positions = shape[2] * shape[3] if len(shape) == 4 else shape[2]
-    several, fewer = positions > 1, (positions + 14) // 16 * 128 <= 7 * shape[1]
+    several, fewer = positions > 2, (positions + 14) // 16 * 128 <= 7 * shape[1]
     if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes its time to load
+        from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true  # takes time to load
 
-        return statically_known_true(several) and statically_known_true(fewer)
+        decide = statically_known_true if torch.compiler.is_exporting() else guard_or_false
+        return decide(several) and decide(fewer)
     return bool(several and fewer)
 
 
@@ -278,14 +280,9 @@ def _cov_sqrt_fake(x, iterations, output, spectrum_floor=0.0, engine=0, wide=Fal
     _check_number("engine", engine, 0, len(ENGINES) - 1)
     batch, channels = x.shape[:2]
     positions = math.prod(x.shape[2:])
-    if gram:
-        torch._check(
-            positions > 1 and positions < channels,
-            lambda: f"gram: expected more than one position and fewer than channels, got shape {tuple(x.shape)}",
-        )
     shape = ((batch, channels, channels), (batch, channels * (channels + 1) // 2), (batch, channels))[output]
     mean = x.new_empty(batch, channels, dtype=compute_dtype(x.dtype))
-    side = positions - 1 if gram else channels
+    side = positions - 1 if gram and positions > 1 and positions < channels else channels
     y = x.new_empty(shape, dtype=_result_dtype(x, wide))
     return y, mean.new_empty(batch, side, side), mean, mean.new_empty(batch)
 

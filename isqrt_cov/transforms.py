@@ -75,7 +75,7 @@ def _function(name: str, setup_context: Any, backward: Any, jvp: Any, tensor_cou
             like = ctx.saved_tensors[0]
             with forward_ad._set_fwd_grad_enabled(True), without_autocast(like):
                 _refuse_autocast(name, like)
-                saved = [forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+                saved = [forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors]  # of torch.func, too
                 return jvp(ctx, saved, *tangents)
 
         _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
@@ -139,6 +139,10 @@ def register_derivatives(
     def is_differentiated(args):
         return forward_ad._current_level >= 0 or (_C.is_grad_enabled() and _C._any_requires_grad(*args))
 
+    def has_tangent(args):
+        # A compiled graph enters the one level that there is without the knowledge of forward_ad.
+        return any(forward_ad.unpack_dual(t, level=0).tangent is not None for t in args[:tensor_count])
+
     def kernel(keyset, *args):
         def run_next(*args):
             with _C._AutoDispatchBelowAutograd():
@@ -149,7 +153,7 @@ def register_derivatives(
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 return run_next(*args)
 
-        if not is_differentiated(args):
+        if not is_differentiated(args) and not has_tangent(args):
             return run_next(*args)
         if not _C._are_functorch_transforms_active():
             return differentiate(run_next, args)

@@ -159,7 +159,8 @@ class TrainOptions:
         try:
             return SAN(**{name: getattr(self, name) for name in names}, iterations=self.root_iterations)
         except ValueError as error:
-            raise InputError(f"--{error}") from error
+            name, _, said = str(error).partition(":")
+            raise InputError(f"{flag('root_iterations' if name == 'iterations' else name)}:{said}") from error
 
     def learning_rate(self, iteration: int) -> float:
         """Of a batch, counted from 0."""

@@ -118,4 +118,6 @@ def layouts(x):
         "batch last": x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
         "one column": x.flatten(2)[..., None],
         "expanded": x[:1].expand(x.shape[0], -1, -1, -1),
+        # Of a signal: neighbours in channels and in positions both follow each other in memory.
+        "sliding windows": x.contiguous().as_strided(x.shape, (x[0].numel(), 1, x.shape[3], 1)),
     }

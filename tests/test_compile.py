@@ -1,7 +1,10 @@
 """torch.compile, torch.export and AOTInductor; CUDA graphs and streams."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from common import (
     CUDA_ENGINES,
@@ -13,6 +16,7 @@ from common import (
     tolerance,
 )
 from isqrt_cov import CovSqrtNorm, cov_sqrt, covariance_pool, matrix_inv_sqrt, matrix_sqrt
+from isqrt_cov.mpncov import MPNCOV
 
 FUNCTIONS = {
     "covariance_pool": covariance_pool,
@@ -40,6 +44,50 @@ def assert_same(actual, expected):
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == other.dtype
         assert_close(one, other, 8 * torch.finfo(one.dtype).eps)
+
+
+def tangent(function, x, direction):
+    """Of a sum, the other part of which has a tangent whatever becomes of the function's."""
+    return torch.func.jvp(lambda x: x.sum() + function(x).sin().sum(), (x,), (direction,))[1]
+
+
+def dual(function, x, direction):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, direction))).tangent
+
+
+@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_forward_mode(device, name, backend):
+    # Graphs enter forward_ad's level without its knowledge: nothing of a tangent must be lost for that.
+    x, direction = torch.randn(2, 2, 5, 7, device=device, dtype=torch.float64)
+    for transform in (tangent, dual):
+        compiled = torch.compile(partial(transform, FUNCTIONS[name]), backend=backend, fullgraph=transform is tangent)
+        assert_close(compiled(x, direction), transform(FUNCTIONS[name], x, direction), 1e-14)
+
+
+def test_symbolic_trace_has_a_node_for_the_layer():
+    for layer, name in (
+        (CovSqrtNorm(), "cov_sqrt"),
+        (MPNCOV(5, input_dim=8), "cov_sqrt"),
+        (MPNCOV(5, False), "triu_vector"),
+    ):
+        traced = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), layer))
+        assert name in [getattr(node.target, "__name__", "") for node in traced.graph.nodes]
+        x = torch.randn(2, 3, 9, 8)
+        assert torch.equal(traced(x), layer(traced.get_submodule("0")(x)))
+
+
+@pytest.mark.parametrize("strict", (False, True))
+def test_exported_tangents(device, strict):
+    class Tangent(torch.nn.Module):
+        def forward(self, x, direction):
+            return tangent(cov_sqrt, x, direction)
+
+    x, direction = torch.randn(2, 2, 5, 7, device=device, dtype=torch.float64)
+    program = torch.export.export(Tangent(), (x, direction), strict=strict)
+    for exported in (program, program.run_decompositions()):
+        assert_close(exported.module()(x, direction), tangent(cov_sqrt, x, direction), 1e-14)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

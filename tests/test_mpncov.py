@@ -119,5 +119,6 @@ def test_dimension_reduction():
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="iterNum: expected 1 or more, got 0"):
-        MPNCOV(iterNum=0)
+    for name, value in (("iterNum", 0), ("iterNum", 1.5), ("input_dim", 0), ("dimension_reduction", 0)):
+        with pytest.raises(ValueError, match=f"{name}: expected .* got {value}"):
+            MPNCOV(**{name: value})

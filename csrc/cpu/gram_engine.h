@@ -20,11 +20,11 @@ template <class X> class Features {
         by_channel{storage + PositionTile<T>::storage_size(x.channels, x.positions()), Panels<T>::rows_for(x.channels)},
         x_(x) {}
 
-  /// mu is written where that is wanted, for s = 1.
+  /// mu is written where that is wanted.
   void load(int64_t sample, T s, T* mean) const {
     const Panels<T> positions{by_column.data - kPanel, by_column.rows};
-    T factor = 1;
-    if (s == 1) {
+    T factor = s;
+    if (is_in_range(s * s)) {
       load_tile(PositionTile<X>(x_, sample, x_.positions(), positions.data), mean);
     } else {
       const Distances<X> distances(x_, x_.sample(sample), s);  // halves of them
@@ -101,6 +101,18 @@ template <class X> class GramEngine : public SecondPass<X> {
   void load_features() const { features_.load(sample_number_, 1, mean_); }
   void store_gram(double alpha) const { store_gram(features_, T(alpha)); }
 
+  /// Of what is in range, the trace is brought near 1, to the bit: an upstream gradient meets F twice, and their
+  /// product shall stay in range as long as the gradient itself does.
+  void keep(T s) const {
+    const T t = s == 1 ? Base::trace() : T(1);
+    if (is_in_range(t)) {
+      const T by = std::ldexp(T(1), -std::ilogb(t) / 2);
+      for (int64_t i = 0; i < size_ * size_; ++i) matrix_[i] *= by * by;
+      s *= by;
+    }
+    Base::keep(s);
+  }
+
   void rescale(T s) const {
     Base::with_distances(s, [&](const FeatureMaps<const T>& distances) {
       const Features<T> features(distances, features_.by_column.data - kPanel);
@@ -148,7 +160,7 @@ template <class X> class SampleEngine {
 template <class X> class ExpandEngine : public SampleEngine<X> {
   using T = Compute<X>;
   using Base = SampleEngine<X>;
-  using Base::C_, Base::n_, Base::sample_, Base::scale_, Base::features_, Base::next_;
+  using Base::C_, Base::n_, Base::scale_, Base::features_, Base::next_;
 
  public:
   static int64_t storage_size(int64_t channels, int64_t positions) {

@@ -104,7 +104,7 @@ template <class X> class PositionTile {
   void load_run(int64_t first, const X* x, int64_t run) const {
     constexpr int W = S::kWidth;
     const int64_t stride_c = x_.stride_c;  // the compiler does not know that a tile is written, and not this
-    const bool along_positions = x_.stride_w == 1, along_channels = stride_c == 1;
+    const bool along_positions = x_.stride_w == 1, along_channels = stride_c == 1 && !along_positions;
     const int64_t vector_channels = along_positions || along_channels ? x_.channels / W * W : 0;
     const int64_t vector_run = along_positions ? run / W * W : along_channels ? run : 0;
     if (along_channels) {
