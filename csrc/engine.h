@@ -4,8 +4,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <deque>
 #include <sstream>
+#include <stdexcept>
+#include <utility>
+#include <vector>
 
 #include "cpu/cpu.h"
 #include "library/library.h"

@@ -165,8 +165,8 @@ ISQRT_FN void newton_schulz_steps(Engine& e, Iterates<Matrix>& m, const Steps& s
 }
 
 /// Eq. 1. On entry Y = A; on return Y = Y_N or Z = Z_N, whichever `root` names. The first step costs one product,
-/// the last one two (the other root is not needed): 3 N - 3 half products in all, one more for each T in full; one less
-/// for each two steps at once, 10 for N = 5.
+/// the last one two (the other root is not needed): 3 N - 3 half products in all, one for the square root of N = 1; one
+/// more for each T in full; one less for each two steps at once, 10 for N = 5.
 template <class Engine, class Matrix>
 ISQRT_FN void newton_schulz(Engine& e, Iterates<Matrix>& m, const Steps& steps, Root root) {
   newton_schulz_steps(e, m, steps, steps.iterations, root == Root::kSquare, root == Root::kInverse);

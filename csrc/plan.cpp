@@ -10,8 +10,6 @@
 namespace isqrt {
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /// Enough pieces to occupy the workers when the batch does not, none shorter than `shortest`. The numbers are fixed: a
 /// count of threads here would make results depend on it.
 Chunks split(const Problem& p, int64_t pieces, int64_t shortest) {

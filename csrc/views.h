@@ -11,6 +11,8 @@
 
 namespace isqrt {
 
+ISQRT_FN constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 /// The 16-bit floating-point numbers, as they lie in memory. Nothing is computed in them: they are read into and
 /// written from float.
 struct Half {

@@ -67,6 +67,7 @@ def test_pooling_in_any_layout(kernels, batch, layout, dtype):
     if layout == "contiguous":
         check_pooling(kernels, x.flatten(2), 50)
         check_pooling(kernels, x[:, :1].expand(-1, 5, -1, -1), 50)
+        check_pooling(kernels, x.flatten(1).unfold(1, 40, 1)[:, :70], 40)  # neighbours in both follow each other
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -89,7 +90,7 @@ def test_newton_schulz_matches_reference(kernels, channels, dtype):
 def test_a_cluster_computes_the_bits_of_a_block(kernels, channels, blocks, output):
     sigma = covariances(2, channels, torch.float32)
     cases = [(iterations, "square", 0) for iterations in (1, 2, 5)]
-    cases += [(3, "inverse" if output != "mean" else "square", 1e-2)]
+    cases += [(n, "inverse" if output != "mean" else "square", 1e-2) for n in (1, 3)]
     for iterations, name, floor in cases if channels < 96 else cases[3:]:
         expected, result = (root(kernels, sigma, iterations, name, output, floor, blocks=n) for n in (1, blocks))
         assert torch.equal(result, expected)
@@ -369,7 +370,9 @@ def test_zero_and_not_a_number_stay_in_their_sample(kernels):
     x = feature_maps(3, 20, 50, torch.float32)
     x[0] = 1e3 * torch.rand(20, 1)
     x[1, 4, 7] = float("nan")
-    sigma, mean = pool(kernels, x, 30)
+    scale = torch.full((3,), float("nan"))
+    sigma, mean = pool(kernels, x, 30, scale)
+    assert (scale == 1).all()
     upstream = torch.randn(sigma.shape)
     y = root(kernels, sigma, 5, "square", "matrix")
     grad_sigma = root_backward(kernels, upstream, sigma, 5, "square", "matrix")

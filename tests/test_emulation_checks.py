@@ -117,6 +117,7 @@ FAULTS = (
     ("returns_too_early", "plain", "returns while this is on its way to it"),
     ("outside_cluster", "plain", "maps to block 3 of a cluster of 2"),
     ("cluster_without_arrival", "plain", None),
+    ("cluster_without_wait", "plain", "returned without having waited where it arrived"),
     ("static_in_cluster", "plain", "static shared memory in a cluster"),
 )
 

@@ -24,7 +24,7 @@ template <bool kInPlace> class ClusterEngine : public ProgramEngine<ClusterEngin
   using Tiles = cuda::Tiles<T>;
 
  public:
-  using typename Base::Matrix, typename Base::Result;
+  using typename Base::Result;
   using Reader = Tiles::Reader;
   using Base::at;
 

@@ -1,4 +1,4 @@
-// The CUDA engine as ops.cpp sees it: no CUDA header is needed to include this.
+// The CUDA engine as engine.h sees it: no CUDA header is needed to include this.
 #pragma once
 #include <string>
 
@@ -15,7 +15,8 @@ template <class X> void root(const RootTask<X>& task, bool warpgroups, void* str
 template <class X> void root_backward(const RootBackwardTask<X>& task, bool warpgroups, void* stream);
 
 /// The same of matrices in global memory, with the workspace of the task: so many elements. In both products are those
-/// of warpgroups where that is asked for, of float32 on a device that has them.
+/// of warpgroups where that is asked for, of float32 on a device that has them. This root_backward alone writes the
+/// task's value.
 template <class X> void grid_root(const RootTask<X>& task, bool warpgroups, void* stream);
 template <class X> void grid_root_backward(const RootBackwardTask<X>& task, bool warpgroups, void* stream);
 int64_t grid_workspace_size(int64_t batch, int64_t channels, int64_t element_size, bool backward, bool in_full,

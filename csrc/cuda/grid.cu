@@ -19,8 +19,8 @@ int64_t slice(int64_t batch, int64_t channels, int64_t element_size, int matrice
   constexpr int64_t kCache = int64_t(44) << 20;
   const int64_t most =
       std::max<int64_t>(1, kCache / (int64_t(tile_count(int(channels))) * grid_tile_bytes(element_size) * matrices));
-  const int64_t slices = std::max<int64_t>(1, (batch + most - 1) / most);
-  return (batch + slices - 1) / slices;
+  const int64_t slices = std::max<int64_t>(1, divide_up(batch, most));
+  return divide_up(batch, slices);
 }
 
 /// f(shape, first sample) for each slice of the batch.

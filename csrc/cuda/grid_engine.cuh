@@ -76,7 +76,7 @@ template <class T> class GridScalar {
     const int lane = int(threadIdx.x) % kWarp;
     return warp_sum(lane < parts ? part[lane] : T(0));
   }
-  static constexpr int kDepth = 4, kMostSteps = 20, kMostOperands = 10;  // normalization.h has 17 and 8
+  static constexpr int kDepth = 4, kMostSteps = 20, kMostOperands = 10;  // normalization.h has 17 and 7
 
   GridScalar then(Step step) const {
     GridScalar result = *this;
@@ -174,16 +174,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   if (own.sample >= shape.batch) return;
   WarpTile<T> tile = map.tile(shape, own.sample, own.at);
   divide(tile, divisor(own.sample));
-  const int64_t C = shape.channels;
-  with_pointer(result.sample(own.sample).data, [&](auto* to) {
-    tile.for_each([&](T a, int r, int c) {
-      const int64_t i = own.at.i(r), j = own.at.j(c);
-      if (j >= C || i > j) return;
-      if (result.output == Output::kTriu) return store_number(to + triu_index(i, j, C), a);
-      store_number(to + (i * C + j), a);
-      if (i < j) store_number(to + (j * C + i), a);
-    });
-  });
+  store_tile<int64_t>(result.sample(own.sample), tile, own.at);
 }
 
 /// The means of the columns of a matrix / divisor, 16 of them a warp: two lanes share a column. Its alpha is 0.
@@ -310,6 +301,7 @@ template <class T> class GridEngine {
     return A;
   }
   void identity_plus(Matrix& D, const Scalar& alpha, const Scalar& beta, const Matrix& A) {
+    if (maps_.count == GridMaps<T>::kMost) flush();  // not later: it would give away what this one is made of
     GridMap<T> map = map_of(A);
     map.alpha = alpha;
     map.beta = map.beta.is(1) ? beta : beta * map.beta;
@@ -482,6 +474,7 @@ template <class T> class GridEngine {
 
   /// Other memory for D: the old one stays as it is for all that waits, until that is launched.
   void renew(Matrix& D) {
+    if (free_.empty()) throw std::logic_error("GridEngine: too few matrices");
     if (D.data) retired_.push_back(D.data);
     D.data = D.transpose = free_.back();
     free_.pop_back();

@@ -187,7 +187,7 @@ template <class T, class Storage = UpperTiles<T>> class BlockMatrices {
 /// With some products in full, which takes registers that the usual few steps do without.
 template <class T, int kSlots, bool kInFull = false> class MatrixEngine : public BlockMatrices<T> {
   using Base = BlockMatrices<T>;
-  using Base::channels_, Base::tiles_, Base::tile;
+  using Base::tiles_, Base::tile;
   using typename Base::Place, typename Base::Tiles, typename Base::Terms, typename Base::Reader;
 
  public:

@@ -189,10 +189,8 @@ template <class X> class RescueEngine {
     T most = 0;
     for (int64_t c = 0; c < C_; ++c)
 #pragma unroll 1
-      for (int64_t m = threadIdx.x; m < x_.positions(); m += kThreads) {
-        const T distance = half_distance(c, m, share);
-        if (!(fabs(distance) <= most)) most = fabs(distance);
-      }
+      for (int64_t m = threadIdx.x; m < x_.positions(); m += kThreads)
+        most = larger(most, fabs(half_distance(c, m, share)));
     for (int lane = kWarp / 2; lane > 0; lane /= 2) most = larger(most, __shfl_xor_sync(0xffffffffu, most, lane));
     T* of_warps = shared_memory<T>();
     if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = most;
@@ -206,7 +204,7 @@ template <class X> class RescueEngine {
   __device__ void rescale(T s) const {
     const int64_t M = x_.positions();
     for_each_of_warp(C_, [&](int64_t c) {
-      const T mean = warp_sum([&](int64_t m) { return 2 * (s * half_distance(c, m)); }) / T(M);
+      const T mean = sum_over_positions([&](int64_t m) { return 2 * (s * half_distance(c, m)); }) / T(M);
       if (threadIdx.x % kWarp == 0) mean_[c] = mean;
     });
     __syncthreads();
@@ -214,7 +212,7 @@ template <class X> class RescueEngine {
       const int64_t i = entry / C_, j = entry % C_;
       if (i > j) return;
       const T mean_i = mean_[i], mean_j = mean_[j];
-      const T sum = warp_sum([&](int64_t m) {
+      const T sum = sum_over_positions([&](int64_t m) {
         return (2 * (s * half_distance(i, m)) - mean_i) * (2 * (s * half_distance(j, m)) - mean_j);
       });
       if (threadIdx.x % kWarp == 0) sigma_[i * C_ + j] = sigma_[j * C_ + i] = sum / T(M);
@@ -244,12 +242,11 @@ template <class X> class RescueEngine {
   template <class F> __device__ static void for_each_of_warp(int64_t n, const F& f) {
     for (int64_t i = threadIdx.x / kWarp; i < n; i += kThreads / kWarp) f(i);
   }
-  template <class F> __device__ T warp_sum(const F& f) const {
+  template <class F> __device__ T sum_over_positions(const F& f) const {
     T sum = 0;
 #pragma unroll 1
     for (int64_t m = threadIdx.x % kWarp; m < x_.positions(); m += kWarp) sum += f(m);
-    for (int lane = kWarp / 2; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
-    return sum;
+    return warp_sum(sum);
   }
 
   FeatureMaps<const X> x_;

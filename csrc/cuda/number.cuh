@@ -34,8 +34,8 @@ __device__ inline float half_of(uint32_t pair, int which) {
   return which ? __high2float(halves) : __low2float(halves);
 }
 
-/// The power of two that brings numbers up to `largest` to 2^14 at most, and its reciprocal; both are normal numbers.
-/// 1 where that is infinite or no number. In float64 there is no need.
+/// The power of two that brings `largest` to 2^14 or above it, and to less than 2^15, and its reciprocal; both are
+/// normal numbers. 1 where that is 0, infinite or no number. In float64 there is no need.
 template <class T> struct Scale {
   T up = 1, down = 1;
   __device__ explicit Scale(T) {}

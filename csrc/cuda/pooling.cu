@@ -9,7 +9,6 @@
 namespace isqrt::cuda {
 namespace {
 
-constexpr int64_t tiles_along(int64_t channels, int64_t side) { return (channels + side - 1) / side; }
 constexpr int64_t triangle(int64_t n) { return n * (n + 1) / 2; }
 
 /// Blocks that a multiprocessor's registers shall hold, so that some multiply while others wait for memory.
@@ -88,7 +87,7 @@ template <class X> bool positions_in_rows(const FeatureMaps<const X>& x) {
 
 template <class X> void pool(const PoolTask<X>& task, void* stream) {
   const int64_t batch = task.x.batch, C = task.x.channels;
-  const int64_t pool_tiles = tiles_along(C, kPanelVectors);
+  const int64_t pool_tiles = divide_up(C, kPanelVectors);
   const auto run = [&](auto in_rows) {
     const int64_t blocks = triangle(pool_tiles) * task.chunks.count * batch;
     launch("pool", pool_kernel<X, in_rows>, blocks, kPanelThreads,
@@ -106,7 +105,7 @@ template <class X> void pool(const PoolTask<X>& task, void* stream) {
 }
 
 template <class X> void pool_backward(const PoolBackwardTask<X>& task, void* stream) {
-  const int64_t channel_tiles = tiles_along(task.x.channels, kPanelVectors);
+  const int64_t channel_tiles = divide_up(task.x.channels, kPanelVectors);
   const auto run = [&](auto in_rows) {
     const int64_t blocks = channel_tiles * task.chunks.count * task.x.batch;
     launch("pool_backward", pool_backward_kernel<X, in_rows>, blocks, kPanelThreads,

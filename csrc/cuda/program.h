@@ -2,6 +2,7 @@
 // the operations of newton_schulz.h as a list, which the host records and the kernel runs in a loop, so that the code
 // of each kind of operation is there once; and when all have to meet.
 #pragma once
+#include <algorithm>
 #include <stdexcept>
 
 #include "../newton_schulz.h"
@@ -29,13 +30,16 @@ struct Stage {
 };
 
 struct Program {
-  static constexpr int kMost = 56;  // 4 and 6 for each of at most 8 further steps: later ones would be in full
+  static constexpr int kMost =
+      56;  // 4 and 6 for each of at most 8 further steps, and a few: later ones would be in full
   /// A matrix; and the worker that has the first of its tiles, if the stage that it comes from was not met for.
   struct Place {
     uint8_t number = 0, dealt = 0;
   };
   int operations = 0, stages = 0;
-  bool meets = false, maps = false;  // since the last meeting there were products, or what is done elementwise
+  // Since the last meeting there were products, or what is done elementwise. Without any meeting there is one to come:
+  // blocks of a cluster that have begun to meet must not return before.
+  bool meets = false, maps = false;
   Place Y, Z, dY, dZ;
   Operation operation[kMost];
   Stage stage[kMost];
@@ -96,7 +100,9 @@ class ProgramRecorder {
   }
 
   Program finish(const Iterates<Matrix>& m, const Iterates<Matrix>& d) {
-    program_.meets = written_ != 0, program_.maps = mapped_ != 0;
+    const auto first = program_.stage, last = first + program_.stages;
+    const bool met = std::any_of(first, last, [](const Stage& stage) { return stage.meets; });
+    program_.meets = written_ != 0 || !met, program_.maps = mapped_ != 0;
     program_.Y = place(m.Y), program_.Z = place(m.Z), program_.dY = place(d.Y), program_.dZ = place(d.Z);
     return program_;
   }

@@ -87,15 +87,6 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], c
             emulation::mma_f16(d, a, b, caller));
 }
 
-/// mma.m16n8k16 of bf16, with the fragments of mma_f16.
-__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                         [[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX(asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                "{%0,%1,%2,%3};" : "+f"(d[0]),
-                "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])),
-            emulation::mma_bf16(d, a, b, caller));
-}
-
 /// mma.m8n8k4 of f64, d += a b. a: (g, t) of 8 x 4; b: (t, g) of 4 x 8; d: (g, 2t), (g, 2t + 1) of 8 x 8.
 __device__ __forceinline__ void mma_f64(double* d, double a, double b,
                                         [[maybe_unused]] Caller caller = Caller::here()) {

@@ -8,7 +8,7 @@
 
 namespace isqrt::cuda {
 
-constexpr int kWarp = 32, kTile = 16, kTerms = 8;
+constexpr int kWarp = 32, kTile = 16;
 
 /// Found out anew whenever it is asked for: kept, all that follows from it would take registers throughout a kernel.
 struct Lane {

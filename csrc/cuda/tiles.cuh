@@ -79,14 +79,15 @@ __device__ __forceinline__ void add_inner(T& sum, const Source& source, WarpTile
   add_inner(sum, of_source, tile, at, factor);
 }
 
-/// Copies a tile of a symmetric matrix out, with its mirror image unless the triangle is wanted.
-template <class T, class Result>
+/// Copies a tile of a symmetric matrix out, with its mirror image unless the triangle is wanted. An Index has room for
+/// C^2.
+template <class Index = int, class T, class Result>
 __device__ __forceinline__ void store_tile(const Result& result, WarpTile<T>& tile, const TilePlace& at) {
-  const int C = int(result.channels);
+  const Index C = Index(result.channels);
   const bool upper = result.output == Output::kTriu;
   with_pointer(result.data, [&](auto* data) {
     tile.for_each([&](T a, int r, int c) {
-      const int i = at.i(r), j = at.j(c);
+      const Index i = at.i(r), j = at.j(c);
       if (j >= C || i > j) return;
       if (upper) return store_number(data + triu_index(i, j, C), a);
       store_number(data + (i * C + j), a);

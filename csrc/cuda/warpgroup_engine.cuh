@@ -1,6 +1,6 @@
 // The Engine of normalization.h on one block of four warpgroups (wgmma), in float32, for up to 64 channels: tensor
 // cores multiply twice as fast as by mma.sync, read the right operand by themselves, and a product takes so few of them
-// that one block is faster than several, which would have to send each other their results.
+// that one block should be faster than several, which would have to send each other their results.
 //
 // Matrices are stored, and computed, in full: 64 rows are what an instruction has. Then T is not symmetric, as rounded
 // Y and Z commute only nearly, and U = T' is T read across, see newton_schulz.h.

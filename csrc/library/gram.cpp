@@ -34,17 +34,18 @@ Tensor product(const Tensor& A, const Tensor& B, double beta = 1) {
 
 }  // namespace
 
-GramEngine::GramEngine(const Tensor& x, ScalarType dtype, const Tensor* scale) : x_(x), dtype_(dtype) {
+GramEngine::GramEngine(const Tensor& x, ScalarType dtype, const Tensor* scale)
+    : x_(torch::stable::flatten(x, 2, -1)), dtype_(dtype) {
   if (scale) scale_ = torch::stable::view(*scale, {-1, 1, 1});
 }
 
-int64_t GramEngine::positions() const { return x_.dim() == 4 ? x_.size(2) * x_.size(3) : x_.size(2); }
+int64_t GramEngine::positions() const { return x_.size(2); }
 Tensor GramEngine::mean() const { return torch::stable::contiguous(torch::stable::squeeze(mean_, 2)); }
 Tensor GramEngine::scale() const { return torch::stable::flatten(scale_, 0, -1); }
 
 void GramEngine::load_features() {
   if (features_.defined()) return;
-  const Tensor x = torch::stable::to(torch::stable::flatten(x_, 2, -1), dtype_);
+  const Tensor x = torch::stable::to(x_, dtype_);
   const Tensor half = multiply(x, number(0.5));  // of a difference, which does not overflow
   const Tensor distance = torch::stable::subtract(half, narrow(half, 0, 1));
   const bool pools = !scale_.defined();

@@ -109,7 +109,6 @@ void wait_for_kernels_before(const Caller& caller);
 
 // tensor cores,
 void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Caller& caller);
-void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Caller& caller);
 void mma_f64(double* d, double a, double b, const Caller& caller);
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, const Caller& caller);
 uint32_t transpose_matrix(uint32_t r, const Caller& caller);

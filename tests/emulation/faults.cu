@@ -286,6 +286,12 @@ template <bool kFault> __global__ void cluster_without_arrival(float* y) {
   y[blockIdx.x * kThreads + threadIdx.x] = 1;
 }
 
+template <bool kFault> __global__ void cluster_without_wait(float* y) {
+  cluster_arrive();
+  if (!kFault) cluster_wait();
+  y[blockIdx.x * kThreads + threadIdx.x] = 1;
+}
+
 // No template: g++ keeps the static variables of those out of the section that the emulation watches.
 __global__ void static_in_cluster(float* y, bool fault) {
   __shared__ float s[kThreads];
@@ -356,6 +362,7 @@ template <bool kFault> std::map<std::string, std::function<std::vector<float>()>
       {"returns_too_early", [] { return run(2, 2, returns_too_early<kFault>); }},
       {"outside_cluster", [] { return run(2, 2, outside_cluster<kFault>); }},
       {"cluster_without_arrival", [] { return run(2, 2, cluster_without_arrival<kFault>); }},
+      {"cluster_without_wait", [] { return run(2, 2, cluster_without_wait<kFault>); }},
       {"static_in_cluster", [] { return run(2, 2, static_in_cluster, kFault); }},
       {"between_blocks", [] { return run(2, 1, between_blocks<kFault>); }},
   };

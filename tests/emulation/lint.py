@@ -23,8 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from emulation import build  # noqa: E402
 
-KERNELS = sorted((build.ROOT / "csrc" / "cuda").glob("*.cu"))
-PROGRAMS = {"lint_cases": ["lint_cases.cpp", *KERNELS], "lint_seeds": ["lint_seeds.cu"]}
+PROGRAMS = {"lint_cases": ["lint_cases.cpp", *build.CUDA], "lint_seeds": ["lint_seeds.cu"]}
 INSTRUMENTED = ["-O1", "-g", "-fno-tree-sra", "-fno-threadsafe-statics", "-fsanitize=thread"]  # one thread at a time
 WRAPPED = [
     "-Wl,--wrap=_ZN9emulation10copy_asyncEPvPKvjiRKNS_6CallerE",
@@ -68,8 +67,8 @@ class Report:
 
 
 def fingerprint(*command: object) -> str:
-    """Of a compiler call and of everything that it could include."""
-    digest = hashlib.sha256(repr(command).encode())
+    """Of a compiler call, the compiler, and everything that it could include."""
+    digest = hashlib.sha256(repr(command).encode() + build.compiler_version())
     for folder in (build.ROOT / "csrc", build.EMULATION):
         for path in sorted(folder.rglob("*.*")):
             if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
@@ -77,6 +76,7 @@ def fingerprint(*command: object) -> str:
     return digest.hexdigest()[:16]
 
 
+@build.alone()
 def compile_program(program: str) -> Path:
     """The path of ``lint_cases`` or ``lint_seeds``, up to date."""
 

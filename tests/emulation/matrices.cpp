@@ -3,7 +3,6 @@
 // Products are exact. Their sum with the accumulator is rounded toward zero, once: what the hardware does (Fasi,
 // Higham, Mikaitis & Pranesh, Numerical behavior of NVIDIA tensor cores, 2021), apart from the few bits that it drops
 // before.
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
@@ -29,31 +28,31 @@ float toward_zero(double x) {
   return from_bits(bits - (std::fabs(nearest) > std::fabs(x)));
 }
 
-/// What a lane puts in, its registers unpacked, kPack neighbours in k from each; d becomes its part of the result.
-template <int kPack> struct Fragments {
-  float a[4][kPack], b[2][kPack], d[4];
+/// What a lane puts in, its registers unpacked; d becomes its part of the result.
+struct Fragments {
+  float a[4][2], b[2][2], d[4];
 };
 
 /// Neighbours in a row, which any x86-64 adds and multiplies together.
 using Pair = double __attribute__((vector_size(16)));
 
-/// d += A B of a whole warp, A being 16 x 8 kPack and B 8 kPack x 8. Lane 4 g + t has columns t and t + 4 of each kPack
-/// of A's rows g and g + 8, and of B's column g.
-template <int kPack> void multiply_warp(Slots& slots) {
-  static_assert(sizeof(Fragments<kPack>) <= kSlotBytes);
-  constexpr int K = 8 * kPack;
+/// d += A B of a whole warp, A being 16 x 16 and B 16 x 8. Lane 4 g + t has the pairs t and t + 4 of A's rows g and
+/// g + 8, and of B's column g.
+void multiply_warp(Slots& slots) {
+  static_assert(sizeof(Fragments) <= kSlotBytes);
+  constexpr int K = 16;
   double A[16][K];
   Pair B[K][4], D[16][4];
-  const auto of = [&](int lane) -> Fragments<kPack>& { return reinterpret_cast<Fragments<kPack>&>(slots[lane]); };
+  const auto of = [&](int lane) -> Fragments& { return reinterpret_cast<Fragments&>(slots[lane]); };
   const auto for_results = [&](const auto& f) {
     for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; i < 4; ++i) f(of(lane).d[i], D[lane / 4 + i / 2 * 8][lane % 4], i % 2);
   };
   for (int lane = 0; lane < 32; ++lane)
-    for (int e = 0; e < kPack; ++e) {
+    for (int e = 0; e < 2; ++e) {
       const int g = lane / 4, t = lane % 4;
-      for (int r = 0; r < 4; ++r) A[g + r % 2 * 8][(t + r / 2 * 4) * kPack + e] = of(lane).a[r][e];
-      for (int r = 0; r < 2; ++r) B[(t + r * 4) * kPack + e][g / 2][g % 2] = of(lane).b[r][e];
+      for (int r = 0; r < 4; ++r) A[g + r % 2 * 8][(t + r / 2 * 4) * 2 + e] = of(lane).a[r][e];
+      for (int r = 0; r < 2; ++r) B[(t + r * 4) * 2 + e][g / 2][g % 2] = of(lane).b[r][e];
     }
   for_results([](float& d, Pair& in, int e) { in[e] = d; });
   for (int i = 0; i < 16; ++i) {
@@ -65,19 +64,6 @@ template <int kPack> void multiply_warp(Slots& slots) {
     memcpy(D[i], sum, sizeof sum);
   }
   for_results([](float& d, Pair& in, int e) { d = toward_zero(in[e]); });
-}
-
-/// number(r, e) is the element at place e of register r.
-template <int kPack, class Number>
-void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Site& site, const Number& number) {
-  Fragments<kPack> own;
-  for (int e = 0; e < kPack; ++e) {
-    for (int r = 0; r < 4; ++r) own.a[r][e] = number(a[r], e);
-    for (int r = 0; r < 2; ++r) own.b[r][e] = number(b[r], e);
-  }
-  memcpy(own.d, d, sizeof d);
-  const Slots& slots = gather(~0u, &own, sizeof own, false, site, multiply_warp<kPack>);
-  memcpy(d, reinterpret_cast<const Fragments<kPack>&>(slots[lane()]).d, sizeof d);
 }
 
 /// The same in float64, A being 8 x 4 and B 4 x 8: each product is rounded to nearest as it is added.
@@ -97,6 +83,7 @@ __attribute__((target_clones("fma", "default"))) void multiply_warp_f64(Slots& s
 }
 
 uint16_t half_of(uint32_t bits, int e) { return uint16_t(bits >> 16 * e); }
+float number_of(uint32_t bits, int e) { return __half2float(__ushort_as_half(half_of(bits, e))); }
 
 }  // namespace
 
@@ -108,18 +95,20 @@ void mma_f64(double* d, double a, double b, const Caller& caller) {
 }
 
 void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Caller& caller) {
-  multiply<2>(d, a, b, {"mma_f16", caller.file, caller.line},
-              [](uint32_t bits, int e) { return __half2float(__ushort_as_half(half_of(bits, e))); });
-}
-
-void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Caller& caller) {
-  multiply<2>(d, a, b, {"mma_bf16", caller.file, caller.line},
-              [](uint32_t bits, int e) { return from_bits(uint32_t(half_of(bits, e)) << 16); });
+  Fragments own;
+  for (int e = 0; e < 2; ++e) {
+    for (int r = 0; r < 4; ++r) own.a[r][e] = number_of(a[r], e);
+    for (int r = 0; r < 2; ++r) own.b[r][e] = number_of(b[r], e);
+  }
+  memcpy(own.d, d, sizeof d);
+  const Site site{"mma_f16", caller.file, caller.line};
+  const Slots& slots = gather(~0u, &own, sizeof own, false, site, multiply_warp);
+  memcpy(d, reinterpret_cast<const Fragments&>(slots[lane()]).d, sizeof d);
 }
 
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, const Caller& caller) {
   const CalledFrom here(__builtin_return_address(0));
-  const Site site{"load_matrix", caller.file, caller.line};
+  const Site site{"load_matrix_x4", caller.file, caller.line};
   struct alignas(16) Row {
     uint16_t element[8];
   };
@@ -214,8 +203,7 @@ void multiply_warpgroup(float* d, int vectors, const uint32_t (&a)[4], uint64_t 
   for (unsigned t = 0; t < 4; ++t) {
     const auto& of = reinterpret_cast<const uint32_t (&)[4]>(slots[lane() / 4 * 4 + t]);
     for (unsigned r = 0; r < 4; ++r)
-      for (unsigned e = 0; e < 2; ++e)
-        product.a[r % 2][r / 2 * 8 + 2 * t + e] = __half2float(__ushort_as_half(half_of(of[r], int(e))));
+      for (unsigned e = 0; e < 2; ++e) product.a[r % 2][r / 2 * 8 + 2 * t + e] = number_of(of[r], int(e));
   }
   read_right(product);
   meet(block.warpgroups[me.number / kWarpgroup], kWarpgroup, false, site);

@@ -127,6 +127,8 @@ void finish_thread() {
   Cluster& cluster = *launch.cluster;
   if (launch.early && !me->waited_for_kernels)
     stop([&] { return describe(*me) + " returned without having waited for the kernels before it"; });
+  if (me->arrived_at_cluster)
+    stop([&] { return describe(*me) + " returned without having waited where it arrived, in the cluster"; });
   me->done = true;
   --block.running;
   --cluster.running;
