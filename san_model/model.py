@@ -273,6 +273,7 @@ class SAN(nn.Module):
         win over both; with another ``scale`` the upsampler starts anew, to be fine-tuned.
 
         Raises:
+            FileNotFoundError: there is no such file.
             ValueError: the file is no checkpoint of this network; missing, unexpected and misshapen keys are listed.
         """
         from . import checkpoint  # which imports this module
