@@ -246,7 +246,7 @@ matrix_root_backward = _register_gradient("matrix_root_backward", _root_backward
 #
 # sigma is the covariance of scale x: the powers of two keep it within the range of its dtype wherever y is, and are 1
 # for samples that do not need it. With gram, where there are more than one position and fewer than channels, it is the
-# positions' Gram matrix [B, M - 1, M - 1] instead (csrc/gram.h), and y the same.
+# positions' Gram matrix [B, M - 1, M - 1] instead (csrc/gram.h), the trace of which they bring near 1, and y the same.
 
 
 def _is_traced():
