@@ -4,9 +4,9 @@
 //     F = s (X - mu 1^T) Q,   K = F^T F / M,   instead of   Sigma = (X - mu 1^T)(X - mu 1^T)^T / M = F F^T / (s^2 M)
 //
 // with orthonormal columns Q that are orthogonal to 1, C x (M - 1) and (M - 1) x (M - 1), and s the sample's scale, a
-// power of two that brings the trace of K near 1, or that of covariance.h. K has the nonzero eigenvalues of s^2 Sigma and the same trace t. Y_N = A p(A) and Z_N = p(A) for one
-// polynomial p, and F p(F^T F) = p(F F^T) F, so that what Eqs. 1-3 define is also, with an iteration of smaller
-// matrices,
+// power of two that brings the trace of K near 1, or that of covariance.h. K has the nonzero eigenvalues of s^2 Sigma
+// and the same trace t. Y_N = A p(A) and Z_N = p(A) for one polynomial p, and F p(F^T F) = p(F F^T) F, so that what
+// Eqs. 1-3 define is also, with an iteration of smaller matrices,
 //
 //     Yhat = F R F^T / (s M),   R = Z_N(K / t) / sqrt(t)
 //
