@@ -6,8 +6,8 @@
 
 Three convolutions, the pooling, one linear layer; scikit-learn's 8 x 8 digits, which lie in its package. Both get the
 same convolutions, images, batches, steps and schedule. The learning rate is chosen for each by its accuracy on a
-quarter of the training images, held back, with seeds of their own; the smallest of the best. Then five seeds train on all of them, and their test
-images, others for each seed, are looked at once. The same bits on each run of one machine.
+quarter of the training images, held back, with seeds of their own; the smallest of the best. Then five seeds train on
+all of them, and their test images, others for each seed, are looked at once. The same bits on each run of one machine.
 """
 
 import argparse

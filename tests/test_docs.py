@@ -106,6 +106,13 @@ def test_few_minimax_steps_are_as_the_readme_says(tables):
     assert round(1 / methods["minimax"]["forward_backward"]["speedup_over"]["ours"], 1) == 0.6
 
 
+def test_shares_of_the_covariance_layers(tables):
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    share = {m["name"]: m["training"]["covariance_percent"] for m in tables.load("san_full_cpu")["methods"]}
+    ours = f"spends {share['ours']:.1f} % of its time in this library's covariance layers"
+    assert f"{ours}, {share['eig']:.1f} % with EIG, and {share['mxm']:.0f} % in those" in readme
+
+
 def test_stale_tables_are_found(tables, tmp_path, monkeypatch):
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- table: classifier -->\n| typed | by hand |\n<!-- end of table -->\nafter\n")
