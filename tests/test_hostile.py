@@ -234,7 +234,7 @@ def test_what_is_not_finite_is_not_scaled(device, bad):
     x[1, 4, 7] = bad  # numbers follow it
     for gram in (False,) if x.is_cuda else (False, True):  # the library scales all samples
         scale = torch.ops.isqrt_cov.cov_sqrt(x, 5, 0, gram=gram)[3]
-        assert (scale == 1).all()
+        assert scale[1] == 1 and (gram or (scale == 1).all())
 
 
 @pytest.mark.parametrize("function", (matrix_sqrt, matrix_inv_sqrt))
