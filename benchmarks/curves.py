@@ -41,6 +41,7 @@ QUICK = {"B": (1, 4), "C": (16, 64), "M": (64, 256), "N": (1, 4)}
 COST_METHODS = ("ours", "eager", "eig")
 NEARNESS_SHAPES = {"cpu": ((16, 64, 48, 48), (32, 256, 14, 14)), "cuda": ((16, 64, 48, 48), (32, 256, 14, 14))}
 STEPS = range(1, 10)
+SAMPLE_MS = 5.0
 MEANING = {
     "cost": "ms of forward + backward, the median over the rounds, for each value of the size that changes; "
     "floor: the time of that work at the rates measured in the same rounds",
@@ -60,11 +61,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return report.parse(parser, argv)
 
 
-def time_all(calls: dict[str, Any], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """ms of each call in each round."""
-    return measure.interleaved_ms(calls, rounds, device, 5.0)
-
-
 def cost(arguments, progress) -> dict[str, dict[str, Any]]:
     """cost[size] = {"values": [...], method: ms for each value, "floor": ms}."""
     device = torch.device(arguments.device)
@@ -81,7 +77,7 @@ def cost(arguments, progress) -> dict[str, dict[str, Any]]:
             probes = floor.probes(x, arguments.quick)
             calls = {name: methods.prepare(name, case).step for name in COST_METHODS}
             calls |= {probe.name: probe.call for kind in probes.values() for probe in kind}
-            samples = time_all(calls, arguments.rounds, device)
+            samples = measure.interleaved_ms(calls, arguments.rounds, device, SAMPLE_MS)
             for name in COST_METHODS:
                 curve[name].append(statistics.median(samples[name]))
             _, work = floor.work(shape, at["N"], "matrix", x.itemsize)
@@ -109,9 +105,8 @@ def nearness(arguments, progress) -> list[dict[str, Any]]:
             tuned = partial(library.cov_sqrt, iterations=n, coefficients="minimax", spectrum_floor=1e-3)
             prepared["minimax", n] = methods.of_function(case, tuned)
         progress.update(f"nearness at {'x'.join(map(str, shape))}")
-        samples = time_all(
-            {f"{name} {n}": method.step for (name, n), method in prepared.items()}, arguments.rounds, device
-        )
+        calls = {f"{name} {n}": method.step for (name, n), method in prepared.items()}
+        samples = measure.interleaved_ms(calls, arguments.rounds, device, SAMPLE_MS)
         curves: dict[str, Any] = {}
         for (name, n), method in prepared.items():
             curve = curves.setdefault(name, {"steps": [], "ms": [], "distance": []})

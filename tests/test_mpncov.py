@@ -119,6 +119,12 @@ def test_dimension_reduction():
 
 
 def test_wrong_arguments():
-    for name, value in (("iterNum", 0), ("iterNum", 1.5), ("input_dim", 0), ("dimension_reduction", 0)):
-        with pytest.raises(ValueError, match=f"{name}: expected .* got {value}"):
+    steps = "a whole number from 1 to 1000"
+    for name, value, expected in (
+        ("iterNum", 0, steps),
+        ("iterNum", 1.5, steps),
+        ("input_dim", 0, "1 or more"),
+        ("dimension_reduction", 0, "1 or more"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected {expected}, got {value}"):
             MPNCOV(**{name: value})

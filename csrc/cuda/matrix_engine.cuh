@@ -6,8 +6,8 @@
 #pragma once
 #include "../normalization.h"
 #include "block.cuh"
+#include "matrix_size.cuh"
 #include "number.cuh"
-#include "tiles.cuh"
 
 namespace isqrt::cuda {
 
