@@ -8,16 +8,19 @@
 # make docs   the pages and the API reference into build/docs; any warning is an error
 # make dist   source archive and wheel into dist, checked against each other and against what an index asks for
 # make kernels            compile the CUDA kernels and compare them with benchmarks/results/kernels.md; needs nvcc
+# make torches            test the wheel of `make dist` in other torches than built it, and build its archive with them
 # make check-cuda-torch   build for a CUDA torch, load it there and test it without a GPU; needs nvcc
 # make gpu                everything that needs a GPU, into one folder; `benchmarks/gpu.py --help` tells what it takes
 #
 # PYTHON      the interpreter to start from; if it has a torch, that torch is used
 # TORCH       what to install where it has none
+# TORCHES     the versions that make torches installs
 # CUDA_TORCH  what check-cuda-torch installs, for a CUDA of nvcc's major version
 # WRITE=1     make kernels writes the page anew
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TORCHES ?= 2.10.0 2.15.0
 CUDA_TORCH ?= torch==2.15.0
 WRITE ?=
 OUT ?= out/gpu
@@ -37,7 +40,7 @@ PIN = $(shell $(BIN)/python -c "import torch; print('torch==' + torch.__version_
 SOURCES := $(shell git ls-files 'csrc/*' 'isqrt_cov/*' 'san_model/*' setup.py pyproject.toml 2>/dev/null)
 CXX_FILES := $(shell git ls-files '*.h' '*.cuh' '*.cpp' '*.cu' 2>/dev/null)
 
-.PHONY: demo test emulate lint format kernels check-cuda-torch gpu fuzz types docs dist clean
+.PHONY: demo test emulate lint format kernels torches check-cuda-torch gpu fuzz types docs dist clean
 
 demo: .venv/san
 	$(BIN)/python -P -m isqrt_cov
@@ -110,6 +113,18 @@ dist: .venv/publish
 	$(BIN)/pip install --dry-run --quiet "$(PIN)" "$$(echo dist/*.whl)[san]"
 	$(BIN)/pytest -m build
 
+# What depends on torch's version: how the operators are registered, traced and differentiated, not what they compute; and
+# whether they compile.
+torches: $(if $(wildcard dist/*.whl),,dist)
+	for version in $(TORCHES); do \
+		rm -rf .venv-torch && $(PYTHON) -m venv .venv-torch && \
+		.venv-torch/bin/pip install --no-compile torch==$$version "$$(echo dist/*.whl)[test]" && \
+		OMP_WAIT_POLICY=passive .venv-torch/bin/pytest -n 2 --dist loadfile tests/test_build.py tests/test_functional.py \
+			tests/test_ops.py tests/test_transforms.py tests/test_compile.py tests/test_mpncov.py && \
+		FORCE_CUDA=0 .venv-torch/bin/pip install --no-deps --force-reinstall dist/*.tar.gz && \
+		.venv-torch/bin/pytest tests/test_build.py tests/test_functional.py || exit; \
+	done
+
 format: .venv/lint
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -141,4 +156,4 @@ gpu:
 	  $(if $(DRY_RUN),--dry-run)
 
 clean:
-	rm -rf .venv .venv-cuda build dist out *.egg-info isqrt_cov/_C.so
+	rm -rf .venv .venv-torch .venv-cuda build dist out *.egg-info isqrt_cov/_C.so

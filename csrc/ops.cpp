@@ -59,7 +59,7 @@ void check_matrices(const Tensor& sigma) {
 
 /// `t` has the sizes and the dtype given, and lies where x or sigma, the first argument, does.
 void check_beside(const Tensor& t, const char* name, Sizes sizes, ScalarType dtype, const Tensor& first) {
-  check(t.sizes() == sizes, name, ": expected shape ", Shape{sizes}, ", got ", shape(t));
+  check(t.sizes().equals(sizes), name, ": expected shape ", Shape{sizes}, ", got ", shape(t));
   check(t.scalar_type() == dtype, name, ": expected dtype ", torch::headeronly::toString(dtype), ", got ",
         torch::headeronly::toString(t.scalar_type()));
   check(place(t) == place(first), name, ": expected ", place(first), ", got ", place(t));

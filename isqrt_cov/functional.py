@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import ops
 from .ops import ENGINES, OUTPUTS, ROOTS, code, prefers_gram
-from .transforms import compute_dtype, without_autocast
+from .transforms import autocast_is_enabled, compute_dtype, without_autocast
 
 _ops = torch.ops.isqrt_cov
 COEFFICIENTS = ("newton_schulz", "minimax")
@@ -42,12 +42,7 @@ def _call(
     """The operator, autocast included, whose own rule comes too late for the derivatives of torch.func: float32 is put
     out, for which 16-bit feature maps are read in place, and matrices are copied. ``further`` arguments follow wide.
     """
-    device = x.device.type
-    if not (
-        torch._C._is_any_autocast_enabled()
-        and torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-    ):
+    if not autocast_is_enabled(x):
         return op(x, *arguments, 0, False, *further) if further else op(x, *arguments)
     with without_autocast(x):
         if in_place:

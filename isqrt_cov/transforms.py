@@ -17,6 +17,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_map
 
 _library = torch.library.Library("isqrt_cov", "FRAGMENT")
+_AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,10 +25,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+def autocast_is_enabled(x: Tensor) -> bool:
     """Of x's device, if there is any: the meta device has none."""
+    # torch.amp.is_autocast_available would tell, but torch.compile did not trace it before torch 2.11.
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return _C._is_any_autocast_enabled() and device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Of x's device, if there is any."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if device in _AUTOCAST_DEVICES else nullcontext()
 
 
 def _only_autograd_cares(x: Any) -> bool:
@@ -87,7 +95,7 @@ def _function(name: str, setup_context: Any, backward: Any, jvp: Any, tensor_cou
 def _register_autocast(name: str, op: Any, defaults: tuple[Any, ...]) -> None:
     names = [argument.name for argument in op._schema.arguments]
     if "wide" not in names:
-        for device in ("cpu", "cuda"):
+        for device in _AUTOCAST_DEVICES:
             torch.library.register_autocast(f"isqrt_cov::{name}", device, torch.float32, lib=_library)
         return
     at = names.index("wide")

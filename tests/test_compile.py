@@ -80,6 +80,9 @@ def test_symbolic_trace_has_a_node_for_the_layer():
 
 @pytest.mark.parametrize("strict", (False, True))
 def test_exported_tangents(device, strict):
+    if torch.__version__ < (2, 13):
+        pytest.skip("torch 2.12 does not export forward-mode derivatives of its own functions either")
+
     class Tangent(torch.nn.Module):
         def forward(self, x, direction):
             return tangent(cov_sqrt, x, direction)
