@@ -1,6 +1,7 @@
 // The CPU engine with AVX2 and FMA: 16 registers of 32 bytes, a tile of 4 x 2 accumulators.
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #include "kernels.h"
 

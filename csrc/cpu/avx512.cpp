@@ -1,6 +1,7 @@
 // The CPU engine with AVX-512: 32 registers of 64 bytes, a tile of 16 x 1 accumulators.
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #include "kernels.h"
 

@@ -4,8 +4,13 @@
 #pragma once
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #include "half.h"
+
+#if defined(__clang__) || __GNUC__ < 11
+#error "isqrt_cov is compiled with g++ 11 or later (the environment variable CXX names the compiler)"
+#endif
 
 namespace isqrt::cpu::ISQRT_LEVEL {
 
@@ -24,6 +29,7 @@ template <class T> struct Simd {
 };
 
 template <class T> using Vector = typename Simd<T>::Vector;
+template <class T> using Lanes = decltype(Vector<T>() == Vector<T>());  // integers of T's size
 
 template <class T> inline Vector<T> load_vector(const T* p) {
   return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
@@ -132,23 +138,14 @@ template <class T> struct Panels {
 };
 
 /// Lanes of the two vectors of one butterfly of a transposition: blocks of `Stride` lanes change places.
-template <int Stride, bool High, class T, class Lanes = typename Simd<T>::Vector>
-inline Vector<T> interleave(Vector<T> a, Vector<T> b) {
-  constexpr int W = Simd<T>::kWidth;
-  const auto lane = [](int i) constexpr {
+template <int Stride, bool High, class T, int... kLanes>
+inline Vector<T> interleave(Vector<T> a, Vector<T> b, std::integer_sequence<int, kLanes...>) {
+  constexpr auto lane = [](int i) constexpr {
     const bool from_b = i / Stride % 2;
-    return (High ? (from_b ? i + W : i + Stride) : (from_b ? i - Stride + W : i));
+    return (High ? (from_b ? i + int(sizeof...(kLanes)) : i + Stride)
+                 : (from_b ? i - Stride + int(sizeof...(kLanes)) : i));
   };
-  if constexpr (W == 16) {
-    return __builtin_shufflevector(a, b, lane(0), lane(1), lane(2), lane(3), lane(4), lane(5), lane(6), lane(7),
-                                   lane(8), lane(9), lane(10), lane(11), lane(12), lane(13), lane(14), lane(15));
-  } else if constexpr (W == 8) {
-    return __builtin_shufflevector(a, b, lane(0), lane(1), lane(2), lane(3), lane(4), lane(5), lane(6), lane(7));
-  } else if constexpr (W == 4) {
-    return __builtin_shufflevector(a, b, lane(0), lane(1), lane(2), lane(3));
-  } else {
-    return __builtin_shufflevector(a, b, lane(0), lane(1));
-  }
+  return __builtin_shuffle(a, b, Lanes<T>{lane(kLanes)...});
 }
 
 template <int Stride, class T> inline void butterflies(Vector<T> (&rows)[Simd<T>::kWidth]) {
@@ -158,8 +155,8 @@ template <int Stride, class T> inline void butterflies(Vector<T> (&rows)[Simd<T>
     for (int i = 0; i < W; ++i) {
       if (i / Stride % 2 == 0) {
         const Vector<T> a = rows[i], b = rows[i + Stride];
-        rows[i] = interleave<Stride, false, T>(a, b);
-        rows[i + Stride] = interleave<Stride, true, T>(a, b);
+        rows[i] = interleave<Stride, false, T>(a, b, std::make_integer_sequence<int, W>());
+        rows[i + Stride] = interleave<Stride, true, T>(a, b, std::make_integer_sequence<int, W>());
       }
     }
     butterflies<2 * Stride, T>(rows);
@@ -192,8 +189,7 @@ inline __attribute__((always_inline)) void transpose_block(To* dst, int64_t ld_d
 /// before.
 template <class T, class At> inline __attribute__((always_inline)) void mirror(int64_t n, int64_t ld, const At& at) {
   constexpr int W = Simd<T>::kWidth;
-  using Lanes = decltype(Vector<T>() == Vector<T>());
-  Lanes column;
+  Lanes<T> column;
   for (int c = 0; c < W; ++c) column[c] = c;
   const int64_t whole = n / W * W;
   for (int64_t i = 0; i < whole; i += W) {
@@ -305,6 +301,12 @@ inline Vector<double> fused_multiply_add(Vector<double> sum, double a, Vector<do
 template <class T> inline Vector<T> fused_multiply_add(Vector<T> sum, T a, Vector<T> b) { return sum + a * b; }
 #endif
 
+#if ISQRT_VECTOR_BYTES == 64
+/// The second half of a vector, and a vector of two such halves.
+inline Simd<float>::Half right_half(Vector<float> v) { return _mm512_maskz_extractf32x8_ps(0xff, v, 1); }
+inline Vector<float> twice(Simd<float>::Half half) { return _mm512_maskz_broadcast_f32x8(kAllLanes, half); }
+#endif
+
 /// The accumulators of one register tile.
 template <class T, class Shape> struct Tile {
   static constexpr int64_t kElements = Shape::kRows * Shape::kVectors * Simd<T>::kWidth;
@@ -343,20 +345,18 @@ inline __attribute__((always_inline)) void multiply_add(Tile<T, Shape>& tile, co
   if constexpr (Shape::kUpper) {
     typename S::Half lower[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i)
-      lower[i] = __builtin_shufflevector(tile.sum[8 + i][0], tile.sum[8 + i][0], 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int i = 0; i < 8; ++i) lower[i] = right_half(tile.sum[8 + i][0]);
     for (int64_t k = 0; k < n; ++k, a += kPanel, b += kPanel) {
       const Vector<T> right = load_vector(b);
-      const auto right_half = *reinterpret_cast<const typename S::UnalignedHalf*>(b + 8);
+      const auto half = *reinterpret_cast<const typename S::UnalignedHalf*>(b + 8);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
         tile.sum[i][0] += a[i] * right;
-        lower[i] += a[8 + i] * right_half;
+        lower[i] += a[8 + i] * half;
       }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i)
-      tile.sum[8 + i][0] = __builtin_shufflevector(lower[i], lower[i], 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+    for (int i = 0; i < 8; ++i) tile.sum[8 + i][0] = twice(lower[i]);
   } else {
     const auto step = [&](const T* a, const T* b) __attribute__((always_inline)) {
       Vector<T> right[Shape::kVectors];
