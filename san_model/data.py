@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from .collage import SIDE, collage
 from .images import InputError, bicubic, crop_to_multiple, list_images, match, read_uint8, to_uint8
 
 Root = TypeVar("Root", bound=str | Path)
@@ -147,6 +148,18 @@ def load_pairs(
     if not pairs:
         raise InputError(f"{argument} {' '.join(map(str, roots))}: no usable image is left")
     return pairs
+
+
+def collages_of(pairs: Sequence[Pair], scale: int, count: int, seed: int, least: int = 1) -> list[Pair]:
+    """So many collages of pieces of the pairs, see :mod:`san_model.collage`; ``least`` as for :func:`load_pairs`."""
+    images = [pair.hr for pair in pairs]
+
+    def make(number: int) -> Pair:
+        hr = crop_to_multiple(collage(images, seed, number, max(SIDE, least * scale)), scale)
+        return Pair(Path(f"collage {number}"), bicubic(hr, scale, down=True), hr)
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        return list(pool.map(make, range(count)))
 
 
 def _name(path: Path, shrink: float) -> str:

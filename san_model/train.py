@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from . import SAN
 from .checkpoint import replacing
-from .data import Batches, Pair, Patches, by_name, load_pairs
+from .data import Batches, Pair, Patches, by_name, collages_of, load_pairs
 from .distributed import Process, processes
 from .images import InputError, to_uint8
 from .metrics import psnr_y
@@ -44,9 +44,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 # What may differ between a run and its continuation, because it does not change the weights that come out.
-# (Of the copies that shrink asks for the list of images tells.)
+# (Of copies and collages the list of images tells.)
 FREE = {"out", "data", "val", "init", "resume", "workers", "cache", "bad_files", "validate_every", "checkpoint_every",
-        "log_every", "device", "shrink"}  # fmt: skip
+        "log_every", "device", "shrink", "collages"}  # fmt: skip
 
 
 @dataclass
@@ -86,7 +86,9 @@ class TrainOptions:
         augment: flips and rotations
         shrink: fractions of its size (0.75 0.5, say) of which each image is trained on as a copy, too: few photographs
             then show more kinds of detail
-        seed: of the initial weights and the patches
+        collages: images of 1024 x 1024 pixels to train on, too, in which shapes filled with pieces of the others cover
+            each other: few photographs then show more edges
+        seed: of the initial weights, the collages and the patches
         resume: continue the run in --out, or start it where there is none yet
         workers: processes that cut patches
         cache: folder for decoded images, shared by processes and runs; by default they are held in memory
@@ -124,6 +126,7 @@ class TrainOptions:
     clip: float = 0.0
     augment: bool = True
     shrink: list[float] = field(default_factory=list)
+    collages: int = 0
     seed: int = 0
     resume: bool = False
     workers: int = 2
@@ -142,7 +145,7 @@ class TrainOptions:
         for name in ("patch", "batch", "iterations", "lr_step", "validate_every", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{flag(name)} {getattr(self, name)}: expected 1 or more")
-        for name in ("warmup", "clip", "workers", "seed"):
+        for name in ("warmup", "clip", "collages", "workers", "seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"{flag(name)} {getattr(self, name)}: expected 0 or more")
         if not self.lr > 0:
@@ -219,6 +222,7 @@ class Run:
         if self.last.exists() and not options.resume:
             raise InputError(f"--out {options.out}: holds a run already; --resume continues it")
         self.pairs = self._load(options.data, "--data", options.patch, options.shrink)
+        self.pairs += collages_of(self.pairs, options.scale, options.collages, options.seed, options.patch)
         self.validation = {key: self._load([root], "--val", 1) for key, root in by_name(options.val, "--val").items()}
         self.patches = Patches(self.pairs, options.scale, options.patch, options.seed, options.augment)
 

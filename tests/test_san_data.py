@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("png", reason="san_model needs the extra [san]")
 from torch.utils.data import DataLoader
 
-from san_model.data import Batches, Pair, Patches, by_name, dataset_name, find_pairs, load_pairs
+from san_model.collage import collage
+from san_model.data import Batches, Pair, Patches, by_name, collages_of, dataset_name, find_pairs, load_pairs
 from san_model.images import InputError, Picture, bicubic, read_uint8, write
 
 
@@ -104,6 +105,27 @@ def test_smaller_copies(folder):
     assert "image0.png at 0.5 of its size: LR rows 3..8" in Patches(pairs[2:3], 2, 6, seed=0, augment=False).describe(1)
     with pytest.raises(InputError, match=r"image0\.png at 0.25 of its size: 8 x 10 is too small"):
         load_pairs([folder], 2, shrink=[0.25], least=6)
+
+
+def test_collages(folder):
+    """Their edges, which the images do not have, are drawn as finely as the pixels allow, and are the seed's."""
+    ramp = torch.arange(300.0).expand(3, 200, 300) / 300 * 255
+    images = [ramp.byte(), ramp.flip(2).byte()]
+    first, again, next_one, of_another_seed = (collage(images, *key, 256) for key in ((1, 0), (1, 0), (1, 1), (2, 0)))
+    assert first.shape == (3, 256, 256) and first.dtype == torch.uint8
+    assert torch.equal(first, again)
+    assert not torch.equal(first, next_one) and not torch.equal(first, of_another_seed)
+    steps = [image.float().diff(dim=2).abs() for image in (images[0], first)]
+    assert steps[0].max() <= 1 and steps[1].max() > 100
+    assert (steps[1] <= 3).float().mean() > 0.5  # within shapes it is as smooth as the images
+
+    pairs = load_pairs([folder], 3)
+    collages = collages_of(pairs, 3, 2, seed=1)
+    assert [pair.path.name for pair in collages] == ["collage 0", "collage 1"]
+    for pair in collages:
+        assert pair.hr.shape == (3, 1023, 1023) and torch.equal(pair.lr, bicubic(pair.hr, 3, down=True))
+    assert collages_of(pairs, 2, 1, seed=1, least=600)[0].lr.shape == (3, 600, 600)
+    assert "collage 0: LR rows" in Patches(collages[:1], 3, 32, seed=0).describe(0)
 
 
 def coordinates(height, width, scale):

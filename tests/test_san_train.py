@@ -265,7 +265,7 @@ def test_presets_are_options():
 
 
 @pytest.mark.parametrize("change", [{"amp": "bf16"}, {"init": True}, {"scale": 3}, {"variant": "ssc"}, {"cache": True},
-                                    {"channels_last": True}])  # fmt: skip
+                                    {"channels_last": True}, {"collages": 1}])  # fmt: skip
 def test_options_work(images, uninterrupted, tmp_path, change):
     if "init" in change:
         change = {"init": uninterrupted[0] / "last.safetensors", "scale": 4}
@@ -281,6 +281,7 @@ def test_options_work(images, uninterrupted, tmp_path, change):
         ({"batch": 0}, "--batch 0: expected 1 or more"),
         ({"ema": 1.0}, "--ema 1.0: expected at least 0 and less than 1"),
         ({"shrink": [0.5, 1.0]}, "--shrink 1.0: expected more than 0 and less than 1"),
+        ({"collages": -1}, "--collages -1: expected 0 or more"),
         ({"lr": float("nan")}, "--lr nan"),
         ({"n_feats": 9}, "--n-feats: expected a multiple of 8"),
         ({"root_iterations": 0}, "--root-iterations: expected .* got 0"),
