@@ -81,7 +81,7 @@ def extension(cpp_extension):
             f"--threads={os.environ.get('MAX_JOBS', '0')}",  # architectures at a time; 0: as many as there are cores
         ]  # fmt: skip
         options["include_dirs"] = [str(Path(cuda_home) / "include")]
-        options["library_dirs"] = [str(Path(cuda_home) / "lib64")]
+        options["library_dirs"] = [str(Path(cuda_home) / name) for name in ("lib64", "lib")]  # lib: nvcc's wheels
         options["extra_link_args"] += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     return cpp_extension.CppExtension("isqrt_cov._C", [str(p) for p in sources], py_limited_api=True, **options)
 
