@@ -7,7 +7,7 @@ run is resumed by going on counting.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +24,8 @@ from .collage import SIDE, collage
 from .images import InputError, bicubic, crop_to_multiple, list_images, match, read_uint8, to_uint8
 
 Root = TypeVar("Root", bound=str | Path)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class PairPaths(NamedTuple):
@@ -139,8 +141,7 @@ def load_pairs(
 
     sizes = 1.0, *shrink
     everything = [(paths, size) for root in roots for paths in find_pairs(root, scale, argument) for size in sizes]
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        loaded = list(pool.map(load, everything))
+    loaded = _side_by_side(load, everything)
     for problem in loaded:
         if isinstance(problem, InputError):
             report(f"skipped {problem}")
@@ -158,8 +159,12 @@ def collages_of(pairs: Sequence[Pair], scale: int, count: int, seed: int, least:
         hr = crop_to_multiple(collage(images, seed, number, max(SIDE, least * scale)), scale)
         return Pair(Path(f"collage {number}"), bicubic(hr, scale, down=True), hr)
 
+    return _side_by_side(make, range(count))
+
+
+def _side_by_side(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        return list(pool.map(make, range(count)))
+        return list(pool.map(function, items))
 
 
 def _name(path: Path, shrink: float) -> str:
