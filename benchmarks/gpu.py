@@ -104,7 +104,8 @@ def all_steps(arguments: argparse.Namespace) -> list[Step]:
     pytest += ["--continue-on-collection-errors"]  # of tests whose imports are not installed there
     side_by_side = ["-n", str(arguments.processes)] if arguments.processes > 1 else []
     tests = [*pytest, *side_by_side, f"--junitxml={out / 'tests.xml'}"]
-    steps = [machine(arguments), Step("tests", tests, 540, tests), conformance(arguments)]
+    # First what a failure of all else would be understood by.
+    steps = [machine(arguments), conformance(arguments), Step("tests", tests, 540, tests)]
     if arguments.wheel:
         install = [python, "-m", "pip", "install", "--no-index", "--no-deps", "--upgrade", "--target"]
         install += [str(SCRATCH / "site"), *map(str, arguments.wheel)]

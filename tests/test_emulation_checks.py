@@ -103,7 +103,8 @@ FAULTS = (
     ("copy_misaligned", "plain", None),
     # Warpgroups
     ("warpgroup_not_begun", "plain", "multiplies without having begun"),
-    ("warpgroup_not_ended", "plain", "not finite"),
+    ("warpgroup_not_committed", "plain", "not finite"),
+    ("warpgroup_not_waited_for", "plain", "not finite"),
     ("warpgroup_not_fenced", "plain", "reads what was copied, and no fence followed"),
     ("warpgroup_no_barrier", "thread", None),
     ("warpgroup_no_warp", "plain", "deadlock"),

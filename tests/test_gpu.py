@@ -118,7 +118,7 @@ def test_conformance_is_built_as_its_head_says(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (
-        (["--steps", "everything"], "argument --steps: 'everything' is none of machine, tests, "),
+        (["--steps", "everything"], "argument --steps: 'everything' is none of machine, conformance, "),
         (["--wheel", "none.whl"], "argument --wheel: no file"),
     ),
 )

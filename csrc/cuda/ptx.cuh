@@ -249,6 +249,9 @@ constexpr bool kHasWarpgroups = false;
 constexpr bool kHasWarpgroups = true;
 #endif
 
+/// Ends a kernel that is made of them and was compiled without: with an error, not without results.
+__device__ __forceinline__ void require_warpgroups() { ISQRT_PTX_SM90A((void)0, (void)0); }
+
 /// A warpgroup has 64 x 64 sums, or 64 x 32, each warp 16 rows of them: of columns 8 c to 8 c + 7 sum[4 c] to
 /// sum[4 c + 3], as in mma_f16's d.
 constexpr int kWarpgroup = 128, kWarpgroupSide = 64;
@@ -302,7 +305,7 @@ __device__ __forceinline__ uint64_t describe_parts(int address, int to_next_term
          in_description(to_next_vectors) << 32;
 }
 
-/// wgmma.mma_async.m64nNk16 of f16, d = a b, or += where kAdds: in the course of time until warpgroup_end(), and of
+/// wgmma.mma_async.m64nNk16 of f16, d = a b, or += where kAdds: in the course of time until warpgroup_wait(), and of
 /// several after each other. a: each warp's 16 rows, as mma_f16's. A row of b's parts has eight terms of a vector, or,
 /// `by_terms`, a term of eight vectors; there are as many as d has columns.
 template <bool kAdds, bool kByTerms>
@@ -326,24 +329,30 @@ __device__ __forceinline__ void multiply_warpgroup(WarpgroupSums<64>& d, const u
                     emulation::multiply_warpgroup(d, 64, a, b, false, kByTerms, caller));
 }
 
-/// wgmma.commit_group and wgmma.wait_group 0: this warpgroup's products are done, d among them. a and b: the left
-/// operands that they read, which the compiler shall not replace meanwhile.
-#define ISQRT_WARPGROUP_END "wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;"
-#define ISQRT_READ "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]) : "memory"
-__device__ __forceinline__ void warpgroup_end(WarpgroupSums<32>& d, [[maybe_unused]] const uint32_t (&a)[4],
-                                              [[maybe_unused]] const uint32_t (&b)[4],
-                                              [[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX_SM90A(asm volatile(ISQRT_WARPGROUP_END : ISQRT_SUMS_16("+f") : ISQRT_READ),
-                  emulation::warpgroup_end(d, caller));
+/// wgmma.commit_group: what this warpgroup has multiplied since the last time is to be waited for. Right after the
+/// products: what stands between costs an instruction of tensor cores that has nothing to do.
+__device__ __forceinline__ void warpgroup_commit([[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90A(asm volatile("wgmma.commit_group.sync.aligned;" :: : "memory"), emulation::warpgroup_commit(caller));
 }
-__device__ __forceinline__ void warpgroup_end(WarpgroupSums<64>& d, [[maybe_unused]] const uint32_t (&a)[4],
-                                              [[maybe_unused]] const uint32_t (&b)[4],
-                                              [[maybe_unused]] Caller caller = Caller::here()) {
-  ISQRT_PTX_SM90A(asm volatile(ISQRT_WARPGROUP_END : ISQRT_SUMS_32("+f") : ISQRT_READ),
-                  emulation::warpgroup_end(d, caller));
+
+/// wgmma.wait_group 0: this warpgroup's products are done, d among them. a and b: the left operands that they read,
+/// which the compiler shall not replace meanwhile.
+#define ISQRT_WARPGROUP_WAIT "wgmma.wait_group.sync.aligned 0;"
+#define ISQRT_READ "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]) : "memory"
+__device__ __forceinline__ void warpgroup_wait(WarpgroupSums<32>& d, [[maybe_unused]] const uint32_t (&a)[4],
+                                               [[maybe_unused]] const uint32_t (&b)[4],
+                                               [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90A(asm volatile(ISQRT_WARPGROUP_WAIT : ISQRT_SUMS_16("+f") : ISQRT_READ),
+                  emulation::warpgroup_wait(d, caller));
+}
+__device__ __forceinline__ void warpgroup_wait(WarpgroupSums<64>& d, [[maybe_unused]] const uint32_t (&a)[4],
+                                               [[maybe_unused]] const uint32_t (&b)[4],
+                                               [[maybe_unused]] Caller caller = Caller::here()) {
+  ISQRT_PTX_SM90A(asm volatile(ISQRT_WARPGROUP_WAIT : ISQRT_SUMS_32("+f") : ISQRT_READ),
+                  emulation::warpgroup_wait(d, caller));
 }
 #undef ISQRT_READ
-#undef ISQRT_WARPGROUP_END
+#undef ISQRT_WARPGROUP_WAIT
 #undef ISQRT_FACTORS
 #undef ISQRT_PRODUCT_32
 #undef ISQRT_PRODUCT_16

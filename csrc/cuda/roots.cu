@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(WarpgroupEngine::kThreads, 1)
     run_root(e, task, blockIdx.x);
   } else {
     wait_for_kernels_before();
+    require_warpgroups();
   }
 }
 
@@ -98,6 +99,7 @@ __global__ void __launch_bounds__(WarpgroupEngine::kThreads, 1)
     run_root_backward(e, task, blockIdx.x);
   } else {
     wait_for_kernels_before();
+    require_warpgroups();
   }
 }
 

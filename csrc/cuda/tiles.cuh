@@ -441,7 +441,7 @@ template <> struct Tiles<float> {
     __device__ __forceinline__ WarpTile<float> total() const { return sum; }
   };
 
-  /// The same three products by a warpgroup, of which warpgroup_end() is the end. The right operand's low halves are
+  /// The same three products by a warpgroup, for which warpgroup_wait() waits. The right operand's low halves are
   /// kToLow bytes after what is described.
   template <bool kByTerms, int kToLow, class Sums>
   static __device__ __forceinline__ void begin_products(Sums& terms, const Terms& a, uint64_t high) {
@@ -449,6 +449,7 @@ template <> struct Tiles<float> {
     multiply_warpgroup<false, kByTerms>(terms, a.high, high + in_description(kToLow));
     multiply_warpgroup<true, kByTerms>(terms, a.low, high);
     multiply_warpgroup<true, kByTerms>(terms, a.high, high);
+    warpgroup_commit();
   }
 };
 

@@ -160,7 +160,7 @@ class WarpgroupEngine : public ProgramEngine<WarpgroupEngine, WholeMatrix> {
 #pragma unroll
       for (int t = 0; t < WholeMatrix::kColumns; ++t) scale[t] = a.scale * at_shared<float>(scales + kNextScale * t);
       right += in_description(2 * kTerms), scales += kNextScales;
-      warpgroup_end(terms, a.high, a.low);
+      warpgroup_wait(terms, a.high, a.low);
 #pragma unroll
       for (int i = 0; i < WholeMatrix::kColumns * kTileSums; ++i) sum[i] += scale[i / kTileSums] * terms[i];
     }

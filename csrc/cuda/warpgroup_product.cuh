@@ -135,7 +135,7 @@ template <bool kDual> class WarpgroupProductBlock {
   static __device__ __forceinline__ void add(Sums& sum, const typename Tiles::Terms& a, int panel) {
     Sums terms;
     Tiles::begin_products<kByTerms, kPanelHalf>(terms, a, describe_parts(panel, kToNextTerms, kToNextVectors));
-    warpgroup_end(terms, a.high, a.low);
+    warpgroup_wait(terms, a.high, a.low);
     const float4 scales = at_shared<float4>(panel + kPanelScales);
     const float scale[] = {a.scale * scales.x, a.scale * scales.y, a.scale * scales.z, a.scale * scales.w};
 #pragma unroll
@@ -185,7 +185,10 @@ template <bool kDual>
 __global__ void __launch_bounds__(WarpgroupProductBlock<kDual>::kThreads, 1)
     warpgroup_product_kernel(const __grid_constant__ GridProducts products, const __grid_constant__ GridShape shape) {
   wait_for_kernels_before(false);
-  if constexpr (kHasWarpgroups) WarpgroupProductBlock<kDual>(products, shape).run();
+  if constexpr (kHasWarpgroups)
+    WarpgroupProductBlock<kDual>(products, shape).run();
+  else
+    require_warpgroups();
 }
 
 }  // namespace isqrt::cuda

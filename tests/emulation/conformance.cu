@@ -88,6 +88,7 @@ __global__ void transpose_matrix_kernel(const uint16_t* x, uint16_t* y) {
 /// x is A, 64 x 16, and B, 16 x 64 or 16 x 32, row by row; y is A B, and 2 A B + A' B, where A' has A's rows in reverse
 /// order. B's parts do not follow each other.
 template <int kVectors, bool kByTerms> __global__ void warpgroup_kernel(const uint16_t* x, float* y) {
+  require_warpgroups();
   if constexpr (kHasWarpgroups) {
     constexpr int kPart = 64, kToTerms = kPart + 8, kToVectors = 2 * kToTerms + 16, kFirst = 24;  // elements
     uint16_t* const s = shared_memory<uint16_t>() + kFirst;
@@ -110,12 +111,14 @@ template <int kVectors, bool kByTerms> __global__ void warpgroup_kernel(const ui
     WarpgroupSums<kVectors> d, e;
     warpgroup_begin();
     multiply_warpgroup<false, kByTerms>(d, a[0], b);
-    warpgroup_end(d, a[0], a[0]);
+    warpgroup_commit();
+    warpgroup_wait(d, a[0], a[0]);
     for (int i = 0; i < kSums; ++i) e[i] = d[i];
     warpgroup_begin();
     multiply_warpgroup<true, kByTerms>(e, a[1], b);
     multiply_warpgroup<true, kByTerms>(e, a[0], b);
-    warpgroup_end(e, a[1], a[0]);
+    warpgroup_commit();
+    warpgroup_wait(e, a[1], a[0]);
     for (int i = 0; i < kSums; ++i) {
       const int at = kVectors * (first + i / 2 % 2 * 8) + i / 4 * 8 + 2 * (lane % 4) + i % 2;
       y[at] = d[i], y[64 * kVectors + at] = e[i];
@@ -404,8 +407,9 @@ struct Check {
   "cluster_rank, cluster_size, cluster_arrive, cluster_wait, cluster_sync, mbarrier_init, mbarrier_expect, " \
   "mbarrier_arrive, mbarrier_wait, store_async; "
 
-#define WARPGROUP_WRAPPERS \
-  "fence_for_warpgroups, warpgroup_begin, describe_parts, in_description, multiply_warpgroup, warpgroup_end"
+#define WARPGROUP_WRAPPERS                                                      \
+  "require_warpgroups, fence_for_warpgroups, warpgroup_begin, describe_parts, " \
+  "in_description, multiply_warpgroup, warpgroup_commit, warpgroup_wait"
 
 const Check kChecks[] = {
     {"opaque", 8, check_opaque},

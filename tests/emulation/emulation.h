@@ -116,7 +116,8 @@ void fence_for_warpgroups();
 void warpgroup_begin(const Caller& caller);
 void multiply_warpgroup(float* d, int vectors, const uint32_t (&a)[4], uint64_t b, bool adds, bool by_terms,
                         const Caller& caller);
-void warpgroup_end(float* d, const Caller& caller);
+void warpgroup_commit(const Caller& caller);
+void warpgroup_wait(float* d, const Caller& caller);
 
 // mbarriers, and stores to other blocks, done when a thread there waits for them,
 void mbarrier_init(uint64_t* barrier, unsigned count, const Caller& caller);

@@ -165,7 +165,7 @@ template <bool kFault> __global__ void copy_misaligned(float* y, const float* x)
 }
 
 /// A product of copied numbers: its right operand is one part, wherever it is described.
-enum class Warpgroup { kComplete, kNotBegun, kNotEnded, kNotFenced, kNoBarrier, kNoWarp };
+enum class Warpgroup { kComplete, kNotBegun, kNotCommitted, kNotWaitedFor, kNotFenced, kNoBarrier, kNoWarp };
 template <Warpgroup kFault> __global__ void warpgroup(float* y, const float* x) {
   float* s = shared_memory<float>();
   copy_all(s, x);
@@ -177,7 +177,8 @@ template <Warpgroup kFault> __global__ void warpgroup(float* y, const float* x) 
   if (kFault != Warpgroup::kNotBegun) warpgroup_begin();
   if (kFault != Warpgroup::kNoWarp || threadIdx.x < 96)
     multiply_warpgroup<false, false>(d, a, describe_parts(shared_begin(), 0, 0));  // fault: warpgroup_no_barrier
-  if (kFault != Warpgroup::kNotEnded) warpgroup_end(d, a, a);
+  if (kFault != Warpgroup::kNotCommitted) warpgroup_commit();
+  if (kFault != Warpgroup::kNotWaitedFor) warpgroup_wait(d, a, a);
   y[threadIdx.x] = d[0];
 }
 template <bool kFault, Warpgroup kKind>
@@ -350,7 +351,8 @@ template <bool kFault> std::map<std::string, std::function<std::vector<float>()>
       {"copy_bounds", [=] { return run(1, 1, copy_bounds<kFault>, data); }},
       {"copy_misaligned", [=] { return run(1, 1, copy_misaligned<kFault>, data); }},
       {"warpgroup_not_begun", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kNotBegun>, data); }},
-      {"warpgroup_not_ended", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kNotEnded>, data); }},
+      {"warpgroup_not_committed", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kNotCommitted>, data); }},
+      {"warpgroup_not_waited_for", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kNotWaitedFor>, data); }},
       {"warpgroup_not_fenced", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kNotFenced>, data); }},
       {"warpgroup_no_barrier", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kNoBarrier>, data); }},
       {"warpgroup_no_warp", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kNoWarp>, data); }},

@@ -215,13 +215,20 @@ void multiply_warpgroup(float* d, int vectors, const uint32_t (&a)[4], uint64_t 
   me.products.push_back(product);
 }
 
-void warpgroup_end(float*, const Caller& caller) {
+void warpgroup_commit(const Caller& caller) {
+  converge({"warpgroup_commit", caller.file, caller.line});
+  launch.running->committed_products = launch.running->products.size();
+}
+
+void warpgroup_wait(float*, const Caller& caller) {
   const CalledFrom here(__builtin_return_address(0));
-  converge({"warpgroup_end", caller.file, caller.line});
+  converge({"warpgroup_wait", caller.file, caller.line});
   Thread& me = *launch.running;
-  for (const WarpgroupProduct& product : me.products) finish(product);
+  const auto end = me.products.begin() + ptrdiff_t(me.committed_products);
+  std::for_each(me.products.begin(), end, finish);
   const Quiet quiet;
-  me.products.clear();
+  me.products.erase(me.products.begin(), end);
+  me.committed_products = 0;
   me.warpgroup_began = false;
 }
 

@@ -59,6 +59,7 @@ struct Thread {
   bool copied_without_fence = false;
   bool warpgroup_began = false;
   std::vector<WarpgroupProduct> products;  // not waited for yet
+  size_t committed_products = 0;           // of these, the first ones
 };
 
 /// Where threads wait for each other, over and over.
