@@ -57,6 +57,7 @@ class Option:
     output: str = "matrix"
     memory_format: torch.memory_format = torch.contiguous_format
     threads: int | None = None  # all
+    streams: int = 1  # that each have a part of the batch
     engine: str = "auto"
     gram: bool | None = None  # the positions' matrices, or the channels', where plan() chooses the other ones
     arguments: dict[str, Any] = field(default_factory=dict)  # of cov_sqrt
@@ -78,6 +79,8 @@ OPTIONS = {
     'engine "grid"': Option(engine="grid"),
     'engine "warpgroup"': Option(engine="warpgroup"),
     'engine "block"': Option(engine="block"),  # never a cluster
+    "halves of the batch in two streams": Option(streams=2),
+    'the same by engine "warpgroup"': Option(engine="warpgroup", streams=2),
 }
 
 
@@ -113,17 +116,37 @@ def function_of(option: Option, shape: tuple[int, ...], device: torch.device) ->
     return lambda x: torch.ops.isqrt_cov.cov_sqrt(x, given["iterations"], output, engine=engine, gram=gram)[0]
 
 
+def in_streams(function: Callable[[torch.Tensor], torch.Tensor], count: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``function`` of so many parts of its batch side by side: kernels of one may fill what others leave idle."""
+    streams = [torch.cuda.Stream() for _ in range(count)]
+
+    def call(x):
+        here, results = torch.cuda.current_stream(), []
+        for stream in streams:
+            stream.wait_stream(here)
+        for stream, part in zip(streams, x.chunk(count), strict=False):  # a batch may have fewer
+            with torch.cuda.stream(stream):
+                results.append(function(part))
+        for stream in streams:
+            here.wait_stream(stream)
+        return torch.cat(results)
+
+    return call
+
+
 def variations(shape: tuple[int, ...], device: torch.device) -> tuple[dict[str, methods.Prepared], dict[str, str]]:
     """Options as they are timed, and the reasons of those that do not run."""
     maps = features.feature_maps("photo", shape, torch.float32, device)
     prepared, reasons = {}, {}
     for name, option in OPTIONS.items():
-        if option.threads and device.type != "cpu":
+        if (option.threads and device.type != "cpu") or (option.streams > 1 and device.type != "cuda"):
             continue
         x = maps.to(dtype=option.dtype, memory_format=option.memory_format, copy=True)
         case = methods.make_case(x, 5, option.output)
         try:
-            method = methods.of_function(case, function_of(option, shape, device))
+            function = function_of(option, shape, device)
+            function = in_streams(function, option.streams) if option.streams > 1 else function
+            method = methods.of_function(case, function)
             prepared[name] = methods.capture(case, method) if device.type == "cuda" else method
         except RuntimeError as error:
             reasons[name] = str(error).strip().splitlines()[0]

@@ -11,9 +11,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import curves
+import methods
 import options
 import pade
-from common import CUDA_ENGINES
+from common import CUDA_ENGINES, missing_cuda
 
 
 @pytest.mark.parametrize("order", (1, 2, 5))
@@ -53,13 +54,28 @@ def test_curves(tmp_path, capsys):
     assert outputs[1].stat().st_size > 10_000
 
 
+@pytest.mark.cuda
+def test_parts_of_a_batch_in_streams_are_the_whole():
+    if reason := missing_cuda():
+        pytest.skip(reason)
+    x = torch.randn(5, 160, 6, 6, device="cuda")
+    case = methods.make_case(x, 5, "matrix")
+    whole = methods.of_function(case, options.function_of(options.Option(), tuple(x.shape), x.device))
+    function = options.in_streams(options.function_of(options.Option(), tuple(x.shape), x.device), 2)
+    parts = methods.capture(case, methods.of_function(case, function))
+    for mine, theirs in zip(parts.step(), whole.step(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_options(tmp_path, capsys):
     path = tmp_path / "options.json"
     threads = torch.get_num_threads()
     assert options.main(["--shape", "2x16x8x8", "2x32x3x3", "2x16x3x3", "--rounds", "2", "--json", str(path)]) == 0
     assert torch.get_num_threads() == threads
     result = json.loads(path.read_text())
-    usual = set(options.OPTIONS) - {f'engine "{name}"' for name in CUDA_ENGINES}
+    usual = {
+        name for name, option in options.OPTIONS.items() if option.engine not in CUDA_ENGINES and option.streams == 1
+    }
     channels, positions = (f"matrices of the {side}" for side in ("channels", "positions"))
     # As many positions as channels at least; fewer ones, of which plan() takes the matrices; and of which it does not.
     for entry, others in zip(result["shapes"], ({channels, positions}, {positions}, {channels}), strict=True):
