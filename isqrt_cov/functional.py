@@ -5,10 +5,11 @@ import json
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import ops
 from .ops import ENGINES, OUTPUTS, ROOTS, code, prefers_gram
@@ -20,20 +21,29 @@ COEFFICIENTS = ("newton_schulz", "minimax")
 
 def check_coefficients(coefficients: str, spectrum_floor: float) -> float:
     """The operators' argument ``spectrum_floor``: 0 stands for the paper's coefficients. Raises ValueError."""
-    if not 1e-12 <= spectrum_floor < 1:
-        raise ValueError(f"spectrum_floor: expected 1e-12 or more and less than 1, got {spectrum_floor}")
+    if not isinstance(spectrum_floor, SupportsFloat) or not 1e-12 <= spectrum_floor < 1:
+        raise ValueError(f"spectrum_floor: expected 1e-12 or more and less than 1, got {spectrum_floor!r}")
     return spectrum_floor if code("coefficients", coefficients, COEFFICIENTS) else 0.0
 
 
-def check_iterations(name: str, iterations: int) -> None:
-    """Raises ValueError where that is no number of steps."""
+def check_iterations(name: str, iterations: SupportsIndex) -> int:
+    """The number of steps. Raises ValueError where it is none."""
     if not isinstance(iterations, SupportsIndex) or not 1 <= operator.index(iterations) <= 1000:
         raise ValueError(f"{name}: expected a whole number from 1 to 1000, got {iterations!r}")
+    return operator.index(iterations)
 
 
-def _require_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
+def _as_int(iterations: Any) -> Any:
+    """What NumPy and others have for whole numbers as an int; the operator refuses what is none."""
+    is_other = type(iterations) is not int and isinstance(iterations, SupportsIndex)
+    return operator.index(iterations) if is_other else iterations
+
+
+def _overridden(function: Callable[..., Tensor], name: str, value: Any, *arguments: Any) -> Any:
+    """What ``value``, which is no tensor, makes of the call: a node of a graph where it is a Proxy of torch.fx."""
+    if not has_torch_function_unary(value):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    return handle_torch_function(function, (value,), value, *arguments)
 
 
 def _call(
@@ -65,7 +75,8 @@ def covariance_pool(x: Tensor) -> Tensor:
         TypeError: ``x`` is no tensor.
         RuntimeError: ``x`` has another rank or dtype, no channel or no position.
     """
-    _require_tensor("x", x)
+    if not isinstance(x, Tensor):
+        return _overridden(covariance_pool, "x", x)
     return _call(ops.covariance_pool, x)[0]
 
 
@@ -100,9 +111,10 @@ def matrix_sqrt(
             range.
         ValueError: other ``coefficients``, or ``spectrum_floor`` is out of range, even where it is not used.
     """
-    _require_tensor("sigma", sigma)
+    if not isinstance(sigma, Tensor):
+        return _overridden(matrix_sqrt, "sigma", sigma, iterations, coefficients, spectrum_floor)
     floor = check_coefficients(coefficients, spectrum_floor)
-    return _call(ops.matrix_root, sigma, iterations, ROOTS.index("square"), floor, in_place=False)
+    return _call(ops.matrix_root, sigma, _as_int(iterations), ROOTS.index("square"), floor, in_place=False)
 
 
 def matrix_inv_sqrt(
@@ -112,9 +124,10 @@ def matrix_inv_sqrt(
 
     Zero, with zero gradient, where ``sigma`` is zero. Arguments and errors are those of :func:`matrix_sqrt`.
     """
-    _require_tensor("sigma", sigma)
+    if not isinstance(sigma, Tensor):
+        return _overridden(matrix_inv_sqrt, "sigma", sigma, iterations, coefficients, spectrum_floor)
     floor = check_coefficients(coefficients, spectrum_floor)
-    return _call(ops.matrix_root, sigma, iterations, ROOTS.index("inverse"), floor, in_place=False)
+    return _call(ops.matrix_root, sigma, _as_int(iterations), ROOTS.index("inverse"), floor, in_place=False)
 
 
 def cov_sqrt(
@@ -144,9 +157,10 @@ def cov_sqrt(
         RuntimeError: ``x`` has another rank or dtype, no channel or no position; or ``iterations`` is out of range.
         ValueError: another ``output``, other ``coefficients``, or ``spectrum_floor`` is out of range.
     """
-    _require_tensor("x", x)
+    if not isinstance(x, Tensor):
+        return _overridden(cov_sqrt, "x", x, iterations, output, coefficients, spectrum_floor)
     floor = check_coefficients(coefficients, spectrum_floor)
-    arguments = iterations, code("output", output, OUTPUTS), floor
+    arguments = _as_int(iterations), code("output", output, OUTPUTS), floor
     return _call(ops.cov_sqrt, x, *arguments, further=(True,) if prefers_gram(x.shape, x.device) else ())[0]
 
 
@@ -157,12 +171,16 @@ def triu_vector(y: Tensor) -> Tensor:
         TypeError: ``y`` is no tensor.
         ValueError: ``y`` is not a batch of square matrices.
     """
-    _require_tensor("y", y)
+    if not isinstance(y, Tensor):
+        return _overridden(triu_vector, "y", y)
     if y.dim() != 3 or y.shape[1] != y.shape[2]:
         raise ValueError(f"y: expected a batch of square matrices (B, C, C), got {tuple(y.shape)}")
     channels = y.shape[1]
-    rows, columns = torch.triu_indices(channels, channels, device=y.device)
-    return y.flatten(1).index_select(1, rows * channels + columns)
+    size = channels * (channels + 1) // 2
+    # Before row i lie 0 + 1 + ... + i elements below the diagonal. (torch.triu_indices takes no symbolic sizes.)
+    rows = torch.arange(channels, device=y.device)
+    below = (rows * (rows + 1) // 2).repeat_interleave(channels - rows, output_size=size)
+    return y.flatten(1).index_select(1, torch.arange(size, device=y.device) + below)
 
 
 def plan(

@@ -1,12 +1,9 @@
 """The layer."""
 
-import torch.fx
 from torch import Tensor, nn
 
 from .functional import check_coefficients, check_iterations, cov_sqrt
 from .ops import OUTPUTS, code
-
-torch.fx.wrap("cov_sqrt")  # one node of a symbolic trace
 
 
 class CovSqrtNorm(nn.Module):
@@ -33,10 +30,9 @@ class CovSqrtNorm(nn.Module):
         spectrum_floor: float = 1e-3,
     ) -> None:
         super().__init__()
-        check_iterations("iterations", iterations)
         code("output", output, OUTPUTS)
         check_coefficients(coefficients, spectrum_floor)
-        self.iterations = iterations
+        self.iterations = check_iterations("iterations", iterations)
         self.output = output
         self.coefficients = coefficients
         self.spectrum_floor = spectrum_floor

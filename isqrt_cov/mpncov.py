@@ -5,15 +5,11 @@ What differs is in the numbers: no NaN on a constant map; the gradient of ``Sqrt
 fast-MPN-COV's is transposed; second derivatives are right; float64 is float64; and there is no M x M matrix.
 """
 
-import torch.fx
 from torch import Tensor, nn
 
 from .functional import check_iterations, cov_sqrt, covariance_pool, matrix_sqrt, triu_vector
 
 __all__ = ["MPNCOV", "CovpoolLayer", "SqrtmLayer", "TriuvecLayer"]
-
-for _function in ("cov_sqrt", "covariance_pool", "matrix_sqrt", "triu_vector"):
-    torch.fx.wrap(_function)  # one node of a symbolic trace
 
 
 def CovpoolLayer(var: Tensor) -> Tensor:
@@ -62,13 +58,11 @@ class MPNCOV(nn.Module):
         dimension_reduction: int | None = None,
     ) -> None:
         super().__init__()
-        if is_sqrt:
-            check_iterations("iterNum", iterNum)
         if input_dim < 1:
             raise ValueError(f"input_dim: expected 1 or more, got {input_dim}")
         if dimension_reduction is not None and dimension_reduction < 1:
             raise ValueError(f"dimension_reduction: expected 1 or more, got {dimension_reduction}")
-        self.iterNum = iterNum
+        self.iterNum = check_iterations("iterNum", iterNum) if is_sqrt else iterNum
         self.is_sqrt = is_sqrt
         self.is_vec = is_vec
         self.dr = dimension_reduction

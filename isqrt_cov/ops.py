@@ -6,7 +6,6 @@ once from :mod:`isqrt_cov.reference`. Under autocast the operators compute and r
 are read in place all the same, as they are with ``wide``, and their gradient has their dtype.
 """
 
-import functools
 import math
 from pathlib import Path
 
@@ -69,6 +68,17 @@ def _times(scale, x):
     return x * scale.view(-1, *(1,) * (x.dim() - 1))
 
 
+def _half_from_first(x):
+    """Half of each position's difference from the first one, (B, C, M): neither leaves x's range where x does not."""
+    halves = x.flatten(2) / 2
+    return halves - halves[..., :1].detach()  # a constant of each channel, on which no covariance depends
+
+
+def _trace(matrix):
+    """(B, C, C) -> (B, 1, 1)."""
+    return matrix.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+
+
 # What ``csrc/ops.cpp`` says of wrong arguments is said while tracing, too: of those that a gradient is given, which are
 # results, the kernels alone see to it.
 
@@ -110,26 +120,30 @@ def _check_steps(iterations, spectrum_floor):
 
 def _register(name, fake, *derivatives, autocast=True):
     torch.library.register_fake(f"isqrt_cov::{name}", fake)
-    transforms.register_batching(name)
+    transforms.register_batching(name, fake)
     return transforms.register_derivatives(name, *derivatives, autocast=autocast)
 
 
 def _register_gradient(name, fake, function):
-    """The operator ``name(upstream, x, *kept, *arguments)``: vjp of ``function(*arguments)`` at x, which fixes kept."""
+    """The operator ``name(upstream, x, *kept, *arguments)``: the vjp of ``function(x, kept, *arguments)`` at x.
+
+    ``function`` returns one of x alone, which fixes what was kept: of that it may ask the shapes.
+    """
     op = getattr(_ops, name).default
 
     def setup_context(ctx, tensors, output):
         ctx.save_for_backward(*tensors[:2])
         ctx.save_for_forward(*tensors)
+        ctx.function = function(*tensors[1:], *ctx.arguments)
 
     def backward(ctx, direction):
         upstream, x = ctx.saved_tensors
-        return _second_order(function(*ctx.arguments), x, upstream, direction)
+        return _second_order(ctx.function, x, upstream, direction)
 
     def jvp(ctx, saved, upstream_tangent, x_tangent, *_):
         upstream, x, *kept = saved
         # The vjp is the gradient of <upstream, function(x)> with respect to x, and a Hessian is symmetric.
-        _, curvature = _second_order(function(*ctx.arguments), x, upstream, x_tangent)
+        _, curvature = _second_order(ctx.function, x, upstream, x_tangent)
         return op(upstream_tangent, x, *kept, *ctx.arguments) + curvature
 
     return _register(name, fake, setup_context, backward, jvp, autocast=False)
@@ -177,7 +191,7 @@ def _pool_backward_fake(grad, x, mean, engine=0):
 
 covariance_pool = _register("covariance_pool", _pool_fake, _pool_setup, _pool_backward, _pool_jvp)
 covariance_pool_backward = _register_gradient(
-    "covariance_pool_backward", _pool_backward_fake, lambda engine: reference.covariance_pool
+    "covariance_pool_backward", _pool_backward_fake, lambda x, mean, engine: reference.covariance_pool
 )
 
 
@@ -210,17 +224,14 @@ def _root_tangent(sigma, tangent, *arguments):
     multiple of I, which cancels.
     """
 
-    def trace(matrix):
-        return matrix.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-
     def gradient(direction):
         return _ops.matrix_root_backward(direction, sigma, *arguments)
 
     degree = (0.5, -0.5)[arguments[1]]
-    t = trace(sigma)
+    t = _trace(sigma)
     e = (degree * _ops.matrix_root(sigma, *arguments) - gradient(sigma)) / torch.where(t == 0, 1.0, t)
     eye = torch.eye(sigma.shape[1], dtype=sigma.dtype, device=sigma.device)
-    return gradient(tangent) + trace(tangent) * e - (tangent * e).sum((1, 2), keepdim=True) * eye
+    return gradient(tangent) + _trace(tangent) * e - (tangent * e).sum((1, 2), keepdim=True) * eye
 
 
 def _root_jvp(ctx, saved, tangent):
@@ -233,9 +244,18 @@ def _root_backward_fake(grad, sigma, iterations, root, spectrum_floor=0.0, engin
     return torch.empty_like(sigma, memory_format=torch.contiguous_format)
 
 
-def _root_function(iterations, root, spectrum_floor, engine):
-    function = (reference.matrix_sqrt, reference.matrix_inv_sqrt)[root]
-    return functools.partial(function, iterations=iterations, step=_steps(iterations, spectrum_floor))
+def _root_function(sigma, iterations, root, spectrum_floor, engine):
+    step = _steps(iterations, spectrum_floor)
+
+    def function(sigma):
+        # Roots are homogeneous: of traces near 1 they have derivatives of all orders within the range of the dtype.
+        t = _trace(sigma.detach())
+        t = torch.where((t > 0) & t.isfinite(), t, 1.0)
+        if root == ROOTS.index("square"):
+            return t.sqrt() * reference.matrix_sqrt(sigma / t, iterations, step)
+        return t.rsqrt() * reference.matrix_inv_sqrt(sigma / t, iterations, step)
+
+    return function
 
 
 matrix_root = _register("matrix_root", _root_fake, _root_setup, _root_backward, _root_jvp)
@@ -273,35 +293,69 @@ def prefers_gram(shape, device):
     return bool(several and fewer)
 
 
+def _side(channels, positions, gram):
+    """Of the matrices that are iterated."""
+    if not gram:
+        return channels
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    # Sizes that depend on data may have been known where gram was decided.
+    if not (guard_or_true(positions > 1) and guard_or_true(positions < channels)):
+        return channels
+    for holds in (positions > 1, positions < channels):
+        torch._check(holds, lambda: f"gram: {positions} positions are not more than one and fewer than {channels}")
+    return positions - 1
+
+
 def _cov_sqrt_fake(x, iterations, output, spectrum_floor=0.0, engine=0, wide=False, gram=False):
     _check_maps(x)
     _check_steps(iterations, spectrum_floor)
     _check_number("output", output, 0, len(OUTPUTS) - 1)
     _check_number("engine", engine, 0, len(ENGINES) - 1)
     batch, channels = x.shape[:2]
-    positions = math.prod(x.shape[2:])
+    side = _side(channels, math.prod(x.shape[2:]), gram)
     shape = ((batch, channels, channels), (batch, channels * (channels + 1) // 2), (batch, channels))[output]
     mean = x.new_empty(batch, channels, dtype=compute_dtype(x.dtype))
-    side = positions - 1 if gram and positions > 1 and positions < channels else channels
     y = x.new_empty(shape, dtype=_result_dtype(x, wide))
     return y, mean.new_empty(batch, side, side), mean, mean.new_empty(batch)
+
+
+def _is_gram(x, sigma):
+    """Whether sigma is the positions' matrix."""
+    return sigma.shape[1] < x.shape[1]
 
 
 def _cov_sqrt_setup(ctx, tensors, output):
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.save_for_forward(*tensors, output[3])
+    ctx.gram = _is_gram(tensors[0], output[1])
 
 
 def _cov_sqrt_backward(ctx, grad):
     return (cov_sqrt_backward(grad, *ctx.saved_tensors, *ctx.arguments[:4]),)
 
 
+def _gram_tangent(x, tangent, iterations, *rest):
+    """Of F R F' / M, R the inverse root of F'F / M (:func:`reference.gram_cov_sqrt`); x and its tangent (B, C, M)."""
+    features, moved = reference.gram_features(x), reference.gram_features(tangent)
+    positions, inverse = x.shape[2], ROOTS.index("inverse")
+    gram, product = features.mT @ features / positions, features.mT @ moved / positions
+    root = _ops.matrix_root(gram, iterations, inverse, *rest)
+    root_tangent = _root_tangent(gram, product + product.mT, iterations, inverse, *rest)
+    product = moved @ root @ features.mT
+    return (product + product.mT + features @ root_tangent @ features.mT) / positions
+
+
 def _cov_sqrt_jvp(ctx, saved, tangent):
     x, scale = saved
     iterations, output, *rest, wide, _ = ctx.arguments
-    scaled = _times(scale, x.to(scale.dtype))  # where the derivative is the same
-    sigma, _ = _ops.covariance_pool(scaled)  # not the one put out, which is a constant
-    root = _root_tangent(sigma, _pool_tangent(scaled, tangent), iterations, ROOTS.index("square"), *rest)
+    scaled = _times(2 * scale, _half_from_first(x.to(scale.dtype)))  # where the derivative is the same
+    tangent = tangent.flatten(2).to(scale.dtype)
+    if ctx.gram:
+        root = _gram_tangent(scaled, tangent, iterations, *rest)
+    else:
+        sigma, _ = _ops.covariance_pool(scaled)  # not the one put out, which is a constant
+        root = _root_tangent(sigma, _pool_tangent(scaled, tangent), iterations, ROOTS.index("square"), *rest)
     return reference.convert_output(root, OUTPUTS[output]).to(_result_dtype(x, wide))
 
 
@@ -309,19 +363,17 @@ def _cov_sqrt_backward_fake(grad, x, sigma, mean, scale, iterations, output, spe
     return torch.empty_like(x)
 
 
-def _cov_sqrt_function(iterations, output, spectrum_floor, engine):
+def _cov_sqrt_function(x, sigma, mean, scale, iterations, output, spectrum_floor, engine):
     step = _steps(iterations, spectrum_floor)
+    root = reference.gram_cov_sqrt if _is_gram(x, sigma) else reference.cov_sqrt
 
     def function(x):
         # cov_sqrt is homogeneous: near 1 its covariance does not leave the range of x's dtype.
-        maps = x.detach().flatten(2)
-        largest = (maps / 2 - maps[..., :1] / 2).abs().amax((1, 2))
-        smallest = torch.finfo(x.dtype).tiny
-        scale = torch.where((largest > 0) & largest.isfinite(), 1 / largest.clamp_min(smallest), 1.0).clamp_min(
-            smallest
-        )
-        y = reference.cov_sqrt(_times(scale, x), iterations, OUTPUTS[output], step)
-        return _times(1 / scale, y)
+        halves = _half_from_first(x)
+        largest, smallest = halves.detach().abs().amax((1, 2)), torch.finfo(x.dtype).tiny
+        usable = (largest > 0) & largest.isfinite()
+        scale = torch.where(usable, 1 / largest.clamp_min(smallest), 1.0).clamp_min(smallest)
+        return _times(2 / scale, root(_times(scale, halves), iterations, OUTPUTS[output], step))
 
     return function
 

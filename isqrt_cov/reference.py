@@ -273,6 +273,25 @@ def cov_sqrt(x: Tensor, iterations: int = 5, output: str = "matrix", step: Step 
     return convert_output(matrix_sqrt(covariance_pool(x), iterations, step), output)
 
 
+def gram_features(x: Tensor) -> Tensor:
+    """F = (X - mu) Q, (B, C, M - 1): Q has orthonormal columns orthogonal to 1, so F F' = (X - mu)(X - mu)'. M > 1."""
+    centred = _centred(_features(x))
+    _require(centred.shape[2] > 1, f"x must have M >= 2, got shape {tuple(x.shape)}")
+    # Q is what a Householder reflection that takes 1 / sqrt(M) to the first unit vector leaves of the others.
+    return centred[:, :, 1:] + centred[:, :, :1] / (math.sqrt(centred.shape[2]) - 1)
+
+
+def gram_cov_sqrt(x: Tensor, iterations: int = 5, output: str = "matrix", step: Step = PAPER_STEP) -> Tensor:
+    """``cov_sqrt`` by an iteration of the positions' matrices: F Z_N(F'F / M) F' / M with F of ``gram_features``.
+
+    The same function, for F p(F'F) F' = F F' p(F F'), and where M - 1 < C the one without a null space.
+    """
+    features = gram_features(x)
+    positions = features.shape[2] + 1
+    root = matrix_inv_sqrt(features.mT @ features / positions, iterations, step)
+    return convert_output(features @ root @ features.mT / positions, output)
+
+
 def cov_sqrt_backward(grad: Tensor, x: Tensor, iterations: int = 5, output: str = "matrix") -> Tensor:
     """Eqs. 4-9 as printed: gradient with respect to ``cov_sqrt(x, iterations, output)`` -> dX in the shape of x."""
     sigma = covariance_pool(x)

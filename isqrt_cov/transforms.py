@@ -44,6 +44,7 @@ def _only_autograd_cares(x: Any) -> bool:
         type(x) is Tensor
         and not torch.compiler.is_compiling()
         and not _C._are_functorch_transforms_active()
+        and not _C._is_torch_function_mode_enabled()
         and not _C._get_tracing_state()
         and not _C._dispatch_tls_is_dispatch_key_excluded(_C.DispatchKey.AutogradFunctionality)
     )
@@ -179,8 +180,11 @@ def register_derivatives(
     return call
 
 
-def register_batching(name: str) -> None:
-    """``torch.vmap`` of ``isqrt_cov::name``, by folding its dimension into the batch that every tensor begins with."""
+def register_batching(name: str, fake: Callable[..., Any]) -> None:
+    """``torch.vmap`` of ``isqrt_cov::name``, by folding its dimension into the batch that every tensor begins with.
+
+    ``fake``, the operator without numbers, tells what is wrong with the tensors as the caller knows them.
+    """
     op = getattr(torch.ops.isqrt_cov, name).default
 
     def rule(info, in_dims, *args):
@@ -191,7 +195,11 @@ def register_batching(name: str) -> None:
 
         args = tuple(map(in_front, args, in_dims))
         sizes = args[0].shape[:2]
-        outputs = op(*(arg.flatten(0, 1) if isinstance(arg, Tensor) else arg for arg in args))
+        try:
+            outputs = op(*(arg.flatten(0, 1) if isinstance(arg, Tensor) else arg for arg in args))
+        except (IndexError, RuntimeError):
+            fake(*(arg.new_empty(arg.shape[1:], device="meta") if isinstance(arg, Tensor) else arg for arg in args))
+            raise
         return tree_map(lambda t: t.unflatten(0, sizes), outputs), tree_map(lambda _: 0, outputs)
 
     torch.library.register_vmap(f"isqrt_cov::{name}", rule, lib=_library)

@@ -15,7 +15,7 @@ from common import (
     skip_unless_fits,
     tolerance,
 )
-from isqrt_cov import CovSqrtNorm, cov_sqrt, covariance_pool, matrix_inv_sqrt, matrix_sqrt
+from isqrt_cov import CovSqrtNorm, cov_sqrt, covariance_pool, matrix_inv_sqrt, matrix_sqrt, triu_vector
 from isqrt_cov.mpncov import MPNCOV
 
 FUNCTIONS = {
@@ -64,6 +64,39 @@ def test_forward_mode(device, name, backend):
     for transform in (tangent, dual):
         compiled = torch.compile(partial(transform, FUNCTIONS[name]), backend=backend, fullgraph=transform is tangent)
         assert_close(compiled(x, direction), transform(FUNCTIONS[name], x, direction), 1e-14)
+
+
+def test_symbolic_trace_has_a_node_for_each_function():
+    def call(x):
+        return triu_vector(matrix_sqrt(covariance_pool(x), 3)), cov_sqrt(x, output="mean"), matrix_inv_sqrt(x @ x.mT)
+
+    traced, x = torch.fx.symbolic_trace(call), torch.randn(2, 3, 9)
+    for found, expected in zip(traced(x), call(x), strict=True):
+        assert torch.equal(found, expected)
+    names = {node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"}
+    assert names >= {"triu_vector", "matrix_sqrt", "covariance_pool", "cov_sqrt", "matrix_inv_sqrt"}
+
+
+def test_triangle_of_any_size():
+    class Triangle(torch.nn.Module):
+        def forward(self, y):
+            return triu_vector(y)
+
+    any_size = torch.export.Dim.DYNAMIC
+    program = torch.export.export(Triangle(), (torch.randn(2, 5, 5),), dynamic_shapes=({1: any_size, 2: any_size},))
+    for channels in (2, 7):
+        y = torch.randn(2, channels, channels)
+        assert torch.equal(program.module()(y), triu_vector(y))
+
+
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_crop_of_a_size_that_data_tell():
+    def crop(x, size):
+        return cov_sqrt(x[:, :, : size.item()])
+
+    compiled, x = torch.compile(crop, fullgraph=True, backend="aot_eager"), torch.randn(2, 64, 90)
+    for size in (16, 70):
+        assert_close(compiled(x, torch.tensor(size)), crop(x, torch.tensor(size)), 1e-5)
 
 
 def test_symbolic_trace_has_a_node_for_the_layer():

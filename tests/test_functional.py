@@ -3,12 +3,14 @@
 import copy
 import pickle
 
+import numpy
 import pytest
 import torch
 
 import isqrt_cov
 from common import assert_close, covariances, engine_code, feature_maps, missing_cuda, tolerance
 from isqrt_cov import CovSqrtNorm, cov_sqrt, covariance_pool, matrix_inv_sqrt, matrix_sqrt, plan, reference, triu_vector
+from isqrt_cov.mpncov import MPNCOV
 from isqrt_cov.ops import OUTPUTS
 
 
@@ -85,6 +87,25 @@ def test_layer_in_training(device, output):
     assert repr(layer) == f"CovSqrtNorm(iterations=3, output={output!r}, coefficients='newton_schulz')"
 
 
+@pytest.mark.parametrize("five", (numpy.int64(5), torch.tensor(5)), ids=("numpy", "tensor"))
+def test_other_whole_numbers_of_steps(five):
+    torch._dynamo.reset()
+    x = feature_maps(2, 3, 8, torch.float64).requires_grad_()
+    layer = CovSqrtNorm(five)
+    assert type(layer.iterations) is int and MPNCOV(five, input_dim=3).iterNum == 5
+    expected = cov_sqrt(x, 5)
+    for function in (layer, lambda x: cov_sqrt(x, five), torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        assert torch.equal(function(x), expected)
+    for root in (matrix_sqrt, matrix_inv_sqrt):
+        assert torch.equal(root(expected, five), root(expected, 5))
+
+    def curvature(iterations):
+        (slope,) = torch.autograd.grad(cov_sqrt(x, iterations).sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), x)[0]
+
+    assert torch.equal(curvature(five), curvature(5))
+
+
 @pytest.mark.parametrize("dynamic", (False, True))
 def test_compile_fullgraph(device, dynamic):
     torch._dynamo.reset()
@@ -142,6 +163,8 @@ def test_compile_fullgraph(device, dynamic):
         (lambda: CovSqrtNorm(iterations=2.5), ValueError, "iterations: expected a whole number .* got 2.5"),
         (lambda: CovSqrtNorm(iterations="5"), ValueError, "iterations: expected a whole number .* got '5'"),
         (lambda: CovSqrtNorm(spectrum_floor=2.0), ValueError, "spectrum_floor: .* got 2.0"),
+        (lambda: CovSqrtNorm(spectrum_floor=None), ValueError, "spectrum_floor: .* got None"),
+        (lambda: cov_sqrt(torch.zeros(2, 3, 4), spectrum_floor="1e-3"), ValueError, "spectrum_floor: .* got '1e-3'"),
         (lambda: CovSqrtNorm(output="all"), ValueError, "output: .* got 'all'"),
         (lambda: cov_sqrt(torch.zeros(2, 3, 4).numpy()), TypeError, "x: expected a tensor, got ndarray"),
         (lambda: covariance_pool(None), TypeError, "x: expected a tensor, got NoneType"),

@@ -113,6 +113,27 @@ def test_many_steps_keep_their_digits(engine):
         assert_close(slope, exact_slope, 2 * tolerance(torch.float32, 64, 32, 5), gradient_size(upstream, y, x))
 
 
+@pytest.mark.parametrize("iterations", (5, 30))
+@every_output
+def test_tangents_and_second_derivatives_keep_their_digits(engine, output, iterations):
+    """That is, they are of the Gram matrix, too."""
+    x = feature_maps(2, 64, 32, torch.float32, engine_device(engine))
+    direction, upstream = torch.randn_like(x), torch.randn_like(cov_sqrt(x, 1, output))
+
+    def ours(x):
+        return ops.cov_sqrt(x, iterations, OUTPUTS.index(output), 0.0, engine_code(engine), gram=True)[0]
+
+    def tangent_and_curvature(function, dtype):
+        leaf, along = x.detach().to(dtype).requires_grad_(), direction.to(dtype)
+        (slope,) = torch.autograd.grad(function(leaf), leaf, upstream.to(dtype), create_graph=True)
+        tangent = torch.func.jvp(function, (leaf.detach(),), (along,))[1]
+        return tangent, torch.autograd.grad(slope, leaf, along)[0]
+
+    expected = tangent_and_curvature(lambda x: reference.cov_sqrt(x, iterations, output), torch.float64)
+    for found, exact in zip(tangent_and_curvature(ours, torch.float32), expected, strict=True):
+        assert_close(found, exact, 8 * tolerance(torch.float32, 64, 32, 5))
+
+
 @pytest.mark.parametrize(("size", "upstream_size"), ((1e11, 1e16), (1e6, 1e30), (1e-12, 1e-20), (1e-6, 1e-30)))
 @every_output
 def test_upstream_gradients_of_any_size(engine, output, size, upstream_size):

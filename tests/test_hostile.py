@@ -178,6 +178,39 @@ def test_tangents_and_second_derivatives_beyond_the_range(device):
             assert_close(value, expected, 20 * tolerance(torch.float32, 6, 40))
 
 
+def test_second_derivatives_of_a_channel_far_above_the_others(device):
+    """A constant one, of which nothing depends; what is 1e30 times as large as the others is not in range with them."""
+    x = 1e-30 * feature_maps(2, 6, 40, torch.float32, device)
+    direction, upstream = torch.randn_like(x), torch.randn(2, 6, 6, device=device)
+    x[:, 2] = 1e10
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(cov_sqrt(leaf), leaf, upstream, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope, leaf, 1e-30 * direction)
+    tangent = torch.func.jvp(cov_sqrt, (x,), (direction,))[1]
+    x[:, 2] = 0
+    exact = (1e30 * x.double()).requires_grad_()
+    (slope,) = torch.autograd.grad(reference.cov_sqrt(exact), exact, upstream.double(), create_graph=True)
+    (expected,) = torch.autograd.grad(slope, exact, direction.double())
+    assert_close(curvature, expected, 20 * tolerance(torch.float32, 6, 40))
+    expected = torch.func.jvp(reference.cov_sqrt, (exact.detach(),), (direction.double(),))[1]
+    assert_close(tangent, expected, 20 * tolerance(torch.float32, 6, 40))
+
+
+@pytest.mark.parametrize("scale", (1e-22, 1e-16, 1e18, 1e22))
+@pytest.mark.parametrize("function", (matrix_sqrt, matrix_inv_sqrt))
+def test_second_derivatives_of_roots_beyond_the_range(device, function, scale):
+    sigma = covariances(2, 5, torch.float64, device)
+    direction, upstream = torch.randn_like(sigma), torch.randn_like(sigma)
+
+    def curvature(function, dtype, scale):
+        leaf = (scale * sigma).to(dtype).requires_grad_()
+        (slope,) = torch.autograd.grad(function(leaf), leaf, upstream.to(dtype), create_graph=True)
+        return torch.autograd.grad(slope, leaf, scale * direction.to(dtype))[0]
+
+    expected = curvature(getattr(reference, function.__name__), torch.float64, scale)
+    assert_close(curvature(function, torch.float32, scale), expected, 20 * tolerance(torch.float32, 5, 40))
+
+
 def test_covariance_within_the_range_of_sums_beyond_it(device):
     x = feature_maps(2, 20, 4000, torch.float64, device)
     assert_close(

@@ -6,6 +6,7 @@ the errors grow as the result does. They are random, so what is seen is below 1e
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -175,16 +176,34 @@ def test_printed_chain_is_autograd(shape, output):
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-@pytest.mark.parametrize("function", [ref.cov_sqrt, ref.mxm_cov_sqrt, ref.baddbmm_cov_sqrt])
+@pytest.mark.parametrize("function", [ref.cov_sqrt, ref.gram_cov_sqrt, ref.mxm_cov_sqrt, ref.baddbmm_cov_sqrt])
 def test_cov_sqrt_gradcheck(function, output):
     for shape, iterations in (((2, 3, 2, 3), 3), ((1, 4, 3), 5)):
         x = (randn(*shape) + 1).requires_grad_()
         assert torch.autograd.gradcheck(lambda v, n=iterations: function(v, n, output), x)
 
 
-@pytest.mark.parametrize("function", [ref.covariance_pool, ref.matrix_sqrt, ref.matrix_inv_sqrt, ref.cov_sqrt])
+@pytest.mark.parametrize("shape", [(2, 9, 2), (2, 9, 2, 3), (2, 5, 11)])
+def test_gram_matrix_gives_the_same_root(shape):
+    x = randn(*shape) + 3
+    features, centred = ref.gram_features(x), x.flatten(2) - x.flatten(2).mean(2, keepdim=True)
+    assert_near(features @ features.mT, centred @ centred.mT)
+    for output in OUTPUTS:
+        expected = ref.cov_sqrt(x, 4, output)
+        assert_near(ref.gram_cov_sqrt(x, 4, output), expected)
+        upstream = randn(*expected.shape, seed=1)
+        ours, theirs = (partial(of, iterations=4, output=output) for of in (ref.gram_cov_sqrt, ref.cov_sqrt))
+        assert_near(gradient(ours, x, upstream), gradient(theirs, x, upstream))
+    step = ref.minimax_steps(3, 1e-2)
+    assert_near(ref.gram_cov_sqrt(x, 3, step=step), ref.cov_sqrt(x, 3, step=step))
+
+
+OF_MAPS = (ref.covariance_pool, ref.cov_sqrt, ref.gram_cov_sqrt)
+
+
+@pytest.mark.parametrize("function", [*OF_MAPS, ref.matrix_sqrt, ref.matrix_inv_sqrt])
 def test_second_derivatives(function):
-    x = randn(1, 3, 5) if function in (ref.covariance_pool, ref.cov_sqrt) else ref.covariance_pool(randn(1, 3, 5))
+    x = randn(1, 3, 5) if function in OF_MAPS else ref.covariance_pool(randn(1, 3, 5))
     assert torch.autograd.gradgradcheck(function, x.requires_grad_())
 
 
@@ -468,6 +487,7 @@ X, S = torch.zeros(2, 3, 4), torch.zeros(2, 3, 3)
 BAD_CALLS = {
     "rank 2": (lambda: ref.covariance_pool(X[0]), r"x .*\(3, 4\)"),
     "M = 0": (lambda: ref.cov_sqrt(X[:, :, :0]), r"x .*\(2, 3, 0\)"),
+    "gram of M = 1": (lambda: ref.gram_cov_sqrt(X[:, :, :1]), r"x .*\(2, 3, 1\)"),
     "C = 0": (lambda: ref.eig_cov_sqrt(X[:, :0]), r"x .*\(2, 0, 4\)"),
     "integers": (lambda: ref.mxm_cov_sqrt(X.int()), r"x .*torch\.int32"),
     "integer sigma": (lambda: ref.exact_sqrt(S.long()), r"sigma .*torch\.int64"),

@@ -8,30 +8,38 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from common import assert_close, covariances, feature_maps, tolerance
 from isqrt_cov import CovSqrtNorm, cov_sqrt, covariance_pool, matrix_inv_sqrt, matrix_sqrt, reference
 from isqrt_cov.ops import OUTPUTS
 
 MINIMAX = reference.minimax_steps(3, 1e-2)
-# Name: the function, the reference's, whether the argument is a covariance.
+MAPS = (3, 5)  # channels and positions
+# Name: the function, the reference's, and the size of the maps; the argument of the others is a covariance.
 FUNCTIONS = {
-    "covariance_pool": (covariance_pool, reference.covariance_pool, False),
-    "matrix_sqrt": (matrix_sqrt, reference.matrix_sqrt, True),
-    "matrix_inv_sqrt": (matrix_inv_sqrt, reference.matrix_inv_sqrt, True),
+    "covariance_pool": (covariance_pool, reference.covariance_pool, MAPS),
+    "matrix_sqrt": (matrix_sqrt, reference.matrix_sqrt, None),
+    "matrix_inv_sqrt": (matrix_inv_sqrt, reference.matrix_inv_sqrt, None),
     "matrix_sqrt minimax": (
         lambda s: matrix_sqrt(s, 3, "minimax", 1e-2),
         lambda s: reference.matrix_sqrt(s, 3, MINIMAX),
-        True,
+        None,
     ),
     **{
         f"cov_sqrt {output}": (
             functools.partial(cov_sqrt, iterations=3, output=output),
             functools.partial(reference.cov_sqrt, iterations=3, output=output),
-            False,
+            MAPS,
         )
         for output in OUTPUTS
     },
+    # Of fewer positions than channels, by their Gram matrix.
+    "cov_sqrt gram": (
+        lambda x: torch.ops.isqrt_cov.cov_sqrt(x, 3, 0, gram=True)[0],
+        functools.partial(reference.cov_sqrt, iterations=3),
+        (4, 3),
+    ),
 }
 BOUND = 1e-9  # of derivatives in float64; what is wrong is off by a tenth or more
 
@@ -39,12 +47,12 @@ BOUND = 1e-9  # of derivatives in float64; what is wrong is off by a tenth or mo
 @pytest.fixture(params=FUNCTIONS)
 def case(request, device):
     """The function, the reference's, and an argument of a batch of two."""
-    function, expected, of_covariance = FUNCTIONS[request.param]
-    if of_covariance:
+    function, expected, maps = FUNCTIONS[request.param]
+    if maps is None:
         skewed = covariances(2, 3, torch.float64, device)
         skewed[0, 0, 1] += 0.01  # only the symmetric part counts, in every derivative
         return function, expected, skewed
-    return function, expected, feature_maps(2, 3, 5, torch.float64, device)
+    return function, expected, feature_maps(2, *maps, torch.float64, device)
 
 
 def loss(function):
@@ -95,8 +103,8 @@ def test_hessians(case, outer, inner):
 )
 @pytest.mark.parametrize("name", ("cov_sqrt mean", "matrix_inv_sqrt"))
 def test_third_order(device, name, modes):
-    function, expected, of_covariance = FUNCTIONS[name]
-    x = covariances(1, 3, torch.float64, device) if of_covariance else feature_maps(1, 2, 4, torch.float64, device)
+    function, expected, maps = FUNCTIONS[name]
+    x = covariances(1, 3, torch.float64, device) if maps is None else feature_maps(1, 2, 4, torch.float64, device)
 
     def third(function):
         return functools.reduce(lambda f, mode: mode(f), modes, loss(function))(x)
@@ -153,8 +161,8 @@ def test_forward_and_reverse_mode_in_one_level(case):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_derivatives_at_zero_are_zero(device, name):
-    function, _, of_covariance = FUNCTIONS[name]
-    x = torch.zeros(2, 3, 3, device=device) if of_covariance else torch.full((2, 3, 5), 7.0, device=device)
+    function, _, maps = FUNCTIONS[name]
+    x = torch.zeros(2, 3, 3, device=device) if maps is None else torch.full((2, 3, 5), 7.0, device=device)
     tangent = torch.randn_like(x)
     _, y_tangent = jvp(function, (x,), (tangent,))
     assert torch.count_nonzero(y_tangent) == 0
@@ -164,8 +172,8 @@ def test_derivatives_at_zero_are_zero(device, name):
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_tangents_in_half(device, name, dtype):
-    function, expected, of_covariance = FUNCTIONS[name]
-    x = covariances(2, 12, dtype, device) if of_covariance else feature_maps(2, 12, 40, dtype, device)
+    function, expected, maps = FUNCTIONS[name]
+    x = covariances(2, 12, dtype, device) if maps is None else feature_maps(2, 12, 40, dtype, device)
     tangent = torch.randn_like(x)
     _, y_tangent = jvp(function, (x,), (tangent,))
     assert y_tangent.dtype == dtype
@@ -203,6 +211,14 @@ def test_vmap_nested_and_around_gradients(case):
     y, pull = vjp(function, x)
     upstreams = torch.randn(3, *y.shape, dtype=x.dtype, device=x.device)
     assert_close(vmap(lambda u: pull(u)[0])(upstreams), torch.stack([pull(u)[0] for u in upstreams]), BOUND)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sample"), (((6, 4, 9), r"\(4, 9\)"), ((6,), r"\(\)"), ((6, 2, 0, 5), r"\(2, 0, 5\)"))
+)
+def test_vmap_names_the_shape_of_a_sample(device, shape, sample):
+    with pytest.raises(RuntimeError, match=f"x: expected .* got.* {sample}"):
+        vmap(cov_sqrt)(torch.randn(shape, device=device))
 
 
 def test_vmap_is_one_call(device):
@@ -264,6 +280,17 @@ def test_tracers_and_modes_see_the_operators(device):
         targets = [node.target for node in graph.nodes]
         assert targets.count(torch.ops.isqrt_cov.cov_sqrt.default) == 1
         assert targets.count(torch.ops.isqrt_cov.cov_sqrt_backward.default) == 1
+
+    class Double(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            return (2 * result[0], *result[1:]) if function is torch.ops.isqrt_cov.cov_sqrt.default else result
+
+    y = cov_sqrt(x)
+    with Double():
+        doubled = cov_sqrt(x)
+    assert_close(doubled, 2 * y, 1e-6)
+    assert_close(*(torch.autograd.grad(of.sum(), x)[0] for of in (doubled, 2 * y)), 1e-6)
     with torch._C._AutoDispatchBelowAutograd():
         assert not cov_sqrt(x).requires_grad
     with torch.inference_mode():
@@ -275,10 +302,10 @@ HALVES = (torch.float16, torch.bfloat16)
 
 @pytest.mark.parametrize("dtype", (*HALVES, torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("autocast_dtype", HALVES, ids=str)
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "cov_sqrt gram"])  # of operators see below
 def test_autocast_computes_in_float32(device, name, autocast_dtype, dtype):
-    function, _, of_covariance = FUNCTIONS[name]
-    x = covariances(2, 12, dtype, device) if of_covariance else feature_maps(2, 12, 40, dtype, device)
+    function, _, maps = FUNCTIONS[name]
+    x = covariances(2, 12, dtype, device) if maps is None else feature_maps(2, 12, 40, dtype, device)
     x.requires_grad_()
     with torch.autocast(device, dtype=autocast_dtype):
         y = function(x)
