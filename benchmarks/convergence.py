@@ -27,7 +27,8 @@ from san_model.data import dataset_name, load_pairs  # noqa: E402
 from san_model.images import InputError, bicubic  # noqa: E402
 from san_model.metrics import psnr_y  # noqa: E402
 from san_model.model import SCALES, VARIANTS  # noqa: E402
-from san_model.train import TrainingError, TrainOptions, train  # noqa: E402
+from san_model.options import TrainOptions  # noqa: E402
+from san_model.train import TrainingError, train  # noqa: E402
 
 # An epoch is so many iterations, as in the paper, not one look at each image. The rest goes to the train command.
 SCHEDULES = {"cpu": {"epochs": 20, "epoch": 75}, "gpu": {"epochs": 50, "epoch": 1000}}

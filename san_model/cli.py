@@ -12,7 +12,8 @@ from jsonargparse import ActionYesNo, ArgumentParser
 from .compare import CompareOptions, compare
 from .evaluate import EvaluateOptions, evaluate
 from .images import InputError
-from .train import PRESETS, TrainingError, TrainOptions, train
+from .options import PRESETS, TrainOptions
+from .train import TrainingError, train
 from .upscale import UpscaleOptions, upscale
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {

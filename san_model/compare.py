@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -24,6 +24,7 @@ from .evaluate import (
     measure,
     model_method,
     named,
+    show,
     targets,
     write_csv,
 )
@@ -91,7 +92,12 @@ def compare(options: CompareOptions) -> dict[str, dict[str, Score]]:
             raise InputError(f"--{name} {path}: the suffix has to be one of {', '.join(suffixes)}")
     if options.columns < 1:
         raise InputError(f"--columns {options.columns}: expected 1 or more")
-    sources = dict(_source(method, options) for method in options.methods)
+    sources: dict[str, Source] = {}
+    for method in options.methods:
+        name, source = _source(method, options)
+        if name in sources:
+            raise InputError(f"--methods {method}: another method is called {name!r}, too")
+        sources[name] = source
     datasets = {name: (hr, targets(hr, options.scale)) for name, hr in by_name(options.hr, "--hr").items()}
     if options.figure:
         _figure(options.figure, options, sources, datasets)
@@ -135,12 +141,12 @@ def _folder(path: Path, method: str, hr: Path, dataset: list[Target]) -> Method 
 
 
 def _numbers(path: Path, dataset: str, scale: int) -> Score | None:
-    """The numbers of a data set in a file, under its name or a title of evaluate's, NAME x2 DATASET."""
+    """The numbers of a data set in a file, under its name or a title of evaluate's, NAME x2 DATASET (PROTOCOL)."""
+    title = re.compile(rf"(.* x{scale} )?{re.escape(dataset)}( \((rgb|y-plane)\))?", re.DOTALL)
     try:
         content = json.loads(path.read_text())
         for key, value in content.items():
-            words = key.split()
-            if key == dataset or words[-1:] == [dataset] and f"x{scale}" in words:
+            if title.fullmatch(key):
                 psnr, ssim = value["mean"] if isinstance(value, dict) else value
                 return Score(*(math.nan if number is None else float(number) for number in (psnr, ssim)))
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -193,7 +199,7 @@ def _table(options: CompareOptions, datasets: list[str], results: dict[str, dict
     table = Table(*header, title=f"x{options.scale}, PSNR-Y [dB] and SSIM-Y")
     for row in rows(lambda text: Text(text, "bold")):
         table.add_row(*row)
-    Console(markup=False).print(table)
+    show(table)
     if options.table is None:
         return
     options.table.parent.mkdir(parents=True, exist_ok=True)

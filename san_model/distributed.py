@@ -13,7 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .images import InputError
 from .upscale import find_device
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets beside WORLD_SIZE
 
 
 @dataclass
@@ -44,6 +47,9 @@ def processes(device: str) -> Iterator[Process]:
     if "WORLD_SIZE" not in os.environ:
         yield Process(0, 1, find_device(device))
         return
+    lacking = [name for name in TORCHRUN if name not in os.environ]
+    if lacking:
+        raise InputError(f"WORLD_SIZE is set, as by torchrun, but not {', '.join(lacking)}")
     # Its functions keep, as a default argument, the group there is when they are imported; torch does so on the way.
     importlib.import_module("torch.distributed.nn.functional")
     if device in ("auto", "cuda") and torch.cuda.is_available():

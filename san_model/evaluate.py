@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -52,7 +53,8 @@ class EvaluateOptions:
         name: what to call the method in the results
         save: folder to write the output images to
         protocol: rgb enlarges the 8-bit colours and then takes luma; y-plane (for --bicubic) shrinks and enlarges the
-            rounded luma alone and rounds once at the end, which is what papers print for bicubic
+            rounded luma alone and rounds once at the end, which is what papers print for bicubic; a grey image is a
+            colour image of three equal channels for rgb, and itself the plane for y-plane
         tile: side in input pixels of the tiles the image is cut into, 0 for none (which is what papers measure)
         overlap: input pixels over which neighbouring tiles are blended
         self_ensemble: mean of the network's results for the eight flips and rotations
@@ -95,8 +97,12 @@ Method = Callable[[Target], Tensor]
 
 
 def targets(hr: Path, scale: int, lr: Path | None = None) -> list[Target]:
-    """The images of a folder."""
+    """The images of a folder, which are told apart by their stems."""
     paths = list_images(hr, "--hr")
+    stems: dict[str, Path] = {}
+    for path in paths:
+        if stems.setdefault(path.stem, path) != path:
+            raise InputError(f"--hr {hr}: {stems[path.stem].name} and {path.name} are both called {path.stem!r}")
     lr_files = match(paths, lr, "--lr", scale) if lr else {}
     return [Target(PairPaths(path, lr_files.get(path)), scale) for path in paths]
 
@@ -166,6 +172,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Score]:
     if options.protocol == "y-plane" and (not options.bicubic or options.lr or options.save):
         raise InputError("--protocol y-plane: only with --bicubic, and without --lr and --save")
     dataset = targets(options.hr, options.scale, options.lr)
+    if any(target.paths.hr.stem == "mean" for target in dataset):
+        raise InputError(f"--hr {options.hr}: an image called 'mean' would be taken for the mean of all")
     if options.model:
         model = load_model(options.model, options.device, options.scale)
         method = model_method(model, options.tile, options.overlap, options.self_ensemble)
@@ -211,4 +219,12 @@ def print_scores(title: str, scores: dict[str, Score]) -> None:
         if image == "mean":
             table.add_section()
         table.add_row(image, f"{value.psnr:.3f}", f"{value.ssim:.4f}")
-    Console(markup=False).print(table)
+    show(table)
+
+
+def show(table: Table) -> None:
+    """Prints it, within the terminal or, where the output is a file or another program, as wide as it is."""
+    output = Console(markup=False)
+    if not output.is_terminal and "COLUMNS" not in os.environ:
+        output.width = 10_000
+    output.print(table)

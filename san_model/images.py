@@ -14,10 +14,14 @@ import numpy as np
 import png
 import torch
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
+
+from .checkpoint import replacing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 PNG_COLOUR_TYPES = {0: "grey", 2: "colour", 4: "grey and alpha", 6: "colour and alpha"}  # those that may have 16 bits
+METADATA = ("icc_profile", "exif", "dpi", "comment")  # that is kept, beside a PNG's texts
+BITS, PHOTOMETRIC = 258, 262  # of a TIFF
 EXIF_SIZES = ((0x0100, 0x0101), (0xA002, 0xA003))  # (width, height): of the image, and in the sub-directory below
 EXIF_DIRECTORY = 0x8769
 
@@ -34,7 +38,8 @@ class Picture:
     alpha: torch.Tensor | None = None  # (1, H, W) float32, 0..255
     grey: bool = False  # the file has one colour channel: so will the file that is written
     bits: int = 8
-    metadata: dict[str, Any] = field(default_factory=dict)  # icc_profile, exif, dpi and text, as Pillow names them
+    metadata: dict[str, Any] = field(default_factory=dict)  # as Pillow names it: icc_profile, exif, dpi, comment, text
+    lost: list[str] = field(default_factory=list)  # what of the file is not here, in words
 
 
 def read(path: str | Path) -> Picture:
@@ -46,12 +51,15 @@ def read(path: str | Path) -> Picture:
             if frames > 1 and image.format != "MPO":  # a camera's JPEG, with a preview behind the photograph
                 raise InputError(f"{path}: {frames} images in one file, expected a single one")
             image.load()
-            metadata = {key: image.info[key] for key in ("icc_profile", "exif", "dpi") if image.info.get(key)}
+            metadata = {key: image.info[key] for key in METADATA if image.info.get(key)}
+            lost = _remove_damaged(metadata)
             metadata["text"] = dict(getattr(image, "text", {}))
             if image.mode == "CMYK":
                 metadata.pop("icc_profile", None)  # it describes the inks, not the colours they are turned into
             deep = _read_deep_png(path)
             pixels, bits = (deep, 16) if deep is not None else _pixels(image, path)
+            if bits < max(_tiff_tag(image, BITS, (bits,))):
+                lost.append("all but 8 bits of each colour: with 16 those of a PNG are read, and grey ones of a TIFF")
     except InputError:
         raise
     except FileNotFoundError:
@@ -69,13 +77,33 @@ def read(path: str | Path) -> Picture:
         grey=grey,
         bits=bits,
         metadata=metadata,
+        lost=lost,
     )
+
+
+def _remove_damaged(metadata: dict[str, Any]) -> list[str]:
+    """Takes out what could not be written again; returns what that was."""
+    removed = []
+    for key, is_whole in {
+        "exif": lambda block: bool(_exif_with_size(block, 1, 1)),
+        "dpi": lambda dpi: all(0 < float(value) < 2**16 for value in dpi),
+    }.items():
+        try:
+            whole = key not in metadata or is_whole(metadata[key])
+        except Exception:  # as decoders do
+            whole = False
+        if not whole:
+            del metadata[key]
+            removed.append(f"{key}, which is damaged")
+    return removed
 
 
 def _pixels(image: Image.Image, path: Path) -> tuple[np.ndarray, int]:
     """(H, W, channels) with grey, grey and alpha, RGB or RGBA; and the bits per sample."""
     if image.mode.startswith("I;16"):
-        return np.asarray(image)[..., None], 16
+        pixels = np.asarray(image)[..., None]
+        is_white_zero = _tiff_tag(image, PHOTOMETRIC, 1) == 0
+        return (65535 - pixels if is_white_zero else pixels), 16
     if image.mode in ("I", "F"):
         raise InputError(f"{path}: 32 bits per sample are not supported, only 8 and 16")
     mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
@@ -85,6 +113,10 @@ def _pixels(image: Image.Image, path: Path) -> tuple[np.ndarray, int]:
     return pixels.reshape(*pixels.shape[:2], -1), 8
 
 
+def _tiff_tag(image: Image.Image, tag: int, default: Any) -> Any:
+    return image.tag_v2.get(tag, default) if isinstance(image, TiffImagePlugin.TiffImageFile) else default
+
+
 def _read_deep_png(path: Path) -> np.ndarray | None:
     """The pixels of a PNG with 16 bits per sample (Pillow would halve them), None for any other file."""
     with path.open("rb") as file:
@@ -92,11 +124,18 @@ def _read_deep_png(path: Path) -> np.ndarray | None:
     if header[:8] != b"\x89PNG\r\n\x1a\n" or header[24] != 16 or header[25] not in PNG_COLOUR_TYPES:
         return None
     width, height, rows, info = png.Reader(filename=str(path)).read()
-    return np.stack([np.asarray(row, dtype=np.uint16) for row in rows]).reshape(height, width, info["planes"])
+    pixels = np.stack([np.asarray(row, dtype=np.uint16) for row in rows]).reshape(height, width, info["planes"])
+    if "transparent" not in info:
+        return pixels
+    opaque = (pixels != np.asarray(info["transparent"])).any(2, keepdims=True)
+    return np.concatenate([pixels, opaque * np.uint16(65535)], 2)
 
 
 def write(path: str | Path, picture: Picture) -> None:
-    """Writes a picture in the format that the suffix names; 16 bits only as PNG, alpha not as JPEG or BMP."""
+    """Writes a picture in the format that the suffix names; 16 bits only as PNG, alpha not as JPEG or BMP.
+
+    The file has its name once it is whole. Raises InputError where the format does not hold it.
+    """
     path = Path(path)
     check_target(path, picture.alpha is not None)
     planes = picture.colour.mean(0, keepdim=True) if picture.grey else picture.colour
@@ -106,13 +145,17 @@ def write(path: str | Path, picture: Picture) -> None:
     levels, kind = (257, np.uint16) if deep else (1, np.uint8)
     pixels = torch.floor(planes.double() * levels + 0.5).clamp(0, 255 * levels).permute(1, 2, 0).numpy().astype(kind)
     buffer = io.BytesIO()
-    if deep:
-        _write_deep_png(buffer, pixels, picture.metadata)
-    else:
-        image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
-        image.save(buffer, format=Image.registered_extensions()[path.suffix.lower()], **_save_options(path, picture))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())
+    try:
+        if deep:
+            _write_deep_png(buffer, pixels, picture.metadata)
+        else:
+            image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+            options = _save_options(path, picture)
+            image.save(buffer, format=Image.registered_extensions()[path.suffix.lower()], **options)
+    except Exception as error:  # an EXIF block that is too long for the format, ...
+        raise InputError(f"{path}: cannot be written ({error})") from error
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(buffer.getvalue())
 
 
 def check_target(path: Path, alpha: bool = False) -> None:
@@ -130,6 +173,8 @@ def _save_options(path: Path, picture: Picture) -> dict[str, Any]:
         options["exif"] = _exif_with_size(options["exif"], width, height)
     if path.suffix.lower() in (".jpg", ".jpeg"):
         options |= {"quality": 95, "subsampling": 0}
+    if path.suffix.lower() == ".webp":
+        options |= {"lossless": True, "exact": True}
     if path.suffix.lower() == ".png":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         for key, value in picture.metadata.get("text", {}).items():
@@ -179,7 +224,9 @@ def list_images(folder: str | Path, argument: str) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{argument} {folder}: no such folder")
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    # Hidden files are no images: macOS leaves some beside them that are called like them.
+    visible = (path for path in folder.iterdir() if not path.name.startswith("."))
+    found = sorted(path for path in visible if path.suffix.lower() in SUFFIXES and path.is_file())
     if not found:
         raise InputError(f"{argument} {folder}: no images in it ({', '.join(SUFFIXES)})")
     return found

@@ -10,9 +10,8 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,155 +25,16 @@ from .data import Batches, Pair, Patches, by_name, collages_of, load_pairs
 from .distributed import Process, processes
 from .images import InputError, to_uint8
 from .metrics import psnr_y
+from .options import TrainOptions, flag
 from .upscale import console, progress_bar, super_resolve
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},  # the defaults below
-    "small": {
-        "n_resgroups": 3, "n_resblocks": 3, "n_feats": 32, "reduction": 8, "iterations": 60_000, "lr": 5e-4,
-        "schedule": "cosine", "warmup": 500, "ema": 0.999, "clip": 1.0,
-    },
-    # The package's own weights: wide rather than deep, and in bfloat16, for the sake of a CPU's convolutions.
-    "light": {
-        "n_resgroups": 2, "n_resblocks": 2, "n_feats": 48, "reduction": 8, "patch": 32, "batch": 8,
-        "iterations": 15_000, "lr": 1e-3, "schedule": "cosine", "warmup": 500, "ema": 0.999, "clip": 1.0,
-        "amp": "bf16", "channels_last": True,
-    },
-}  # fmt: skip
 # What may differ between a run and its continuation, because it does not change the weights that come out.
 # (Of copies and collages the list of images tells.)
 FREE = {"out", "data", "val", "init", "resume", "workers", "cache", "bad_files", "validate_every", "checkpoint_every",
         "log_every", "device", "shrink", "collages"}  # fmt: skip
-
-
-@dataclass
-class TrainOptions:
-    """Trains a network on a folder of images.
-
-    Each folder of --data and --val holds HR images, or a folder HR of them; LR images are taken from LR_bicubic/X2
-    beside HR (X3, ... by scale) where that exists and else made exactly as MATLAB makes them. --out receives last.pt,
-    from which --resume continues (also after a kill) to the same weights bit for bit, the weights last.safetensors and
-    best.safetensors (by --val), history.json, and TensorBoard's event files. Under torchrun the processes share each
-    batch. --preset paper (the default) is the paper's network and recipe, small one that trains in hours, light that
-    of the package's own weights, whose model card tells what it took.
-
-    Args:
-        data: folders of training images
-        out: folder of the run
-        val: folders of images to validate on; the best weights are those with the highest mean PSNR on them
-        scale: factor between LR and HR
-        n_resgroups: residual groups
-        n_resblocks: residual blocks in a group
-        n_feats: channels, a multiple of 8
-        reduction: what the channel attention divides the channels by
-        variant: base (no attention in the groups), ssc (share-source skips), foca (first-order attention), soca (SAN)
-        root_iterations: Newton-Schulz iterations of the covariance's square root
-        normalization: newton_schulz, or eig for the exact root by eigen-decomposition
-        init: weights to start from, as far as they fit (a network of another scale, say)
-        patch: side of the LR patches
-        batch: patches in a batch, over all processes
-        iterations: batches in all
-        lr: learning rate of Adam
-        schedule: step halves the learning rate every --lr-step iterations, cosine lowers it to 0 at the end
-        lr_step: iterations until the learning rate is halved
-        warmup: iterations over which the learning rate rises from 0
-        ema: decay of the running mean of the weights, which is validated and written in their place; 0 for none
-        amp: half precision where torch.autocast allows it
-        clip: largest norm of the gradient, 0 for any
-        augment: flips and rotations
-        shrink: fractions of its size (0.75 0.5, say) of which each image is trained on as a copy, too: few photographs
-            then show more kinds of detail
-        collages: images of 1024 x 1024 pixels to train on, too, in which shapes filled with pieces of the others cover
-            each other: few photographs then show more edges
-        seed: of the initial weights, the collages and the patches
-        resume: continue the run in --out, or start it where there is none yet
-        workers: processes that cut patches
-        cache: folder for decoded images, shared by processes and runs; by default they are held in memory
-        bad_files: refuse stops at a broken or too small image, skip names it and goes on
-        validate_every: iterations between validations
-        checkpoint_every: iterations between checkpoints
-        log_every: iterations between lines of TensorBoard and, without a terminal, of output
-        device: cpu, cuda, cuda:1, ...; auto is cuda where there is one
-        deterministic: the same bits in every run, at some cost in speed on CUDA
-        channels_last: memory layout of the network, often the faster one with --amp on CUDA
-        compile: run the network through torch.compile
-    """
-
-    data: list[str]
-    out: Path
-    val: list[str] = field(default_factory=list)
-    scale: Literal[2, 3, 4, 8] = 2
-    n_resgroups: int = 20
-    n_resblocks: int = 10
-    n_feats: int = 64
-    reduction: int = 16
-    variant: Literal["base", "ssc", "foca", "soca"] = "soca"
-    root_iterations: int = 5
-    normalization: Literal["newton_schulz", "eig"] = "newton_schulz"
-    init: Path | None = None
-    patch: int = 48
-    batch: int = 16
-    iterations: int = 1_000_000
-    lr: float = 1e-4
-    schedule: Literal["step", "cosine"] = "step"
-    lr_step: int = 200_000
-    warmup: int = 0
-    ema: float = 0.0
-    amp: Literal["none", "bf16", "fp16"] = "none"
-    clip: float = 0.0
-    augment: bool = True
-    shrink: list[float] = field(default_factory=list)
-    collages: int = 0
-    seed: int = 0
-    resume: bool = False
-    workers: int = 2
-    cache: Path | None = None
-    bad_files: Literal["refuse", "skip"] = "refuse"
-    validate_every: int = 1000
-    checkpoint_every: int = 500
-    log_every: int = 100
-    device: str = "auto"
-    deterministic: bool = True
-    channels_last: bool = False
-    compile: bool = False
-
-    def check(self) -> None:
-        """Raises InputError that names the first option which cannot be used, and its value."""
-        for name in ("patch", "batch", "iterations", "lr_step", "validate_every", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{flag(name)} {getattr(self, name)}: expected 1 or more")
-        for name in ("warmup", "clip", "collages", "workers", "seed"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{flag(name)} {getattr(self, name)}: expected 0 or more")
-        if not self.lr > 0:
-            raise InputError(f"--lr {self.lr}: expected a positive number")
-        if not 0 <= self.ema < 1:
-            raise InputError(f"--ema {self.ema}: expected at least 0 and less than 1")
-        for factor in self.shrink:
-            if not 0 < factor < 1:
-                raise InputError(f"--shrink {factor}: expected more than 0 and less than 1")
-
-    def network(self) -> SAN:
-        """A new network."""
-        names = ("scale", "n_resgroups", "n_resblocks", "n_feats", "reduction", "variant", "normalization")
-        try:
-            return SAN(**{name: getattr(self, name) for name in names}, iterations=self.root_iterations)
-        except ValueError as error:
-            name, _, said = str(error).partition(":")
-            raise InputError(f"{flag('root_iterations' if name == 'iterations' else name)}:{said}") from error
-
-    def learning_rate(self, iteration: int) -> float:
-        """Of a batch, counted from 0."""
-        risen = self.lr * (min(1.0, (iteration + 1) / self.warmup) if self.warmup else 1.0)
-        if self.schedule == "cosine":
-            return risen * 0.5 * (1 + math.cos(math.pi * min(iteration / self.iterations, 1.0)))
-        return risen * 0.5 ** (iteration // self.lr_step)
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+VALIDATED = 3  # the smallest side of an LR image: more must be left of HR than borders of ``scale`` pixels
 
 
 class TrainingError(RuntimeError):
@@ -213,7 +73,7 @@ class Run:
     Attributes:
         iteration: batches done.
         history: of each validation the iteration, learning rate, mean loss since the last, PSNR per data set, seconds.
-        best: the iteration and mean PSNR of the best validation, or {}.
+        best: the iteration and mean PSNR of the best validation and what it was on, or {}.
     """
 
     def __init__(self, options: TrainOptions, process: Process) -> None:
@@ -223,7 +83,9 @@ class Run:
             raise InputError(f"--out {options.out}: holds a run already; --resume continues it")
         self.pairs = self._load(options.data, "--data", options.patch, options.shrink)
         self.pairs += collages_of(self.pairs, options.scale, options.collages, options.seed, options.patch)
-        self.validation = {key: self._load([root], "--val", 1) for key, root in by_name(options.val, "--val").items()}
+        self.validation = {
+            key: self._load([root], "--val", VALIDATED) for key, root in by_name(options.val, "--val").items()
+        }
         self.patches = Patches(self.pairs, options.scale, options.patch, options.seed, options.augment)
 
         torch.manual_seed(options.seed)
@@ -270,10 +132,13 @@ class Run:
 
     def _initialise(self, path: Path) -> None:
         try:
-            source = SAN.from_checkpoint(path).state_dict()
+            loaded = SAN.from_checkpoint(path)
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"--init {path}: {error}") from error
-        own = self.model.state_dict()
+        white, own_white = loaded.config["rgb_range"], self.model.config["rgb_range"]
+        if white != own_white:
+            raise InputError(f"--init {path}: white is {white:g} for these weights, and {own_white:g} here")
+        source, own = loaded.state_dict(), self.model.state_dict()
         fitting = {key: value for key, value in source.items() if key in own and own[key].shape == value.shape}
         self.model.load_state_dict(own | fitting)
         self.say(f"{len(fitting)} of {len(own)} tensors start from {path}")
@@ -324,9 +189,8 @@ class Run:
             raise InputError(f"--resume: {self.last} cannot be read as a checkpoint of a run ({error})") from error
         for key, value in now.items():
             if then.get(key) != value and key == "images":
-                raise InputError(
-                    f"--data {' '.join(self.options.data)}: not the images that {self.last} was trained on"
-                )
+                given = " ".join(self.options.data)
+                raise InputError(f"--data {given}, --shrink, --collages: not the images of {self.last}")
             if then.get(key) != value:
                 raise InputError(f"{flag(key)} {value}: the run in {self.options.out} has {then.get(key)}")
         self.model.load_state_dict(state["model"])
@@ -338,6 +202,9 @@ class Run:
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         self.loss_sum, self.loss_count = state["loss"]
         self.history, self.best = state["history"], state["best"]
+        if self.best.get("data", list(self.validation)) != list(self.validation):
+            self.say(f"--val: best.safetensors is chosen anew, for it was by {', '.join(self.best['data'])}")
+            self.best = {}
         if len(state["random"]) == self.process.world:
             random = state["random"][self.process.rank]
             torch.set_rng_state(random["cpu"])
@@ -481,7 +348,7 @@ class Run:
                 f"{self.iteration}: PSNR-Y " + ", ".join(f"{name} {value:.3f} dB" for name, value in means.items())
             )
             if overall > self.best.get("psnr", -float("inf")):
-                self.best = {"iteration": self.iteration, "psnr": overall}
+                self.best = {"iteration": self.iteration, "psnr": overall, "data": list(means)}
                 if self.process.rank == 0:
                     with replacing(self.options.out / "best.safetensors") as path:
                         model.save(path)

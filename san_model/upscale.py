@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, product
 from pathlib import Path
@@ -33,8 +33,9 @@ console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 class UpscaleOptions:
     """Enlarges an image file, or every image of a folder, with a network.
 
-    The network sees the whole image at once, for its attention and covariance look at all of it. Metadata, greyscale,
-    16 bits and transparency (enlarged bicubically) are kept.
+    The network sees the whole image at once, for its attention and covariance look at all of it. Greyscale, 16 bits
+    (of PNG and grey TIFF, in PNG), transparency (enlarged bicubically), colour profile, resolution, EXIF block (with
+    the new size), comment and texts of a PNG are kept, and no other metadata; bits that are lost are named.
 
     Args:
         input: image file, or folder of images
@@ -80,26 +81,36 @@ def upscale(options: UpscaleOptions) -> list[Path]:
         for source, target in jobs:
             task = progress.add_task(source.name, total=None)
             try:
-                picture = read(source)
-                check_target(target, picture.alpha is not None)
+                picture = _upscale_file(source, target, model, options, partial(advance, task))
             except InputError as error:
                 if options.bad_files == "refuse":
                     raise
                 progress.remove_task(task)
                 console.print(f"skipped {error}")
                 continue
-            try:
-                enlarged = enlarge(picture, model, options, partial(advance, task))
-            except (MemoryError, RuntimeError) as error:
-                if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-                    raise InputError(
-                        f"{source}: memory does not suffice for the whole image, try --tile 256"
-                    ) from error
-                raise
-            write(target, enlarged)
             written.append(target)
             console.print(f"{source} -> {target}")
+            for lost in picture.lost:
+                console.print(f"{target} lacks {lost}")
     return written
+
+
+def _upscale_file(
+    source: Path, target: Path, model: SAN, options: UpscaleOptions, step: Callable[[int, int], None]
+) -> Picture:
+    """What was written."""
+    picture = read(source)
+    check_target(target, picture.alpha is not None)
+    try:
+        enlarged = enlarge(picture, model, options, step)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise InputError(f"{source}: memory does not suffice for the whole image, try --tile 256") from error
+        raise
+    if picture.bits == 16 and target.suffix.lower() != ".png":
+        enlarged.lost.append("all but 8 bits of each number: with 16 only .png is written")
+    write(target, enlarged)
+    return enlarged
 
 
 def _jobs(source: Path, output: Path | None, scale: int) -> list[tuple[Path, Path]]:
@@ -116,8 +127,11 @@ def _jobs(source: Path, output: Path | None, scale: int) -> list[tuple[Path, Pat
         jobs = [(source, (output or source.parent) / f"{source.stem}_x{scale}.png")]
     else:
         jobs = [(source, output)]
-    for _, target in jobs:
+    sources: dict[Path, Path] = {}
+    for file, target in jobs:
         check_target(target)  # now, not after minutes of work
+        if sources.setdefault(target, file) != file:
+            raise InputError(f"input {source}: {sources[target].name} and {file.name} would both become {target}")
         if target.exists() and any(target.samefile(file) for file, _ in jobs):
             raise InputError(f"--output {target}: would overwrite an input")
     return jobs
@@ -132,7 +146,7 @@ def enlarge(
     if alpha is not None:
         levels = 257 if picture.bits == 16 else 1
         alpha = bicubic((alpha.double() * levels).round(), model.config["scale"], peak=255 * levels).div(levels).float()
-    return Picture(colour, alpha, picture.grey, picture.bits, picture.metadata)
+    return replace(picture, colour=colour, alpha=alpha)
 
 
 @torch.inference_mode()

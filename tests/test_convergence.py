@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import convergence
 from san_model import train as training
 from san_model.images import Picture, write
-from san_model.train import TrainOptions
+from san_model.options import TrainOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

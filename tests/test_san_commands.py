@@ -167,6 +167,12 @@ def test_evaluate_refuses(root, capsys, tmp_path):
     assert "dot.png: 12 x 12 is too small" in refused(
         capsys, "evaluate", "--hr", tmp_path / "tiny", "--scale", 2, "--bicubic"
     )
+    bicubic_of = ["evaluate", "--scale", 2, "--bicubic", "--hr"]
+    write(tmp_path / "mean/mean.png", Picture(torch.zeros(3, 40, 40)))
+    assert "an image called 'mean'" in refused(capsys, *bicubic_of, tmp_path / "mean")
+    for suffix in ("png", "bmp"):
+        write(tmp_path / f"twice/a.{suffix}", Picture(torch.zeros(3, 40, 40)))
+    assert "a.bmp and a.png are both called 'a'" in refused(capsys, *bicubic_of, tmp_path / "twice")
 
 
 PUBLISHED = [
@@ -229,6 +235,10 @@ def test_upscale_a_folder(root, tmp_path, capsys):
     assert run("upscale", tmp_path / "in/b.png", *model, "--output", tmp_path / "out/c.jpg") == 0
     with Image.open(tmp_path / "out/c.jpg") as image:
         assert image.size == (24, 27) and image.format == "JPEG"
+    write(tmp_path / "deep.png", Picture(torch.zeros(3, 9, 8), bits=16))
+    capsys.readouterr()
+    assert run("upscale", tmp_path / "deep.png", *model, "--output", tmp_path / "out/d.tif") == 0
+    assert "d.tif lacks all but 8 bits" in capsys.readouterr().err
     assert run("upscale", tmp_path / "in/b.png", *model, "--output", tmp_path / "other") == 0
     assert (tmp_path / "other/b_x3.png").exists()
 
@@ -243,6 +253,9 @@ def test_upscale_refuses(root, tmp_path, capsys, monkeypatch):
     assert "--tile -1" in refused(capsys, "upscale", tmp_path / "a.png", *model, "--tile", -1)
     assert "--model absent.pt" in refused(capsys, "upscale", tmp_path / "a.png", "--model", "absent.pt")
     assert "--device warp" in refused(capsys, "upscale", tmp_path / "a.png", *model, "--device", "warp")
+    for name in ("a.png", "a.jpg", "a_png.png"):
+        write(tmp_path / "same" / name, Picture(torch.zeros(3, 8, 8)))
+    assert "a.png and a_png.png would both become" in refused(capsys, "upscale", tmp_path / "same", *model)
     write(tmp_path / "clear.png", Picture(torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)))
     with monkeypatch.context() as patch:
         patch.delattr(upscale, "super_resolve")  # what cannot be written is refused before the work is done
@@ -346,6 +359,22 @@ def test_compare_table(root, tmp_path, capsys):
     assert "Printed" in printed
 
 
+def test_compare_takes_what_evaluate_wrote(tmp_path, capsys, monkeypatch):
+    """Whatever a data set is called; and a table that is not on a terminal is not cut."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    folders = [tmp_path / f"my photos, part {n}" for n in range(8)]
+    for folder in folders:
+        write(folder / "stone.png", Picture(torch.linspace(0, 255, 1600).view(1, 40, 40).repeat(3, 1, 1)))
+    scores = evaluate(EvaluateOptions(folders[0], 2, bicubic=True, json=tmp_path / "b.json"))
+    capsys.readouterr()
+    arguments = ["--hr", *folders, "--scale", 2, "--methods", f"File={tmp_path / 'b.json'}", "bicubic"]
+    assert run("compare", *arguments, "--table", tmp_path / "table.json") == 0
+    results = json.loads((tmp_path / "table.json").read_text())
+    assert results["File"] == {folders[0].name: pytest.approx(scores["mean"], abs=1e-5)}
+    printed = capsys.readouterr().out
+    assert printed.count(f"{scores['mean'].psnr:.2f}") == 9 and "…" not in printed
+
+
 @pytest.mark.parametrize("crop", [[], ["--crop", 20, 10, 24, 16]])
 def test_compare_figure(root, tmp_path, crop, capsys):
     methods = ["Bicubic=bicubic", f"Good={root}/good_Small", f"Bad={root / 'bad'}", f"SAN={root / 'x2.safetensors'}",
@@ -370,5 +399,8 @@ def test_compare_refuses(root, tmp_path, capsys):
     assert "--figure f.doc: the suffix" in refused(capsys, *common, "--methods", "bicubic", "--figure", "f.doc")
     assert "--methods RCAN: expected NAME=SOURCE" in refused(capsys, *common, "--methods", "RCAN")
     assert "no such folder" in refused(capsys, *common, "--methods", "RCAN=absent")
+    assert "--methods A=bicubic: another method is called 'A', too" in refused(
+        capsys, *common, "--methods", "A=light", "A=bicubic"
+    )
     (tmp_path / "n.json").write_text("[1, 2]")
     assert "n.json: cannot be read as numbers" in refused(capsys, *common, "--methods", f"A={tmp_path / 'n.json'}")

@@ -1,6 +1,7 @@
 """Image files of every kind come back as they were, and bicubic resizing is MATLAB's."""
 
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 pytest.importorskip("png", reason="san_model needs the extra [san]")
 import numpy as np
 import png
+import tifffile
 from PIL import Image
 
 from san_model import images
@@ -121,6 +123,79 @@ def test_metadata_is_kept_and_the_size_in_it_is_right(tmp_path, bits):
                 assert image.text["Author"] == "somebody"
     if bits == 16:
         assert load_deep(tmp_path / "b.png").shape == (12, 18, 3)
+
+
+def test_damaged_metadata_is_left_out_and_named(tmp_path):
+    image = Image.fromarray(pixels(3).astype(np.uint8))
+    image.save(tmp_path / "a.jpg", exif=b"Exif\0\0" + b"\0" * 30)
+    image.save(tmp_path / "b.tif", dpi=(72, 72))
+    content = (tmp_path / "b.tif").read_bytes()
+    assert struct.pack("<LL", 72, 1) in content
+    (tmp_path / "b.tif").write_bytes(content.replace(struct.pack("<LL", 72, 1), bytes(8)))  # 0 / 0
+    image.save(tmp_path / "c.jpg", dpi=(72, 72), comment=b"kept")
+    for name, key in (("a.jpg", "exif"), ("b.tif", "dpi")):
+        picture = read(tmp_path / name)
+        assert picture.lost == [f"{key}, which is damaged"] and key not in picture.metadata
+        write(tmp_path / f"{name}.png", picture)
+    picture = read(tmp_path / "c.jpg")
+    assert picture.lost == [] and picture.metadata["comment"] == b"kept"
+    write(tmp_path / "d.jpg", picture)
+    assert read(tmp_path / "d.jpg").metadata["comment"] == b"kept"
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    write(tmp_path / "a.png", Picture(torch.zeros(3, 4, 4)))
+    before = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(InputError, match=r"b\.jpg: cannot be written \(.*too long"):
+        write(tmp_path / "b.jpg", Picture(torch.zeros(3, 4, 4), metadata={"exif": long_exif()}))
+
+    def full(path, data):
+        with path.open("wb") as file:
+            file.write(data[:10])
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left"):
+            write(tmp_path / "a.png", Picture(torch.ones(3, 4, 4)))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
+def long_exif():
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 70_000  # a JPEG's segment has 65,533 bytes
+    return exif.tobytes()
+
+
+def test_deep_png_with_a_transparent_colour(tmp_path):
+    values = pixels(3, 16)
+    values[1, 2] = values[3, 4] = (1, 2, 65535)
+    with (tmp_path / "a.png").open("wb") as file:
+        writer = png.Writer(9, 6, greyscale=False, bitdepth=16, transparent=(1, 2, 65535))
+        writer.write(file, values.reshape(6, -1))
+    picture = read(tmp_path / "a.png")
+    assert picture.bits == 16 and (picture.alpha[0] == 0).nonzero().tolist() == [[1, 2], [3, 4]]
+
+
+def test_tiff_of_16_bits(tmp_path):
+    values = pixels(1, 16).squeeze()
+    tifffile.imwrite(tmp_path / "black.tif", values, photometric="minisblack")
+    tifffile.imwrite(tmp_path / "white.tif", 65535 - values, photometric="miniswhite")
+    for name in ("black.tif", "white.tif"):
+        picture = read(tmp_path / name)
+        assert picture.bits == 16 and picture.lost == []
+        assert np.array_equal((picture.colour[0].double() * 257).round().numpy(), values)
+    tifffile.imwrite(tmp_path / "colour.tif", pixels(3, 16), photometric="rgb")
+    picture = read(tmp_path / "colour.tif")
+    assert picture.bits == 8 and len(picture.lost) == 1 and "8 bits of each colour" in picture.lost[0]
+
+
+def test_webp_is_lossless(tmp_path):
+    values = torch.from_numpy(pixels(4).astype(np.float32)).permute(2, 0, 1)
+    write(tmp_path / "a.webp", Picture(values[:3], values[3:]))
+    picture = read(tmp_path / "a.webp")
+    assert torch.equal(picture.colour, values[:3]) and torch.equal(picture.alpha, values[3:])
 
 
 @pytest.mark.parametrize("damage", ["text", "empty", "cut", "cut deep", "missing", "float"])

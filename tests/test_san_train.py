@@ -21,7 +21,8 @@ from san_model import SAN
 from san_model import train as training
 from san_model.distributed import processes
 from san_model.images import InputError, Picture, write
-from san_model.train import PRESETS, TrainingError, TrainOptions, train
+from san_model.options import PRESETS, TrainOptions, flag
+from san_model.train import TrainingError, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,7 +53,7 @@ def flags(options_):
     line = []
     for name in [*TINY, *FAST, "data", "val", "out", "ema", "clip"]:
         value = getattr(options_, name)
-        line += [training.flag(name), *map(str, value if isinstance(value, list) else [value])]
+        line += [flag(name), *map(str, value if isinstance(value, list) else [value])]
     return line
 
 
@@ -163,7 +164,7 @@ def test_a_resumed_run_must_be_the_same_run(images, uninterrupted):
         train(options(images, out, **same))
     with pytest.raises(InputError, match="--lr 0.002: the run in .* has 0.001"):
         train(options(images, out, **same, resume=True, lr=2e-3))
-    with pytest.raises(InputError, match="--data .*val: not the images that"):
+    with pytest.raises(InputError, match="--data .*val, --shrink, --collages: not the images of"):
         train(options(images, out, **same, resume=True, data=[str(images / "val")]))
 
 
@@ -289,8 +290,41 @@ def test_options_work(images, uninterrupted, tmp_path, change):
         ({"device": "nowhere"}, "--device nowhere: not available"),
         ({"init": Path("absent.pt")}, r"--init absent\.pt"),
         ({"data": ["absent"]}, "--data absent: no such folder"),
+        ({"seed": 2**64}, "--seed 18446744073709551616: expected less than"),
     ],
 )
 def test_wrong_options_are_named(images, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         train(options(images, tmp_path, **change))
+
+
+def test_what_cannot_be_validated_on_is_named_before_training(images, tmp_path):
+    write(tmp_path / "tiny/dot.png", Picture(torch.zeros(3, 5, 40)))
+    with pytest.raises(InputError, match=r"dot\.png: 40 x 4 is too small, 6 a side are needed"):
+        train(options(images, tmp_path / "run", val=[str(tmp_path / "tiny")]))
+    write(tmp_path / "tiny/dot.png", Picture(torch.zeros(3, 6, 40)))
+    assert train(options(images, tmp_path / "run", val=[str(tmp_path / "tiny")], iterations=1))["best"]
+
+
+def test_best_weights_of_other_validation_data_do_not_count(images, tmp_path, capsys):
+    (tmp_path / "easy").mkdir()
+    write(tmp_path / "easy/flat.png", Picture(torch.full((3, 40, 40), 128.0)))
+    first = train(options(images, tmp_path / "run", iterations=2, val=[str(tmp_path / "easy")]))["best"]
+    assert first["data"] == ["easy"]
+    changed = {"iterations": 4, "validate_every": 2, "resume": True}
+    second = train(options(images, tmp_path / "run", **changed))["best"]
+    assert (second["data"], second["iteration"]) == (["val"], 4)
+    assert "chosen anew, for it was by easy" in capsys.readouterr().err
+    assert_same_weights(weights(tmp_path / "run", "best"), weights(tmp_path / "run"))
+
+
+def test_weights_for_another_white_are_refused(images, tmp_path):
+    SAN(n_resgroups=1, n_resblocks=1, n_feats=8, reduction=4, rgb_range=1).save(tmp_path / "one.safetensors")
+    with pytest.raises(InputError, match=r"--init .*one\.safetensors: white is 1 for these weights, and 255 here"):
+        train(options(images, tmp_path / "run", init=tmp_path / "one.safetensors"))
+
+
+def test_half_a_torchrun_is_named(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(InputError, match="WORLD_SIZE is set.* but not RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
+        train(options(images, tmp_path / "run"))

@@ -14,7 +14,7 @@ import skimage.data
 from san_model.compare import CompareOptions, compare
 from san_model.evaluate import EvaluateOptions, evaluate
 from san_model.images import Picture, crop_to_multiple, read, read_uint8, write
-from san_model.train import PRESETS, TrainOptions
+from san_model.options import PRESETS, TrainOptions
 from san_model.upscale import DEFAULT_WEIGHTS, UpscaleOptions, load_model, upscale
 
 pytestmark = pytest.mark.usefixtures("one_thread")
