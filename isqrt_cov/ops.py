@@ -74,11 +74,6 @@ def _half_from_first(x):
     return halves - halves[..., :1].detach()  # a constant of each channel, on which no covariance depends
 
 
-def _trace(matrix):
-    """(B, C, C) -> (B, 1, 1)."""
-    return matrix.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-
-
 # What ``csrc/ops.cpp`` says of wrong arguments is said while tracing, too: of those that a gradient is given, which are
 # results, the kernels alone see to it.
 
@@ -228,10 +223,10 @@ def _root_tangent(sigma, tangent, *arguments):
         return _ops.matrix_root_backward(direction, sigma, *arguments)
 
     degree = (0.5, -0.5)[arguments[1]]
-    t = _trace(sigma)
+    t = reference._trace(sigma)
     e = (degree * _ops.matrix_root(sigma, *arguments) - gradient(sigma)) / torch.where(t == 0, 1.0, t)
     eye = torch.eye(sigma.shape[1], dtype=sigma.dtype, device=sigma.device)
-    return gradient(tangent) + _trace(tangent) * e - (tangent * e).sum((1, 2), keepdim=True) * eye
+    return gradient(tangent) + reference._trace(tangent) * e - (tangent * e).sum((1, 2), keepdim=True) * eye
 
 
 def _root_jvp(ctx, saved, tangent):
@@ -249,7 +244,7 @@ def _root_function(sigma, iterations, root, spectrum_floor, engine):
 
     def function(sigma):
         # Roots are homogeneous: of traces near 1 they have derivatives of all orders within the range of the dtype.
-        t = _trace(sigma.detach())
+        t = reference._trace(sigma.detach())
         t = torch.where((t > 0) & t.isfinite(), t, 1.0)
         if root == ROOTS.index("square"):
             return t.sqrt() * reference.matrix_sqrt(sigma / t, iterations, step)

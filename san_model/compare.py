@@ -28,7 +28,7 @@ from .evaluate import (
     targets,
     write_csv,
 )
-from .images import InputError, list_images
+from .images import InputError, by_key, list_images
 from .metrics import Score, luma, mean, score
 from .upscale import check_tile, console, load_model, progress_bar
 
@@ -92,12 +92,12 @@ def compare(options: CompareOptions) -> dict[str, dict[str, Score]]:
             raise InputError(f"--{name} {path}: the suffix has to be one of {', '.join(suffixes)}")
     if options.columns < 1:
         raise InputError(f"--columns {options.columns}: expected 1 or more")
-    sources: dict[str, Source] = {}
-    for method in options.methods:
-        name, source = _source(method, options)
-        if name in sources:
-            raise InputError(f"--methods {method}: another method is called {name!r}, too")
-        sources[name] = source
+    methods = by_key(
+        options.methods,
+        lambda method: method.partition("=")[0],
+        lambda _, method: f"--methods {method}: another method is called {method.partition('=')[0]!r}, too",
+    )
+    sources = {name: _source(method, options) for name, method in methods.items()}
     datasets = {name: (hr, targets(hr, options.scale)) for name, hr in by_name(options.hr, "--hr").items()}
     if options.figure:
         _figure(options.figure, options, sources, datasets)
@@ -110,23 +110,23 @@ def compare(options: CompareOptions) -> dict[str, dict[str, Score]]:
     return results
 
 
-def _source(method: str, options: CompareOptions) -> tuple[str, Source]:
-    """NAME=SOURCE."""
-    name, equals, place = method.partition("=")
+def _source(method: str, options: CompareOptions) -> Source:
+    """Of NAME=SOURCE."""
+    _, equals, place = method.partition("=")
     if not equals:
-        name, place = method, method
+        place = method
     path = Path(place.replace("{scale}", str(options.scale)))
     if place == "bicubic":
-        return name, lambda hr, dataset: bicubic_method
+        return lambda hr, dataset: bicubic_method
     if place == "light" or path.suffix in WEIGHTS:
         model = load_model(None if place == "light" else path, options.device, options.scale)
         network = model_method(model, options.tile, options.overlap, options.self_ensemble)
-        return name, lambda hr, dataset: network
+        return lambda hr, dataset: network
     if path.suffix == ".json":
-        return name, lambda hr, dataset: _numbers(path, dataset_name(hr), options.scale)
+        return lambda hr, dataset: _numbers(path, dataset_name(hr), options.scale)
     if not equals:
         raise InputError(f"--methods {method}: expected NAME=SOURCE, bicubic or light")
-    return name, lambda hr, dataset: _folder(path, method, hr, dataset)
+    return lambda hr, dataset: _folder(path, method, hr, dataset)
 
 
 def _folder(path: Path, method: str, hr: Path, dataset: list[Target]) -> Method | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .collage import SIDE, collage
-from .images import InputError, bicubic, crop_to_multiple, list_images, match, read_uint8, to_uint8
+from .images import InputError, bicubic, by_key, crop_to_multiple, list_images, match, read_uint8, to_uint8
 
 Root = TypeVar("Root", bound=str | Path)
 Item = TypeVar("Item")
@@ -59,11 +59,11 @@ def dataset_name(root: str | Path) -> str:
 
 def by_name(roots: Sequence[Root], argument: str) -> dict[str, Root]:
     """Folders by their names in tables; raises InputError where two have the same."""
-    names = [dataset_name(root) for root in roots]
-    for name, root in zip(names, roots, strict=True):
-        if names.count(name) > 1:
-            raise InputError(f"{argument} {root}: another folder is called {name!r}, too")
-    return dict(zip(names, roots, strict=True))
+
+    def clash(_: Root, second: Root) -> str:
+        return f"{argument} {second}: another folder is called {dataset_name(second)!r}, too"
+
+    return by_key(roots, dataset_name, clash)
 
 
 def load_pair(paths: PairPaths, scale: int, shrink: float = 1.0) -> tuple[Tensor, Tensor]:

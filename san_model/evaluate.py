@@ -21,6 +21,7 @@ from .images import (
     InputError,
     Picture,
     bicubic,
+    by_key,
     crop_to_multiple,
     list_images,
     match,
@@ -99,10 +100,7 @@ Method = Callable[[Target], Tensor]
 def targets(hr: Path, scale: int, lr: Path | None = None) -> list[Target]:
     """The images of a folder, which are told apart by their stems."""
     paths = list_images(hr, "--hr")
-    stems: dict[str, Path] = {}
-    for path in paths:
-        if stems.setdefault(path.stem, path) != path:
-            raise InputError(f"--hr {hr}: {stems[path.stem].name} and {path.name} are both called {path.stem!r}")
+    by_key(paths, lambda path: path.stem, lambda a, b: f"--hr {hr}: {a.name} and {b.name} are both called {a.stem!r}")
     lr_files = match(paths, lr, "--lr", scale) if lr else {}
     return [Target(PairPaths(path, lr_files.get(path)), scale) for path in paths]
 

@@ -5,10 +5,10 @@ A picture's colours are float32 on the scale 0..255 whatever the file holds, so 
 """
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import png
@@ -18,6 +18,8 @@ from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from .checkpoint import replacing
 
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 PNG_COLOUR_TYPES = {0: "grey", 2: "colour", 4: "grey and alpha", 6: "colour and alpha"}  # those that may have 16 bits
 METADATA = ("icc_profile", "exif", "dpi", "comment")  # that is kept, beside a PNG's texts
@@ -229,6 +231,16 @@ def list_images(folder: str | Path, argument: str) -> list[Path]:
     found = sorted(path for path in visible if path.suffix.lower() in SUFFIXES and path.is_file())
     if not found:
         raise InputError(f"{argument} {folder}: no images in it ({', '.join(SUFFIXES)})")
+    return found
+
+
+def by_key(items: Iterable[Item], key: Callable[[Item], Key], clash: Callable[[Item, Item], str]) -> dict[Key, Item]:
+    """Items by their keys; raises InputError(clash(first, second)) where two have the same."""
+    found: dict[Key, Item] = {}
+    for item in items:
+        if key(item) in found:
+            raise InputError(clash(found[key(item)], item))
+        found[key(item)] = item
     return found
 
 

@@ -23,7 +23,7 @@ from rich.progress import (
 from torch import Tensor, nn
 
 from . import SAN
-from .images import InputError, Picture, bicubic, check_target, list_images, read, write
+from .images import InputError, Picture, bicubic, by_key, check_target, list_images, read, write
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "san_light_x2.safetensors"
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -127,11 +127,11 @@ def _jobs(source: Path, output: Path | None, scale: int) -> list[tuple[Path, Pat
         jobs = [(source, (output or source.parent) / f"{source.stem}_x{scale}.png")]
     else:
         jobs = [(source, output)]
-    sources: dict[Path, Path] = {}
-    for file, target in jobs:
+    by_key(
+        jobs, lambda job: job[1], lambda a, b: f"input {source}: {a[0].name} and {b[0].name} would both become {a[1]}"
+    )
+    for _, target in jobs:
         check_target(target)  # now, not after minutes of work
-        if sources.setdefault(target, file) != file:
-            raise InputError(f"input {source}: {sources[target].name} and {file.name} would both become {target}")
         if target.exists() and any(target.samefile(file) for file, _ in jobs):
             raise InputError(f"--output {target}: would overwrite an input")
     return jobs
