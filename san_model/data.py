@@ -60,8 +60,8 @@ def dataset_name(root: str | Path) -> str:
 def by_name(roots: Sequence[Root], argument: str) -> dict[str, Root]:
     """Folders by their names in tables; raises InputError where two have the same."""
 
-    def clash(_: Root, second: Root) -> str:
-        return f"{argument} {second}: another folder is called {dataset_name(second)!r}, too"
+    def clash(first: Root, _: Root) -> str:
+        return f"{argument} {first}: another folder is called {dataset_name(first)!r}, too"
 
     return by_key(roots, dataset_name, clash)
 
