@@ -48,9 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--spectra", nargs="+", choices=tuple(SPECTRA), default=list(SPECTRA), metavar="NAME", help="default: all")
     add("--json", type=report.writable, metavar="FILE", help="write everything measured")
     add("--plot", type=report.writable, metavar="FILE", help="draw it (PNG, or what the name's ending says)")
-    arguments = parser.parse_args(argv)
-    arguments.device = "cpu"
-    return arguments
+    return report.parse(parser, argv)
 
 
 def root(of: str, x: torch.Tensor, iterations: int, floor: float | None) -> torch.Tensor:

@@ -42,17 +42,24 @@ SIZES = {
     ("full", "cpu"): {"patch": 48, "batch": 4, "image": 96, "rounds": 3},
     ("full", "cuda"): {"patch": 48, "batch": 16, "image": 256, "rounds": 11},
 }
+# Under autocast the first group's features are bfloat16, for which there is no eigh: like ours, all compute in float32.
 METHODS: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
     "ours": ("isqrt_cov.cov_sqrt", lambda x, n: methods.load_library().cov_sqrt(x, n, "mean")),
-    "eig": ("torch.linalg.eigh, clamped, stable backward", lambda x, n: methods.eig_cov_sqrt(x, "mean")),
-    "eager": ("Newton-Schulz, bmm and autograd", lambda x, n: methods.eager_cov_sqrt(x, n, "mean")),
+    "eig": (
+        "torch.linalg.eigh, clamped, stable backward",
+        methods.working(lambda x, n: methods.eig_cov_sqrt(x, "mean")),
+    ),
+    "eager": (
+        "Newton-Schulz, bmm and autograd",
+        methods.working(lambda x, n: methods.eager_cov_sqrt(x, n, "mean")),
+    ),
     "baddbmm": (
         "Newton-Schulz, fused products, autograd",
-        lambda x, n: methods.reference.baddbmm_cov_sqrt(x, n, "mean"),
+        methods.working(lambda x, n: methods.reference.baddbmm_cov_sqrt(x, n, "mean")),
     ),
     "mxm": (
         "baddbmm after the published pooling by an M x M matrix",
-        lambda x, n: methods.reference.mxm_cov_sqrt(x, n, "mean"),
+        methods.working(lambda x, n: methods.reference.mxm_cov_sqrt(x, n, "mean")),
     ),
 }
 BLOCKS = ("training", "inference")
@@ -160,7 +167,7 @@ class Subject:
         self.target = 255 * torch.rand(arguments.batch, 3, side, side, device=device)
         self.image = 255 * torch.rand(1, 3, arguments.image, arguments.image, device=device)
         self.stopwatch = Stopwatch(device)
-        half = arguments.dtype == "bfloat16"  # the covariance layers stay in float32, see second_order
+        half = arguments.dtype == "bfloat16"  # of the convolutions: second_order takes the covariance out of it
         self.autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=half)
         self.training()  # Adam allocates its state in its first step
 
@@ -232,14 +239,24 @@ def run(arguments: argparse.Namespace, progress: report.Progress) -> dict[str, A
     times = {name: {block: [] for block in BLOCKS} for name in names}
     inside = {name: {block: [] for block in BLOCKS} for name in names}
     others = measure.OtherLoad()
-    for index in range(arguments.rounds if names else 0):
-        progress.stage(f"round {index + 1}/{arguments.rounds}")
-        for name in measure.order(names, index):
-            progress.update(f"round {index + 1}/{arguments.rounds}: {name}")
-            subject.use(name)
-            for block in BLOCKS:
-                times[name][block].append(measure.time_ms(getattr(subject, block), device))
-                inside[name][block].append(subject.stopwatch.take_ms())
+    rounds = 0
+    try:
+        for rounds in range(arguments.rounds if names else 0):
+            progress.stage(f"round {rounds + 1}/{arguments.rounds}")
+            for name in measure.order(names, rounds):
+                progress.update(f"round {rounds + 1}/{arguments.rounds}: {name}")
+                subject.use(name)
+                for block in BLOCKS:
+                    times[name][block].append(measure.time_ms(getattr(subject, block), device))
+                    inside[name][block].append(subject.stopwatch.take_ms())
+        rounds = arguments.rounds
+    except KeyboardInterrupt:
+        if rounds == 0:
+            raise
+        progress.stage(f"interrupted in round {rounds + 1}: what was measured before counts")
+    for samples in (*times.values(), *inside.values()):
+        for block in BLOCKS:
+            del samples[block][rounds:]
     others_percent = others.percent()
     listed = []
     for name in arguments.methods:
@@ -253,6 +270,7 @@ def run(arguments: argparse.Namespace, progress: report.Progress) -> dict[str, A
         listed.append(about)
     return {
         "network": subject.model.config,
+        "rounds": rounds,
         "processor_time_of_others_percent": others_percent,
         "methods": listed,
     }

@@ -12,6 +12,7 @@ turns in every round; times are medians over the rounds.
 import argparse
 import statistics
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,16 +57,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--rounds", type=report.positive, default=9, metavar="N", help="default: 9")
     add("--quick", action="store_true", help="two values of each size, one small shape")
-    add("--json", type=report.writable, metavar="FILE", help="write everything measured")
+    add("--json", type=report.writable, metavar="FILE", help="write the medians and distances")
     add("--plot", type=report.writable, metavar="FILE", help="draw it (PNG, or what the name's ending says)")
     return report.parse(parser, argv)
 
 
-def cost(arguments, progress) -> dict[str, dict[str, Any]]:
-    """cost[size] = {"values": [...], method: ms for each value, "floor": ms}."""
+def cost(arguments, progress) -> Iterator[tuple[str, dict[str, Any]]]:
+    """For each size, {"values": [...], method: ms for each value, "floor": ms}."""
     device = torch.device(arguments.device)
     sweeps = QUICK if arguments.quick else SWEEPS[arguments.device]
-    found: dict[str, dict[str, Any]] = {}
     for size, values in sweeps.items():
         curve: dict[str, Any] = {"values": list(values), "floor": [], **{name: [] for name in COST_METHODS}}
         for value in values:
@@ -83,16 +83,14 @@ def cost(arguments, progress) -> dict[str, dict[str, Any]]:
             _, work = floor.work(shape, at["N"], "matrix", x.itemsize)
             rates = (floor.best_rates(probes[kind], samples) for kind in ("gemm", "copy"))
             curve["floor"].append(statistics.median(floor.floor_ms(work, *each) for each in zip(*rates, strict=True)))
-        found[size] = curve
-    return found
+        yield size, curve
 
 
-def nearness(arguments, progress) -> list[dict[str, Any]]:
+def nearness(arguments, progress) -> Iterator[dict[str, Any]]:
     """For each shape, {method: {"steps", "ms", "distance"}}; methods without steps have one point."""
     device = torch.device(arguments.device)
     shapes = ((2, 32, 16, 16),) if arguments.quick else NEARNESS_SHAPES[arguments.device]
     library = methods.load_library()
-    found = []
     for shape in shapes:
         x = features.feature_maps("photo", shape, torch.float32, device)
         case = methods.make_case(x, 5, "matrix")
@@ -113,8 +111,7 @@ def nearness(arguments, progress) -> list[dict[str, Any]]:
             curve["steps"].append(n)
             curve["ms"].append(statistics.median(samples[f"{name} {n}"]))
             curve["distance"].append(measure.relative_error(method.forward(), exact))
-        found.append({"shape": list(shape), "curves": curves})
-    return found
+        yield {"shape": list(shape), "curves": curves}
 
 
 # ---- Output
@@ -174,19 +171,26 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    result = report.record("curves", arguments, MEANING)
+    result = report.record("curves", arguments, MEANING) | {"cost": {}, "nearness": []}
     progress = report.Progress()
+
+    def keep() -> None:  # what was measured is not lost with what comes next
+        if arguments.json:
+            report.write_json(arguments.json, result)
+
     try:
-        result["cost"] = cost(arguments, progress)
-        result["nearness"] = nearness(arguments, progress)
+        for size, curve in cost(arguments, progress):
+            result["cost"][size] = curve
+            keep()
+        for entry in nearness(arguments, progress):
+            result["nearness"].append(entry)
+            keep()
     except features.PhotographsMissing as error:
         progress.clear()
         print(f"curves.py: {error}", file=sys.stderr)
         return 2
     progress.clear()
     print(text(result))
-    if arguments.json:
-        report.write_json(arguments.json, result)
     if arguments.plot:
         plot(result, arguments.plot)
     return 0

@@ -4,10 +4,11 @@
 
 It is the larger of the two, as if arithmetic and memory traffic overlapped perfectly, and it charges nothing for
 launches, reductions and synchronisation. Both rates are the best that torch itself reaches here, in each round of the
-methods anew: of matrix products of several sizes in the dtype that is computed in (under torch's precision setting),
-and of a copy as large as x, which stays in the cache where x does, and a large one. Products of small matrices that
-stay in the cache can be faster than those, and then time over floor is below 1. It is the median of the ratios of each
-round, as all ratios are: a processor whose clock changes, or that others use, too, changes both.
+methods anew: of matrix products of several sizes in the dtype that is computed in (under torch's precision setting), on
+a GPU also of float16 ones, three of which make one of float32 on tensor cores, as in the kernels; and of a copy as
+large as x, which stays in the cache where x does, and a large one. Products of small matrices that stay in the cache
+can be faster than those, and then time over floor is below 1. It is the median of the ratios of each round, as all
+ratios are: a processor whose clock changes, or that others use, too, changes both.
 """
 
 from collections.abc import Mapping, Sequence
@@ -129,16 +130,19 @@ def floor_ms(needed: Work, gemm_flops_per_s: float, copy_bytes_per_s: float) -> 
     return 1e3 * max(needed.flops / gemm_flops_per_s, needed.bytes / copy_bytes_per_s)
 
 
-class Gemm:
-    """A product of two matrices with ``size`` rows and columns."""
+SPLIT_PRODUCTS = 3  # of tensor cores on pairs of float16, for one at float32's accuracy: csrc/cuda/tensor.cuh
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device):
+
+class Gemm:
+    """A product of two matrices with ``size`` rows and columns, or one of ``products`` for a more exact one."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device, products: int = 1):
         generator = torch.Generator(device)  # torch's own is of no use after a capture that failed
         a, b = (torch.randn(size, size, dtype=dtype, device=device, generator=generator) for _ in range(2))
         out = torch.empty_like(a)
-        self.name = f"{size} x {size}"
+        self.name = f"{size} x {size}" + (f", one of {products} in {dtype}" if products > 1 else "")
         self.call = lambda: torch.mm(a, b, out=out)
-        self.amount = 2 * size**3  # flops
+        self.amount = 2 * size**3 // products  # flops
 
 
 class Copy:
@@ -157,8 +161,11 @@ def probes(x: torch.Tensor, quick: bool = False) -> dict[str, list[Gemm] | list[
     sizes = (2048, 4096, 8192) if x.is_cuda else (512, 1024) if quick else (512, 1024, 2048)
     large = (1024 if x.is_cuda else 64 if quick else 256) * 2**20
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    gemms = [Gemm(size, dtype, x.device) for size in sizes]
+    if x.is_cuda and dtype == torch.float32:
+        gemms += [Gemm(size, torch.float16, x.device, SPLIT_PRODUCTS) for size in sizes]
     return {
-        "gemm": [Gemm(size, dtype, x.device) for size in sizes],
+        "gemm": gemms,
         "copy": [Copy(size, x.device) for size in (max(x.nbytes, 2**16), large)],
     }
 

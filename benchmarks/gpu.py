@@ -47,6 +47,7 @@ SECTIONS = (
     "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables", "Occupancy",
     "LaunchStats", "WarpStateStats",
 )  # fmt: skip
+NEW = "warpgroup"  # the engine that has not run on a GPU yet
 GRACE_S = 20  # what a step that took too long has for its report
 
 
@@ -125,11 +126,15 @@ def all_steps(arguments: argparse.Namespace) -> list[Step]:
         full = [*measured, "--device", "cuda", "--rounds", "21", "--shape", *arguments.shape, *record]
         dry = [*measured, "--quick", "--rounds", "1", "--shape", SMALL, *record]
         steps.append(Step(f"bench_soca_{dtype}", full, 540, dry))
-    for name, small, plot in (
-        ("options", ["--shape", SMALL], []),
-        ("curves", ["--quick"], ["--plot", str(out / "curves.png")]),
+    # What has not run on a GPU yet has a process of its own, which no other number is lost with.
+    for name, more, small in (
+        ("options", ["--without", NEW], ["--shape", SMALL]),
+        ("options_new", ["--only", NEW], ["--shape", SMALL]),
+        ("curves", [], ["--quick"]),
     ):
-        measured = [python, "-P", f"benchmarks/{name}.py", "--json", str(out / f"{name}.json")]
+        program = f"benchmarks/{name.removesuffix('_new')}.py"
+        measured = [python, "-P", program, "--json", str(out / f"{name}.json"), *more]
+        plot = ["--plot", str(out / "curves.png")] if name == "curves" else []
         steps.append(Step(name, [*measured, "--device", "cuda", *plot], 300, [*measured, "--rounds", "1", *small]))
     san = [python, "-P", "benchmarks/bench_san.py"]
     for dtype in DTYPES:
@@ -148,7 +153,12 @@ def all_steps(arguments: argparse.Namespace) -> list[Step]:
 
 GROUPS = {
     "sanitize": SANITIZERS,
-    "bench": ("options", "curves", *(f"bench_{of}_{dtype}" for of in ("soca", "san") for dtype in DTYPES)),
+    "bench": (
+        "options",
+        "options_new",
+        "curves",
+        *(f"bench_{of}_{dtype}" for of in ("soca", "san") for dtype in DTYPES),
+    ),
     "ncu": tuple(f"ncu_{shape}" for shape in PROFILED),
 }
 ALWAYS = ("install", "machine")
@@ -185,12 +195,16 @@ def run_step(step: Step, out: Path, environment: dict[str, str], seconds: float,
         except subprocess.TimeoutExpired:
             code = end(process)
             status, reason = "timed out", f"after {min(step.seconds, seconds):.0f} s"
+        except BaseException:  # a GPU that another process still uses would spoil whatever is measured next
+            end(process)
+            raise
     return Outcome(step.name, status, reason, code, time.monotonic() - start, shlex.join(command), log.name)
 
 
 def end(process: subprocess.Popen) -> int:
     """Ends it with all it has started: by an interrupt, after which pytest still says what it found, then by force."""
-    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_S)
     with contextlib.suppress(ProcessLookupError):  # it left none behind
@@ -215,13 +229,27 @@ def provenance(out: Path, arguments: argparse.Namespace) -> dict:
     return about
 
 
-def summarise(out: Path, about: dict, outcomes: list[Outcome], dry: bool) -> None:
-    """Writes summary.json and summary.md; steps of an earlier run into this folder that were not repeated stay."""
+def earlier_steps(out: Path) -> list[dict]:
+    """Those of the summary in this folder, if there is one; ValueError where it is not of this program."""
     path = out / "summary.json"
-    before = json.loads(path.read_text())["steps"] if path.exists() else []
-    repeated = {outcome.step for outcome in outcomes}
-    steps = [step for step in before if step["step"] not in repeated] + [asdict(outcome) for outcome in outcomes]
-    path.write_text(json.dumps({"dry_run": dry, **about, "steps": steps}, indent=1) + "\n")
+    if not path.exists():
+        return []
+    steps = json.loads(path.read_text())["steps"]
+    if not all({"step", "status", "commit", "wheel"} <= set(step) for step in steps):
+        raise ValueError("its steps are others")
+    return steps
+
+
+def summarise(out: Path, about: dict, outcomes: list[Outcome], dry: bool) -> None:
+    """Writes summary.json and summary.md; what an earlier run into this folder has, and this one did not run, stays."""
+    of_this = {"commit": about["commit"], "wheel": about["wheel"]}
+    steps = {step["step"]: step for step in earlier_steps(out)}
+    for outcome in outcomes:
+        if outcome.status != "not run" or steps.get(outcome.step, {}).get("status", "not run") == "not run":
+            steps.pop(outcome.step, None)  # to the end
+            steps[outcome.step] = asdict(outcome) | of_this
+    path = out / "summary.json"
+    path.write_text(json.dumps({"dry_run": dry, **about, "steps": list(steps.values())}, indent=1) + "\n")
     software, hardware = about.get("software", {}), about.get("machine", {})
     gpu = hardware.get("gpu") or {}
     facts = {
@@ -231,16 +259,24 @@ def summarise(out: Path, about: dict, outcomes: list[Outcome], dry: bool) -> Non
         "CUDA of torch": software.get("torch_cuda"),
         "Python": software.get("python"),
         "compiled for": (software.get("isqrt_cov") or {}).get("cuda_architectures"),
-        "commit": about["commit"],
+        "commit": about["commit"] or "not said",
         "wheel": ", ".join(about["wheel"]) or "as installed",
     }
     lines = ["# What ran on the GPU" if not dry else "# Dry run without a GPU", ""]
     lines += [f"* {name}: {value}" for name, value in facts.items() if value]
-    lines += ["", "| step | status | seconds | log |", "| --- | --- | --- | --- |"]
-    for step in steps:
+    lines += ["", "| step | status | seconds | commit | log |", "| --- | --- | --- | --- | --- |"]
+    for step in steps.values():
         status = step["status"] + (f": {step['reason']}" if step["reason"] else "")
-        lines.append(f"| {step['step']} | {status} | {step['seconds']:.0f} | {step['log'] or ''} |")
+        cells = [step["step"], status, f"{step['seconds']:.0f}", step["commit"][:12], step["log"] or ""]
+        lines.append(f"| {' | '.join(cells)} |")
     (out / "summary.md").write_text("\n".join(lines) + "\n")
+
+
+def shape(text: str) -> str:
+    """A command-line argument; what takes it is another process, perhaps of another Python."""
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"expected BxCxHxW of positive integers, such as 16x64x48x48, got {text!r}")
+    return text
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -256,13 +292,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=float("inf"),
         help="for everything together: a step that finds none left is skipped",
     )
-    add("--shape", nargs="+", default=SHAPES, metavar="BxCxHxW", help="for bench_soca")
+    add("--shape", type=shape, nargs="+", default=SHAPES, metavar="BxCxHxW", help="for bench_soca")
     add("--processes", type=int, default=1, metavar="N", help="that run the tests side by side, with pytest-xdist")
     add("--commit", default="", help="of the sources, for the summary")
     add("--python", default=sys.executable, help="the interpreter with torch (default: this one)")
     add("--dry-run", action="store_true", help="run what needs no GPU")
     arguments = parser.parse_args(argv)
     arguments.out = arguments.out.absolute()
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        earlier_steps(arguments.out)
+    except OSError as error:
+        parser.error(f"argument --out: {error}")
+    except (ValueError, KeyError, TypeError):
+        parser.error(f"argument --out: {arguments.out}/summary.json is of another program or version")
     arguments.wheel = [path.absolute() for path in arguments.wheel]
     for path in arguments.wheel:
         if not path.is_file():
@@ -277,8 +320,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     out, start = arguments.out, time.monotonic()
-    for folder in (out, SCRATCH):
-        folder.mkdir(parents=True, exist_ok=True)
+    SCRATCH.mkdir(parents=True, exist_ok=True)
     toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")  # nvcc, ncu and compute-sanitizer
     os.environ["PATH"] += f"{os.pathsep}{toolkit}/bin"
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
@@ -289,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     outcomes: list[Outcome] = []
     for step in chosen(all_steps(arguments), arguments.steps):
-        left = arguments.seconds - (time.monotonic() - start)
+        left = arguments.seconds - (time.monotonic() - start) - GRACE_S
         print(f"== {step.name}\n$ {shlex.join(step.command)}", flush=True)
         outcome = run_step(step, out, environment, left, arguments.dry_run)
         outcomes.append(outcome)
@@ -301,4 +343,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not without ending the step
     sys.exit(main())

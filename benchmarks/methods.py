@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,8 +79,8 @@ def clamped_root(case: Case, x: Tensor) -> Tensor:
 
 
 def gram_root(case: Case, x: Tensor) -> Tensor:
-    """The exact root with its gradient, for fewer positions than channels; null directions are not clamped."""
-    return eig_gram_cov_sqrt(x, case.output)
+    """The exact root for fewer positions than channels, with the clamp that the working dtype has."""
+    return eig_gram_cov_sqrt(x, case.output, torch.finfo(working_dtype(case.x.dtype)).eps)
 
 
 def exact_root(case: Case, x: Tensor) -> Tensor:
@@ -182,16 +183,16 @@ class _InverseEigenRoot(torch.autograd.Function):
         return vectors @ (k * (vectors.mT @ ((grad + grad.mT) / 2) @ vectors)) @ vectors.mT, None
 
 
-def eig_gram_cov_sqrt(x: Tensor, output: str) -> Tensor:
+def eig_gram_cov_sqrt(x: Tensor, output: str, eps: float) -> Tensor:
     """The exact root by way of the smaller matrix, for fewer positions than channels.
 
-    With F = X - mu 1' and K = F' F / M it is F K^{-1/2} F' / M.
+    With F = X - mu 1' and K = F' F / M it is F K^{-1/2} F' / M. Eigenvalues below M eps of the trace count as that.
     """
     x = x.flatten(2)
     centred = x - x.mean(2, keepdim=True)
     gram = centred.mT.bmm(centred) / x.shape[2]
     trace = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-    root = _InverseEigenRoot.apply(gram / trace, x.shape[2] * torch.finfo(x.dtype).eps)
+    root = _InverseEigenRoot.apply(gram / trace, x.shape[2] * eps)
     return reference.convert_output(centred @ root @ centred.mT / (x.shape[2] * trace.sqrt()), output)
 
 
@@ -239,7 +240,7 @@ def _prepare_eig_gram(case: Case) -> Prepared:
     channels, positions = case.x.flatten(2).shape[1:]
     if positions >= channels:
         raise Unavailable("there are no fewer positions than channels")
-    return of_function(case, working(lambda x: eig_gram_cov_sqrt(x, case.output)))
+    return of_function(case, working(partial(gram_root, case)))
 
 
 def _prepare_eager(case: Case) -> Prepared:

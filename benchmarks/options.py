@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--shape", type=report.shape, nargs="+", metavar="BxCxHxW", help="default: those of the device")
     add("--rounds", type=report.positive, default=21, metavar="N", help="default: 21")
+    add("--only", metavar="TEXT", help="beside the base those options, and engines, that have TEXT in their names")
+    add("--without", metavar="TEXT", help="not those that have TEXT in their names")
     add("--json", type=report.writable, metavar="FILE", help="write everything measured")
     arguments = report.parse(parser, argv)
     arguments.shape = arguments.shape or [report.shape(shape) for shape in SHAPES[arguments.device]]
+    if not any(wanted(arguments, name) for name in OPTIONS if name != "base"):
+        parser.error(
+            f"--only {arguments.only!r}, --without {arguments.without!r}: none is left of {', '.join(OPTIONS)}"
+        )
     return arguments
+
+
+def wanted(arguments: argparse.Namespace, name: str) -> bool:
+    """Of an option, or an engine of the root; "base" and "auto" are what others are compared with."""
+    if name in ("base", "auto"):
+        return True
+    return (not arguments.only or arguments.only in name) and not (arguments.without and arguments.without in name)
 
 
 def function_of(option: Option, shape: tuple[int, ...], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -134,12 +148,15 @@ def in_streams(function: Callable[[torch.Tensor], torch.Tensor], count: int) -> 
     return call
 
 
-def variations(shape: tuple[int, ...], device: torch.device) -> tuple[dict[str, methods.Prepared], dict[str, str]]:
+def variations(arguments: argparse.Namespace, shape: tuple[int, ...]) -> tuple[dict[str, methods.Prepared], dict]:
     """Options as they are timed, and the reasons of those that do not run."""
+    device = torch.device(arguments.device)
     maps = features.feature_maps("photo", shape, torch.float32, device)
     prepared, reasons = {}, {}
     for name, option in OPTIONS.items():
         if (option.threads and device.type != "cpu") or (option.streams > 1 and device.type != "cuda"):
+            continue
+        if not wanted(arguments, name):
             continue
         x = maps.to(dtype=option.dtype, memory_format=option.memory_format, copy=True)
         case = methods.make_case(x, 5, option.output)
@@ -149,8 +166,12 @@ def variations(shape: tuple[int, ...], device: torch.device) -> tuple[dict[str, 
             method = methods.of_function(case, function)
             prepared[name] = methods.capture(case, method) if device.type == "cuda" else method
         except RuntimeError as error:
-            reasons[name] = str(error).strip().splitlines()[0]
+            reasons[name] = _first_line(error)
     return prepared, reasons
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def samples_ms(calls: dict[str, Callable[[], object]], arguments, sample_ms: float) -> dict[str, list[float]]:
@@ -169,7 +190,9 @@ def samples_ms(calls: dict[str, Callable[[], object]], arguments, sample_ms: flo
 
 def run_shape(arguments: argparse.Namespace, shape: tuple[int, ...], progress) -> dict[str, Any]:
     progress.stage("x".join(map(str, shape)))
-    prepared, reasons = variations(shape, torch.device(arguments.device))
+    prepared, reasons = variations(arguments, shape)
+    if "base" not in prepared:  # nothing to compare with
+        prepared.clear()
     found: dict[str, dict[str, Any]] = {name: {} for name in prepared}
     others = measure.OtherLoad()
     for block in BLOCKS:
@@ -182,20 +205,20 @@ def run_shape(arguments: argparse.Namespace, shape: tuple[int, ...], progress) -
     for name, method in prepared.items():
         found[name]["page_faults"] = measure.page_faults(method.step) if arguments.device == "cpu" else None
     about = {"shape": list(shape), "processor_time_of_others_percent": others_percent}
-    return about | {"options": found, "left_out": reasons, "parts": parts(arguments, shape)}
+    return about | {"options": found, "left_out": reasons, "parts": parts(arguments, shape, reasons)}
 
 
-def parts(arguments: argparse.Namespace, shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+def parts(arguments: argparse.Namespace, shape: tuple[int, ...], reasons: dict[str, str]) -> dict[str, dict[str, Any]]:
     """The operators that a call with matrices of the channels consists of, float32 and 5 steps.
 
-    Those of the root by each engine that runs.
+    Those of the root by each engine that runs; what does not goes to ``reasons``.
     """
     library, operators, device = methods.load_library(), torch.ops.isqrt_cov, torch.device(arguments.device)
     x = features.feature_maps("photo", shape, torch.float32, device)
     (sigma, mean), upstream = operators.covariance_pool(x), methods.make_case(x, 5, "matrix").upstream
     grad = operators.matrix_root_backward(upstream, sigma, 5, 0)
     calls: dict[str, Callable[[], object]] = {"pooling": lambda: operators.covariance_pool(x)}
-    for engine in ROOT_ENGINES[arguments.device]:
+    for engine in filter(partial(wanted, arguments), ROOT_ENGINES[arguments.device]):
         try:
             library.plan(shape, torch.float32, device, engine)
         except RuntimeError:
@@ -208,8 +231,13 @@ def parts(arguments: argparse.Namespace, shape: tuple[int, ...]) -> dict[str, di
         )
     calls["gradient of pooling"] = lambda: operators.covariance_pool_backward(grad, x, mean)
     in_a_row = IN_A_ROW if device.type == "cuda" else 1
-    if device.type == "cuda":
-        calls = {name: replay_of(call, in_a_row) for name, call in calls.items()}
+    for name, call in tuple(calls.items()):
+        try:
+            calls[name] = replay_of(call, in_a_row) if device.type == "cuda" else call
+            calls[name]()
+        except RuntimeError as error:
+            reasons[name] = _first_line(error)
+            del calls[name]
     samples = {
         name: [ms / in_a_row for ms in own]
         for name, own in measure.interleaved_ms(calls, arguments.rounds, device, 5.0, 1000).items()
@@ -294,6 +322,8 @@ def main(argv: list[str] | None = None) -> int:
             result["shapes"].append(run_shape(arguments, shape, progress))
             progress.clear()
             print(text(result["shapes"][-1]), flush=True)
+            if arguments.json:  # what was measured is not lost with the next
+                report.write_json(arguments.json, result)
     except features.PhotographsMissing as error:
         progress.clear()
         print(f"options.py: {error}", file=sys.stderr)

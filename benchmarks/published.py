@@ -178,6 +178,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=report.positive, default=7, metavar="N", help="default: 7")
     parser.add_argument("--json", type=report.writable, metavar="FILE", help="write everything measured")
     arguments = parser.parse_args(argv)
+    for option, path in (("--fast-mpn-cov", arguments.fast_mpn_cov), ("--san", arguments.san)):
+        if path and not path.is_file():
+            parser.error(f"argument {option}: no file {path}")
     paths = {"fast-MPN-COV": arguments.fast_mpn_cov, "SAN": arguments.san}
     shape, json = (16, 64, 48, 48), arguments.json
     arguments = argparse.Namespace(device="cpu", rounds=arguments.rounds)  # of paths on this machine nothing is said

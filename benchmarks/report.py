@@ -29,6 +29,8 @@ def writable(text: str) -> Path:
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"expected a file in an existing folder, got {text!r}")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a file that can be written, got {text!r}")
     return path
 
 
@@ -41,12 +43,25 @@ def shape(text: str) -> tuple[int, int, int, int]:
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The arguments, refused where they ask for a GPU or for a figure that cannot be had here."""
+    """The arguments, refused where they ask for a GPU or for a figure that cannot be had here; a CPU is used where none
+    names a device.
+    """
     arguments = parser.parse_args(argv)
-    if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
+    arguments.device = getattr(arguments, "device", "cpu")
+    try:
+        device = torch.device(arguments.device)
+    except RuntimeError:
+        parser.error(f"argument --device: expected cpu, cuda or cuda:1 and so on, got {arguments.device!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"argument --device: {arguments.device!r} needs a GPU and a torch built for it; it finds none")
-    if getattr(arguments, "plot", None) and not importlib.util.find_spec("matplotlib"):
-        parser.error("argument --plot: needs matplotlib: pip install 'isqrt_cov[san]'")
+    if plot := getattr(arguments, "plot", None):
+        if not importlib.util.find_spec("matplotlib"):
+            parser.error("argument --plot: needs matplotlib: pip install 'isqrt_cov[san]'")
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        if (kind := plot.suffix.removeprefix(".").lower()) not in FigureCanvasBase.filetypes:
+            known = ", ".join(sorted(FigureCanvasBase.filetypes))
+            parser.error(f"argument --plot: {plot.name!r}: expected an ending of {known}, got {kind!r}")
     return arguments
 
 

@@ -83,7 +83,7 @@ def read(library: Path) -> tuple[list[Kernel], str]:
             for line in process.stdout:
                 last = line
                 yield line
-        if process.returncode != 0:
+        if process.returncode != 0 and "does not contain device code" not in last:
             raise RuntimeError(f"cuobjdump {option} {library}: {last.strip()}")
 
     kernels: dict[tuple[str, str], Kernel] = {}
@@ -188,11 +188,6 @@ def shorten(name: str) -> str:
         if character == "(" and depth == 0:
             name = name[:at]
             break
-    for type_name, dtype in (
-        ("BFloat16", "bfloat16"),
-        ("Half", "float16"),
-        ("float", "float32"),
-        ("double", "float64"),
-    ):
+    for type_name, dtype in DTYPES.items():
         name = re.sub(rf"\b{type_name}\b", dtype, name)
     return re.sub(r"_kernel\b", "", name).replace(" >", ">")

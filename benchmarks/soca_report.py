@@ -14,7 +14,8 @@ EXPLANATION = {
     "forward_backward": "time of forward and backward in ms, with a fresh gradient: median over the rounds",
     "spread": "half the distance between the quartiles of forward + backward, in % of the median",
     "speedup": "time of the other over time of this method, the median of the ratios of each round: over 1 "
-    "is faster. On a GPU those named graph are replayed, and the others launched kernel by kernel",
+    "is faster. On a GPU those named graph are replayed, without any Python; the others are called from Python, and "
+    "torch.compile may replay graphs of its own within such a call",
     "floor": "time of N steps at torch's own rates, whatever a method computes: max(flops needed / GEMM rate, bytes "
     "needed / copy rate), the best rates of each round; x is in cache where it fits, as it is for the methods",
     "times_floor": "time over the floor, the median of the ratios of each round",
@@ -90,15 +91,21 @@ def floor_line(entry: dict[str, Any]) -> str:
     return f"floor: {'; '.join(parts)}\n       at {gemm} and {copy}"
 
 
-def ours_line(entry: dict[str, Any]) -> str | None:
-    """How many times as fast ours is: as a CUDA graph if that was measured, since others are graphs there, too."""
-    ran = {method["name"]: method for method in _ran(entry)}
-    ours = "ours_graph" if "ours_graph" in ran else "ours"
-    if ours not in ran:
-        return None
-    faster = ran[ours]["forward_backward"]["speedup_over"].items()
-    others = [f"{number(value)} x {name}" for name, value in faster if name != ours]
-    return f"{ours}, forward + backward, in times as fast: " + ", ".join(others) if others else None
+REPLAYED = ("graph", "ours_graph")  # methods of nothing but a CUDA graph
+
+
+def ours_lines(entry: dict[str, Any]) -> list[str]:
+    """How many times as fast ours is: as it is called against calls, as a CUDA graph against graphs."""
+    lines = []
+    for method in _ran(entry):
+        ours = method["name"]
+        if ours not in ("ours", "ours_graph"):
+            continue
+        faster = method["forward_backward"]["speedup_over"].items()
+        alike = ((name, value) for name, value in faster if (name in REPLAYED) == (ours in REPLAYED) and name != ours)
+        if others := [f"{number(value)} x {name}" for name, value in alike]:
+            lines.append(f"{ours}, forward + backward, in times as fast: " + ", ".join(others))
+    return lines
 
 
 def text(entry: dict[str, Any]) -> str:
@@ -110,7 +117,7 @@ def text(entry: dict[str, Any]) -> str:
     lines.append("")
     if _ran(entry):
         lines += [timing_table(entry), "", accuracy_table(entry), ""]
-    lines += filter(None, [ours_line(entry)])
+    lines += ours_lines(entry)
     for method in entry["methods"]:
         if not method["ran"]:
             lines.append(f"{method['name']} did not run: {method['reason']}")
@@ -118,6 +125,8 @@ def text(entry: dict[str, Any]) -> str:
         if method["detail"]:
             lines.append(f"{method['name']}: {method['detail']}")
         lines += [f"{method['name']}: {key}: {reason}" for key, reason in method["not_measured"].items()]
+        failed = ((kind, errors["failed"]) for kind, errors in method["accuracy"].items() if "failed" in errors)
+        lines += [f"{method['name']}: accuracy on {kind}: {reason}" for kind, reason in failed]
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules beside this file, also when it is imported
 
+import floor as floors  # noqa: E402
 from report import mebibytes, number  # noqa: E402
 from soca_report import times_floor  # noqa: E402
 
@@ -26,8 +27,30 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+# Results of a floor at the rate of torch's float32 GEMM, measured before floor.probes() knew that of tensor cores, and
+# the result of the same day and GPU that has their rate.
+TENSOR_CORES = {"soca_h200": "soca_h200_bfloat16", "soca_h200_more": "soca_h200_bfloat16"}
+
+
 def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    if name in TENSOR_CORES:
+        rates = (entry["floor"]["gemm_flops_per_s"] for entry in load(TENSOR_CORES[name])["shapes"])
+        at_rate(result, max(rates) / floors.SPLIT_PRODUCTS)
+    return result
+
+
+def at_rate(result: dict[str, Any], gemm_flops_per_s: float) -> None:
+    """Puts the floors of forward + backward, and times over them, where this rate of products has them."""
+    for entry in result["shapes"]:
+        about = entry["floor"]
+        work = floors.Work(about["forward_backward"]["flops"], about["forward_backward"]["bytes"])
+        rates = about["gemm_flops_per_s"], max(about["gemm_flops_per_s"], gemm_flops_per_s)
+        before, after = (floors.floor_ms(work, rate, about["copy_bytes_per_s"]) for rate in rates)
+        about["gemm_flops_per_s"] = rates[1]
+        for method in entry["methods"]:
+            if method["ran"]:
+                method["forward_backward"]["times_floor"] *= before / after
 
 
 def markdown(heading: list[str], rows: Iterable[list[str]]) -> list[str]:
@@ -72,20 +95,39 @@ def speed(name: str, others: tuple[str, ...]) -> list[str]:
 
 
 def gpu_speed(*names: str) -> list[str]:
-    """Forward + backward in us, called and replayed, and how many times as fast the replay is as others."""
+    """Forward + backward in us, and how many times as fast: calls against calls, the replay of a graph against one."""
     others = {"eig": "torch's eigh", "cupy": "CuPy's eigh", "eager": "eager", "compile": "torch.compile"}
-    others["graph"] = "baddbmm replayed"
     results = [load(name) for name in names]
     rows = []
     for result in results:
         for entry in result["shapes"]:
             methods = {method["name"]: method["forward_backward"] for method in entry["methods"] if method["ran"]}
-            replayed = methods["ours_graph"]
-            rows.append([_shape(entry), *(f"{1e3 * methods[of]['median_ms']:.0f}" for of in ("ours_graph", "ours"))])
-            rows[-1] += [number(replayed["speedup_over"].get(other), 2) for other in others]
+            called, replayed = methods["ours"], methods["ours_graph"]
+            rows.append([_shape(entry), f"{1e3 * called['median_ms']:.0f} ± {called['spread_percent']:.0f} %"])
+            rows[-1] += [number(called["speedup_over"].get(other), 2) for other in others]
+            rows[-1] += [f"{1e3 * replayed['median_ms']:.0f}", number(replayed["speedup_over"].get("graph"), 2)]
             if entry["dtype"] == "float32":  # floors were measured by the GEMM of x's own dtype
                 rows[-1].append(number(times_floor(entry, replayed), 2))
-    heading = ["B x C x H x W", "us, replayed", "us, called", *others.values(), "time / floor"][: len(rows[0])]
+    heading = ["B x C x H x W", "us, called", *others.values(), "us, replayed", "baddbmm replayed", "time / floor"]
+    runs = [
+        f"{len(result['shapes'])} shapes, {result['shapes'][0]['rounds']} rounds, load of the host "
+        f"{result['machine']['load_average_at_start']:.1f}"
+        for result in results
+    ]
+    return [*markdown(heading[: len(rows[0])], rows), "", f"{where(results[0])} Runs: {'; '.join(runs)}."]
+
+
+def gpu_accuracy(*names: str) -> list[str]:
+    """Errors against float64 of the same function, of the worst sample."""
+    methods = {"ours": "ours", "eager": "eager", "baddbmm": "baddbmm"}
+    results = [load(name) for name in names]
+    rows = []
+    for entry in (entry for result in results for entry in result["shapes"]):
+        found = {method["name"]: method["accuracy"] for method in entry["methods"] if method["ran"]}
+        rows.append([_shape(entry)])
+        for of in ("value", "gradient"):
+            rows[-1] += [number(max(about[of] for about in found[name].values()), 2) for name in methods]
+    heading = ["B x C x H x W", *(f"{of}, {name}" for of in ("root", "gradient") for name in methods.values())]
     return [*markdown(heading, rows), "", where(results[0])]
 
 
@@ -184,10 +226,10 @@ def nearest(entry: dict[str, Any], floor: float | None, of: str) -> tuple[float,
 
 def steps() -> list[str]:
     result = load("accuracy")
-    floors = list(dict.fromkeys(curve["spectrum_floor"] for curve in result["spectra"][0]["curves"]))
+    spectrum_floors = list(dict.fromkeys(curve["spectrum_floor"] for curve in result["spectra"][0]["curves"]))
     rows = []
     for of, title in (("kernels", "kernels"), ("reference", "plain loop")):
-        for floor in floors:
+        for floor in spectrum_floors:
             found = (nearest(entry, floor, of) for entry in result["spectra"])
             rows.append([f"{title}, {_title(floor)}", *(f"{number(d, 2)} after {n}" for d, n in found)])
     return [*markdown(["", *map(_spectrum, result["spectra"])], rows), "", where(result)]
@@ -250,6 +292,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "soca_avx2": lambda: speed("soca_cpu_avx2", ("eig", "eager", "baddbmm", "compile")),
     "soca_wide": lambda: speed("soca_cpu_wide", ("eig", "eig_gram", "eager", "baddbmm", "compile")),
     "gpu": lambda: gpu_speed("soca_h200", "soca_h200_more"),
+    "gpu_accuracy": lambda: gpu_accuracy("soca_h200", "soca_h200_more"),
     "gpu_bfloat16": lambda: gpu_speed("soca_h200_bfloat16"),
     "gpu_san": lambda: gpu_san("san_h200"),
     "gpu_san_bfloat16": lambda: gpu_san("san_h200_bfloat16"),

@@ -67,6 +67,35 @@ def test_parts_of_a_batch_in_streams_are_the_whole():
         torch.testing.assert_close(mine, theirs)
 
 
+def test_options_that_do_not_run_are_named(tmp_path, capsys, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("an illegal instruction")
+
+    path = tmp_path / "options.json"
+    shape = ["--shape", "2x16x8x8", "--rounds", "1", "--json", str(path)]
+    monkeypatch.setattr(options, "function_of", fails)
+    assert options.main(shape) == 0
+    (entry,) = json.loads(path.read_text())["shapes"]
+    assert entry["options"] == {} and entry["left_out"]["base"] == "an illegal instruction" and entry["parts"]
+    with pytest.raises(SystemExit):
+        options.parse(["--only", "magic"])
+    assert "--only 'magic', --without None: none is left of base, " in capsys.readouterr().err
+
+
+def test_shapes_before_an_interrupt_are_kept(tmp_path, monkeypatch):
+    def interrupted(arguments, shape, progress):
+        if shape == (2, 32, 3, 3):
+            raise KeyboardInterrupt
+        return measured(arguments, shape, progress)
+
+    measured, path = options.run_shape, tmp_path / "options.json"
+    monkeypatch.setattr(options, "run_shape", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        options.main(["--shape", "2x16x8x8", "2x32x3x3", "--only", "triu", "--rounds", "1", "--json", str(path)])
+    (entry,) = json.loads(path.read_text())["shapes"]
+    assert set(entry["options"]) == {"base", 'output "triu"'}
+
+
 def test_options(tmp_path, capsys):
     path = tmp_path / "options.json"
     threads = torch.get_num_threads()

@@ -1,6 +1,7 @@
 """The benchmark of the whole network runs, and says what it has to say."""
 
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -40,11 +41,31 @@ def test_measures_every_method_and_writes_it_down(tmp_path):
 
 
 def test_bfloat16(tmp_path):
-    done = run(tmp_path, "--dtype", "bfloat16", "--methods", "ours", "eager", "--json", "half.json")
+    done = run(tmp_path, "--dtype", "bfloat16", "--methods", "ours", "eager", "eig", "--json", "half.json")
     assert done.returncode == 0, done.stderr
-    ours, eager = json.loads((tmp_path / "half.json").read_text())["methods"]
+    ours, eager, eig = json.loads((tmp_path / "half.json").read_text())["methods"]
     # On a scale of 0..255, of which bfloat16 has 8 bits.
     assert ours["ran"] and eager["ran"] and eager["difference"] < 2
+    assert eig["ran"], eig["reason"]  # for which there is no bfloat16
+
+
+def test_what_was_measured_before_an_interrupt_is_kept(monkeypatch, tmp_path, one_thread):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    bench_san = importlib.import_module("bench_san")
+    timed, calls = bench_san.measure.time_ms, itertools.count(1)
+
+    def interrupted(*arguments):
+        if next(calls) == 6:  # of round 2
+            raise KeyboardInterrupt
+        return timed(*arguments)
+
+    monkeypatch.setattr(bench_san.measure, "time_ms", interrupted)
+    file = tmp_path / "r.json"
+    argv = ["--patch", "8", "--batch", "1", "--image", "8", "--methods", "ours", "eager", "--json", str(file)]
+    assert bench_san.main(argv) == 0
+    result = json.loads(file.read_text())
+    assert result["rounds"] == 1
+    assert all(len(method["training"]["samples_ms"]) == 1 for method in result["methods"])
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -86,6 +88,54 @@ def test_a_failing_step_does_not_stop_the_next(tmp_path, monkeypatch):
     assert status == [("false", "failed"), ("true", "passed")]
 
 
+def test_an_outcome_stays_until_the_step_has_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "all_steps", lambda arguments: [gpu.Step(name, [name], 9) for name in ("true", "false")])
+
+    def steps(*arguments):
+        gpu.main(["--out", str(tmp_path), *arguments])
+        steps = json.loads((tmp_path / "summary.json").read_text())["steps"]
+        return [(step["step"], step["status"], step["commit"]) for step in steps]
+
+    assert steps("--commit", "a", "--steps", "true") == [("true", "passed", "a")]
+    # Of this budget nothing is left beyond what a step that takes too long has for its report.
+    no_time = [("true", "passed", "a"), ("false", "not run", "b")]
+    assert steps("--commit", "b", "--seconds", str(gpu.GRACE_S)) == no_time
+    assert steps("--commit", "c") == [("true", "passed", "c"), ("false", "failed", "c")]
+    assert "| true | passed | 0 | c | true.log |" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_step_ends_with_the_program(tmp_path, number):
+    """Whatever was left behind would use the GPU beside what comes next."""
+    log = tmp_path / "step.log"
+    code = (
+        "import os, pathlib, signal, sys; sys.path.insert(0, 'benchmarks'); import gpu;"
+        "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number));"
+        "step = gpu.Step('step', ['bash', '-c', 'echo $$; exec sleep 600'], 600);"
+        f"gpu.run_step(step, pathlib.Path({str(tmp_path)!r}), dict(os.environ), 600.0, False)"
+    )
+    program = subprocess.Popen([sys.executable, "-c", code], cwd=gpu.ROOT, stderr=subprocess.DEVNULL)
+    for _ in range(300):
+        if log.exists() and len(log.read_text().split("\n")) > 2:
+            break
+        time.sleep(0.1)
+    child = int(log.read_text().split()[-1])
+    program.send_signal(number)
+    assert program.wait(30) != 0
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_what_has_not_run_on_a_gpu_yet_is_a_step_of_its_own(tmp_path):
+    steps = {step.name: step for step in gpu.all_steps(gpu.parse(["--out", str(tmp_path)]))}
+    known, new = ([*steps[name].dry[2:], "--rounds", "1"] for name in ("options", "options_new"))
+    measured = [
+        {name for name in options.OPTIONS if options.wanted(options.parse(arguments[1:]), name)}
+        for arguments in (known, new)
+    ]
+    assert measured[0] & measured[1] == {"base"} and measured[0] | measured[1] == set(options.OPTIONS)
+    assert all("warpgroup" in name for name in measured[1] - {"base"})
+
+
 def test_benchmarks_understand_what_they_are_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     steps = {step.name: step for step in gpu.all_steps(gpu.parse(["--out", str(tmp_path)]))}
@@ -120,9 +170,20 @@ def test_conformance_is_built_as_its_head_says(tmp_path, monkeypatch):
     (
         (["--steps", "everything"], "argument --steps: 'everything' is none of machine, conformance, "),
         (["--wheel", "none.whl"], "argument --wheel: no file"),
+        (["--shape", "16x64x48"], "argument --shape: expected BxCxHxW of positive integers"),
+        (["--out", "/dev/null/out"], "argument --out: [Errno 20] Not a directory"),
     ),
 )
-def test_wrong_arguments(arguments, message, capsys):
+def test_wrong_arguments(arguments, message, capsys, tmp_path):
     with pytest.raises(SystemExit):
-        gpu.parse(arguments)
+        gpu.parse(["--out", str(tmp_path), *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_a_summary_of_something_else_is_not_touched(tmp_path, capsys):
+    summary = tmp_path / "summary.json"
+    summary.write_text('{"tests": 3}')
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path)])
+    assert "summary.json is of another program or version" in capsys.readouterr().err
+    assert summary.read_text() == '{"tests": 3}'
