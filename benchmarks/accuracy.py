@@ -142,7 +142,9 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
             )
         batch, channels, height, width = entry["shape"]
         axis.set_title(
-            f"{entry['input']}, C = {channels}, M = {height * width}, rank {entry['rank']:.0f}", loc="left", fontsize=10
+            f"{features.TITLES[entry['input']]}, {channels} x {height * width}, rank {entry['rank']:.0f}",
+            loc="left",
+            fontsize=10,
         )
         axis.set_yscale("log")
         axis.set_ylim(1e-7, 2)

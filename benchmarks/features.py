@@ -118,6 +118,7 @@ INPUTS: dict[str, Callable[[Shape, torch.Generator], Tensor]] = {
     "rank": rank,
     "decay": decay,
 }
+TITLES = {"photo": "photographs", "randn": "flat", "rank": "low rank", "decay": "decaying"}  # on pages, in figures
 
 
 @torch.no_grad()

@@ -19,9 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules beside this file, also when it is imported
 
+import features  # noqa: E402
 import floor as floors  # noqa: E402
 from report import mebibytes, number  # noqa: E402
-from soca_report import times_floor  # noqa: E402
+from soca_report import TITLES, times_floor  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -87,8 +88,8 @@ def speed(name: str, others: tuple[str, ...]) -> list[str]:
         rows[-1].append(number(times_floor(entry, ours["forward_backward"])))
         for key in ("peak_process_bytes", "kept_for_backward_bytes"):
             rows[-1].append(" / ".join(mebibytes(about["memory"][key]) for about in (ours, methods["eager"])))
-    names = {"compile": "torch.compile", "mxm": "M x M", "eig": "EIG", "eig_gram": "EIG, M x M", "pade": "Padé"}
-    heading = ["B x C x H x W", *(names.get(other, other) for other in others), "time / floor", "peak MiB", "kept MiB"]
+    heading = ["B x C x H x W", *(TITLES.get(other, other) for other in others)]
+    heading += ["time / floor", "peak MiB", "kept MiB"]
     others = max(entry["processor_time_of_others_percent"] or 0 for entry in result["shapes"])
     shared = f" Others took up to {others:.0f} % of the processors meanwhile." if others > 5 else ""
     return [*markdown(heading, rows), "", where(result) + shared]
@@ -204,8 +205,7 @@ def _distance(entry: dict[str, Any], floor: float | None, of: str, dtype: str) -
 
 def _spectrum(entry: dict[str, Any]) -> str:
     _, channels, height, width = entry["shape"]
-    kind = {"photo": "photographs", "randn": "flat", "decay": "decaying"}[entry["input"]]
-    return f"{kind}, {channels} x {height * width}"
+    return f"{features.TITLES[entry['input']]}, {channels} x {height * width}"
 
 
 def accuracy(shown: Iterable[tuple[float | None, int]] = SHOWN) -> list[str]:

@@ -8,6 +8,7 @@ release = importlib.metadata.version(project)
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
 myst_heading_anchors = 3
+smartquotes = False  # strings in docstrings are code
 html_theme = "furo"
 html_title = f"isqrt_cov {release}"
 

@@ -87,8 +87,8 @@ def matrix_sqrt(
 
     With :math:`t = \operatorname{tr}\Sigma`, :math:`Y_0 = \Sigma / t` and :math:`Z_0 = I`, each step is
     :math:`T = Z Y,\ Y \leftarrow \tfrac32 Y - \tfrac12 Y T,\ Z \leftarrow \tfrac32 Z - \tfrac12 T Z`, and the result is
-    :math:`\sqrt t\, Y_N` (Li et al., CVPR 2018; Eqs. 1-3 of Dai et al., CVPR 2019). It is the exact derivative of this
-    truncated function that comes back as the gradient, symmetric like the input.
+    :math:`\sqrt t\, Y_N` (Li et al., CVPR 2018; Eqs. 1-3 of Dai et al., CVPR 2019). The gradient is the exact
+    derivative of this truncated function, symmetric like the input.
 
     Args:
         sigma: (B, C, C), float32, float64, float16 or bfloat16 (iterated in float32). Its symmetric part is used.
@@ -200,12 +200,12 @@ def plan(
         device: where the feature maps lie.
         engine: ask for one of "library", "portable", "avx2", "avx512", "block" (one for each sample, no cluster) and
             "grid" instead of "auto", or for "warpgroup": in float32 either of them, "block" up to 64 channels, with the
-            tensor core instructions that an H100 or H200 alone has.
+            tensor core instructions that an H100 or H200 alone has. Only to ask: :func:`cov_sqrt` always takes "auto".
         iterations, coefficients, spectrum_floor: those of :func:`cov_sqrt`. Many steps need more memory on a GPU.
 
     Returns:
-        ``gram``: whether the iteration takes (M - 1) x (M - 1) matrices, for there are clearly fewer positions M than
-        channels;
+        A dictionary. ``gram`` tells whether the iteration takes (M - 1) x (M - 1) matrices, for there are clearly fewer
+        positions M than channels;
         ``pooling``, ``forward`` and ``backward``: the engine of the covariance, of the root and of its gradient;
         ``pool_chunks`` and ``pool_backward_chunks``: independent pieces of one sample's positions;
         ``forward_blocks`` and ``backward_blocks``: blocks of a cluster of a GPU, which share the root of one sample.

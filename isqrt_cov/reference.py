@@ -3,7 +3,7 @@
 Dai et al., "Second-order Attention Network for Single Image Super-Resolution", CVPR 2019, after Li et al., "Towards
 Faster Training of Global Covariance Pooling Networks by Iterative Matrix Square Root Normalization", CVPR 2018.
 
-Per sample, X is C x M (channels x positions), ' a transpose, and dV stands for the gradient dL/dV:
+Per sample, X is C x M (channels x positions), ' a transpose, and dV stands for the gradient dL/dV::
 
     mu = X 1 / M,  Sigma = (X - mu)(X - mu)' / M                                         the biased covariance
     Y_n = Y_{n-1} (3I - Z_{n-1} Y_{n-1}) / 2,  Z_n = (3I - Z_{n-1} Y_{n-1}) Z_{n-1} / 2                Eq. 1
