@@ -8,12 +8,14 @@ torch.Size([2, 36])
 
 from .functional import build_info, cov_sqrt, covariance_pool, matrix_inv_sqrt, matrix_sqrt, plan, triu_vector
 from .modules import CovSqrtNorm
+from .ops import decompositions
 
 __all__ = [
     "CovSqrtNorm",
     "build_info",
     "cov_sqrt",
     "covariance_pool",
+    "decompositions",
     "matrix_inv_sqrt",
     "matrix_sqrt",
     "plan",

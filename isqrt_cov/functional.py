@@ -5,7 +5,7 @@ import json
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, SupportsFloat, SupportsIndex
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -21,22 +21,46 @@ COEFFICIENTS = ("newton_schulz", "minimax")
 
 def check_coefficients(coefficients: str, spectrum_floor: float) -> float:
     """The operators' argument ``spectrum_floor``: 0 stands for the paper's coefficients. Raises ValueError."""
+    if isinstance(spectrum_floor, Tensor) and (spectrum_floor.numel() != 1 or spectrum_floor.requires_grad):
+        raise ValueError(f"spectrum_floor: expected a number, which has no gradient, got {spectrum_floor!r}")
     if not isinstance(spectrum_floor, SupportsFloat) or not 1e-12 <= spectrum_floor < 1:
         raise ValueError(f"spectrum_floor: expected 1e-12 or more and less than 1, got {spectrum_floor!r}")
     return spectrum_floor if code("coefficients", coefficients, COEFFICIENTS) else 0.0
 
 
-def check_iterations(name: str, iterations: SupportsIndex) -> int:
+def _whole_number(value: Any) -> int | None:
+    """As an int what Python, NumPy and others have for whole numbers, and None for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:  # a tensor of several numbers, or of fractions, is a SupportsIndex, too
+        return None
+
+
+def check_count(name: str, value: Any) -> int:
+    """How many there are of something. Raises ValueError where there can be none or it is no whole number."""
+    number = _whole_number(value)
+    if number is None or number < 1:
+        raise ValueError(f"{name}: expected a whole number, 1 or more, got {value!r}")
+    return number
+
+
+def check_iterations(name: str, iterations: Any) -> int:
     """The number of steps. Raises ValueError where it is none."""
-    if not isinstance(iterations, SupportsIndex) or not 1 <= operator.index(iterations) <= 1000:
+    number = _whole_number(iterations)
+    if number is None or not 1 <= number <= 1000:
         raise ValueError(f"{name}: expected a whole number from 1 to 1000, got {iterations!r}")
-    return operator.index(iterations)
+    return number
 
 
-def _as_int(iterations: Any) -> Any:
-    """What NumPy and others have for whole numbers as an int; the operator refuses what is none."""
-    is_other = type(iterations) is not int and isinstance(iterations, SupportsIndex)
-    return operator.index(iterations) if is_other else iterations
+def _steps(iterations: Any) -> Any:
+    """As the operators take them: they would cut the fraction off a number that is not whole."""
+    return iterations if type(iterations) in (int, torch.SymInt) else check_iterations("iterations", iterations)
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name}: expected a dense tensor, got one that is {kind}")
 
 
 def _overridden(function: Callable[..., Tensor], name: str, value: Any, *arguments: Any) -> Any:
@@ -72,11 +96,12 @@ def covariance_pool(x: Tensor) -> Tensor:
         as for all functions here.
 
     Raises:
-        TypeError: ``x`` is no tensor.
+        TypeError: ``x`` is no tensor, or not a dense one.
         RuntimeError: ``x`` has another rank or dtype, no channel or no position.
     """
     if not isinstance(x, Tensor):
         return _overridden(covariance_pool, "x", x)
+    _check_dense("x", x)
     return _call(ops.covariance_pool, x)[0]
 
 
@@ -106,15 +131,17 @@ def matrix_sqrt(
         beyond its dtype's range.
 
     Raises:
-        TypeError: ``sigma`` is no tensor.
+        TypeError: ``sigma`` is no tensor, or not a dense one.
         RuntimeError: ``sigma`` is not a batch of square matrices or has another dtype; or ``iterations`` is out of
             range.
-        ValueError: other ``coefficients``, or ``spectrum_floor`` is out of range, even where it is not used.
+        ValueError: other ``coefficients``, ``iterations`` is no whole number, or ``spectrum_floor`` is out of range,
+            even where it is not used.
     """
     if not isinstance(sigma, Tensor):
         return _overridden(matrix_sqrt, "sigma", sigma, iterations, coefficients, spectrum_floor)
     floor = check_coefficients(coefficients, spectrum_floor)
-    return _call(ops.matrix_root, sigma, _as_int(iterations), ROOTS.index("square"), floor, in_place=False)
+    _check_dense("sigma", sigma)
+    return _call(ops.matrix_root, sigma, _steps(iterations), ROOTS.index("square"), floor, in_place=False)
 
 
 def matrix_inv_sqrt(
@@ -127,7 +154,8 @@ def matrix_inv_sqrt(
     if not isinstance(sigma, Tensor):
         return _overridden(matrix_inv_sqrt, "sigma", sigma, iterations, coefficients, spectrum_floor)
     floor = check_coefficients(coefficients, spectrum_floor)
-    return _call(ops.matrix_root, sigma, _as_int(iterations), ROOTS.index("inverse"), floor, in_place=False)
+    _check_dense("sigma", sigma)
+    return _call(ops.matrix_root, sigma, _steps(iterations), ROOTS.index("inverse"), floor, in_place=False)
 
 
 def cov_sqrt(
@@ -153,14 +181,16 @@ def cov_sqrt(
         coefficients, spectrum_floor: see :func:`matrix_sqrt`.
 
     Raises:
-        TypeError: ``x`` is no tensor.
+        TypeError: ``x`` is no tensor, or not a dense one.
         RuntimeError: ``x`` has another rank or dtype, no channel or no position; or ``iterations`` is out of range.
-        ValueError: another ``output``, other ``coefficients``, or ``spectrum_floor`` is out of range.
+        ValueError: another ``output``, other ``coefficients``, ``iterations`` is no whole number, or ``spectrum_floor``
+            is out of range.
     """
     if not isinstance(x, Tensor):
         return _overridden(cov_sqrt, "x", x, iterations, output, coefficients, spectrum_floor)
     floor = check_coefficients(coefficients, spectrum_floor)
-    arguments = _as_int(iterations), code("output", output, OUTPUTS), floor
+    _check_dense("x", x)
+    arguments = _steps(iterations), code("output", output, OUTPUTS), floor
     return _call(ops.cov_sqrt, x, *arguments, further=(True,) if prefers_gram(x.shape, x.device) else ())[0]
 
 
@@ -168,11 +198,12 @@ def triu_vector(y: Tensor) -> Tensor:
     """Upper triangle of (B, C, C) matrices, row by row: (B, C (C + 1) / 2).
 
     Raises:
-        TypeError: ``y`` is no tensor.
+        TypeError: ``y`` is no tensor, or not a dense one.
         ValueError: ``y`` is not a batch of square matrices.
     """
     if not isinstance(y, Tensor):
         return _overridden(triu_vector, "y", y)
+    _check_dense("y", y)
     if y.dim() != 3 or y.shape[1] != y.shape[2]:
         raise ValueError(f"y: expected a batch of square matrices (B, C, C), got {tuple(y.shape)}")
     channels = y.shape[1]
@@ -210,23 +241,29 @@ def plan(
         ``pool_chunks`` and ``pool_backward_chunks``: independent pieces of one sample's positions;
         ``forward_blocks`` and ``backward_blocks``: blocks of a cluster of a GPU, which share the root of one sample.
     """
-    if len(shape) not in (3, 4):
-        raise ValueError(f"shape: expected (B, C, H, W) or (B, C, M), got {tuple(shape)}")
-    if min(shape) < 0:
-        raise ValueError(f"shape: expected no negative size, got {tuple(shape)}")
+    whole = [_whole_number(size) for size in shape] if isinstance(shape, Sequence) else []
+    sizes = [size for size in whole if size is not None]
+    if len(whole) not in (3, 4) or len(sizes) < len(whole):
+        raise ValueError(f"shape: expected (B, C, H, W) or (B, C, M), got {shape!r}")
+    if min(sizes) < 0 or math.prod(sizes) > torch.iinfo(torch.int64).max:
+        raise ValueError(f"shape: expected sizes that a tensor can have, got {tuple(shape)}")
     if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype: expected float32, float64, float16 or bfloat16, got {dtype}")
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected a cpu or cuda device, got {device!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected a cpu or cuda device, got {str(device)!r}")
     on_cuda = device.type == "cuda"
     usable = on_cuda and torch.cuda.is_available()  # else the operator says what is missing
     index = device.index if device.index is not None else (torch.cuda.current_device() if usable else 0)
-    batch, channels, *positions = shape
+    batch, channels, *positions = sizes
     requested = code("engine", engine, ENGINES)
     problem = (on_cuda, index, batch, channels, math.prod(positions), compute_dtype(dtype).itemsize)
     floor = check_coefficients(coefficients, spectrum_floor)
-    gram = prefers_gram(shape, device)
+    iterations = check_iterations("iterations", iterations)
+    gram = prefers_gram(sizes, device)
     return {"gram": gram, **json.loads(_ops.plan(*problem, iterations, floor, requested, gram))}
 
 

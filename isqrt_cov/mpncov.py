@@ -1,25 +1,34 @@
 """Drop-in for the functions and the layer of fast-MPN-COV and of SAN's ``MPNCOV`` package: same names, argument order,
 defaults, shapes and ``state_dict``, so that an old project changes one import.
 
-What differs is in the numbers: no NaN on a constant map; the gradient of ``SqrtmLayer`` is the symmetric one, where
-fast-MPN-COV's is transposed; second derivatives are right; float64 is float64; and there is no M x M matrix.
+What differs is in the numbers: no NaN on a constant map; ``SqrtmLayer`` takes the symmetric part of its argument, and
+its gradient is the symmetric one, where fast-MPN-COV's is transposed; second derivatives are right; float64 is float64;
+and there is no M x M matrix.
 """
 
+import torch
 from torch import Tensor, nn
 
-from .functional import check_iterations, cov_sqrt, covariance_pool, matrix_sqrt, triu_vector
+from .functional import check_count, check_iterations, cov_sqrt, covariance_pool, matrix_sqrt, triu_vector
 
 __all__ = ["MPNCOV", "CovpoolLayer", "SqrtmLayer", "TriuvecLayer"]
 
 
+def _check_maps(name: str, maps: Tensor) -> None:
+    """Of one image alone, (C, H, W), C would be taken for the batch."""
+    if isinstance(maps, Tensor) and maps.dim() != 4:
+        raise ValueError(f"{name}: expected (B, C, H, W), got shape {tuple(maps.shape)}")
+
+
 def CovpoolLayer(var: Tensor) -> Tensor:
-    """(B, C, H, W) to its covariance, (B, C, C); see :func:`isqrt_cov.covariance_pool`."""
+    """(B, C, H, W) to its covariance, (B, C, C); see :func:`isqrt_cov.covariance_pool`. ValueError for another rank."""
+    _check_maps("var", var)
     return covariance_pool(var)
 
 
 def SqrtmLayer(var: Tensor, iterN: int) -> Tensor:
     """(B, C, C) to its square root after ``iterN`` Newton-Schulz steps; see :func:`isqrt_cov.matrix_sqrt`."""
-    return matrix_sqrt(var, iterN)
+    return matrix_sqrt(var, iterN if isinstance(iterN, torch.SymInt) else check_iterations("iterN", iterN))
 
 
 def TriuvecLayer(var: Tensor) -> Tensor:
@@ -58,14 +67,12 @@ class MPNCOV(nn.Module):
         dimension_reduction: int | None = None,
     ) -> None:
         super().__init__()
-        if input_dim < 1:
-            raise ValueError(f"input_dim: expected 1 or more, got {input_dim}")
-        if dimension_reduction is not None and dimension_reduction < 1:
-            raise ValueError(f"dimension_reduction: expected 1 or more, got {dimension_reduction}")
+        input_dim = check_count("input_dim", input_dim)
         self.iterNum = check_iterations("iterNum", iterNum) if is_sqrt else iterNum
         self.is_sqrt = is_sqrt
         self.is_vec = is_vec
-        self.dr = dimension_reduction
+        reduces = dimension_reduction is not None
+        self.dr = check_count("dimension_reduction", dimension_reduction) if reduces else None
         if self.dr is not None:
             convolution = nn.Conv2d(input_dim, self.dr, kernel_size=1, stride=1, bias=False)
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
@@ -74,6 +81,7 @@ class MPNCOV(nn.Module):
         self.output_dim = channels * (channels + 1) // 2 if is_vec else channels * channels
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_maps("x", x)
         if self.dr is not None:
             x = self.conv_dr_block(x)
         if self.is_sqrt:

@@ -7,7 +7,9 @@ are read in place all the same, as they are with ``wide``, and their gradient ha
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
@@ -23,7 +25,7 @@ ENGINES = ("auto", "library", "portable", "avx2", "avx512", "block", "grid", "wa
 
 def code(argument: str, value: str, names: tuple[str, ...]) -> int:
     """Number of ``value`` among ``names``. Raises ValueError naming the argument and what it was."""
-    if value not in names:
+    if not isinstance(value, str) or value not in names:
         raise ValueError(f"{argument}: expected one of {', '.join(map(repr, names))}, got {value!r}")
     return names.index(value)
 
@@ -375,3 +377,34 @@ def _cov_sqrt_function(x, sigma, mean, scale, iterations, output, spectrum_floor
 
 cov_sqrt = _register("cov_sqrt", _cov_sqrt_fake, _cov_sqrt_setup, _cov_sqrt_backward, _cov_sqrt_jvp)
 cov_sqrt_backward = _register_gradient("cov_sqrt_backward", _cov_sqrt_backward_fake, _cov_sqrt_function)
+
+
+# ---- The operators in plain torch ------------------------------------------------------------------------------------
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+    """The operators in plain torch, for where they are unknown: ONNX, and runtimes without this library.
+
+    A table for :meth:`torch.export.ExportedProgram.run_decompositions`. The program that comes out has the values of
+    the functions, within rounding, by their equations and with all temporaries of these.
+    """
+
+    def pool(x, engine=0, wide=False):
+        maps = x.to(compute_dtype(x.dtype))
+        return reference.covariance_pool(maps).to(_result_dtype(x, wide)), maps.flatten(2).mean(2)
+
+    def root(sigma, iterations, root, spectrum_floor=0.0, engine=0):
+        function = _root_function(sigma, iterations, root, spectrum_floor, engine)
+        return function(sigma.to(compute_dtype(sigma.dtype))).to(sigma.dtype)
+
+    def pool_and_root(x, iterations, output, spectrum_floor=0.0, engine=0, wide=False, gram=False):
+        maps = x.to(compute_dtype(x.dtype))
+        sigma, mean = pool(maps)
+        if gram:
+            features = reference.gram_features(maps.flatten(2))
+            sigma = features.mT @ features / math.prod(x.shape[2:])
+        function = _cov_sqrt_function(maps, sigma, mean, None, iterations, output, spectrum_floor, engine)
+        return function(maps).to(_result_dtype(x, wide)), sigma, mean, torch.ones_like(mean[:, 0])
+
+    table: dict[str, Callable[..., Any]] = {"covariance_pool": pool, "matrix_root": root, "cov_sqrt": pool_and_root}
+    return {getattr(_ops, name).default: function for name, function in table.items()}

@@ -268,9 +268,10 @@ class SAN(nn.Module):
     def from_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> "SAN":
         """The network of a .pt, .pth or .safetensors file, the authors' or one of :meth:`save`, on the CPU.
 
-        Sizes and scale come from the tensors, the rest from the configuration that :meth:`save` and ``torch.save`` of
-        a state dict keep in the file, or else from the defaults. ``overrides`` are arguments of the constructor that
-        win over both; with another ``scale`` the upsampler starts anew, to be fine-tuned.
+        Sizes and scale come from the tensors, the rest from the configuration that :meth:`save` and ``torch.save`` of a
+        state dict keep in the file, or else from the defaults. No code that a file may hold is run. ``overrides`` are
+        arguments of the constructor that win over both; with another ``scale`` the upsampler starts anew, to be
+        fine-tuned.
 
         Raises:
             FileNotFoundError: there is no such file.

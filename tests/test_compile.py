@@ -15,8 +15,16 @@ from common import (
     skip_unless_fits,
     tolerance,
 )
-from isqrt_cov import CovSqrtNorm, cov_sqrt, covariance_pool, matrix_inv_sqrt, matrix_sqrt, triu_vector
-from isqrt_cov.mpncov import MPNCOV
+from isqrt_cov import (
+    CovSqrtNorm,
+    cov_sqrt,
+    covariance_pool,
+    decompositions,
+    matrix_inv_sqrt,
+    matrix_sqrt,
+    triu_vector,
+)
+from isqrt_cov.mpncov import MPNCOV, SqrtmLayer
 
 FUNCTIONS = {
     "covariance_pool": covariance_pool,
@@ -214,6 +222,40 @@ def test_export_under_autocast(device):
     (expected,) = torch.autograd.grad(cov_sqrt(x.float(), 3, "triu").sum(), x)
     assert (y.dtype, slope.dtype) == (torch.float32, torch.bfloat16)
     assert torch.equal(y, cov_sqrt(x.float(), 3, "triu")) and torch.equal(slope, expected)
+
+
+@pytest.mark.parametrize("is_open", (True, False), ids=("open", "fixed"))
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    (
+        (lambda x: cov_sqrt(1e30 * x, 3, "triu", "minimax", 1e-2), (2, 6, 4, 5)),
+        (lambda x: cov_sqrt(x, output="mean"), (2, 40, 3, 4)),  # of the positions' matrices
+        (lambda x: matrix_sqrt(covariance_pool(x), 3), (2, 6, 20)),
+        (lambda x: matrix_inv_sqrt(covariance_pool(x.bfloat16())), (2, 6, 20)),
+        (lambda x: cov_sqrt(x - x), (2, 6, 4, 5)),
+    ),
+    ids=("triu", "gram", "root", "inverse", "constant"),
+)
+def test_decompositions(function, shape, is_open, device):
+    class Network(torch.nn.Module):
+        forward = staticmethod(function)
+
+    sizes = {0: torch.export.Dim.DYNAMIC} if is_open else None
+    program = torch.export.export(Network(), (torch.randn(shape, device=device),), dynamic_shapes=(sizes,))
+    plain = program.run_decompositions(decompositions())
+    assert not any("isqrt_cov" in str(node.target) for node in plain.graph.nodes)
+    x = torch.randn(5 if is_open else 2, *shape[1:], device=device)
+    expected = function(x)
+    actual = plain.module()(x)
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    assert_close(actual, expected, 1e-5 if x.dtype == expected.dtype else 2 * torch.finfo(expected.dtype).eps)
+
+
+def test_compiled_drop_in_takes_any_steps(device):
+    compiled = torch.compile(SqrtmLayer, fullgraph=True, backend="aot_eager", dynamic=True)
+    sigma = covariance_pool(torch.randn(2, 4, 9, device=device))
+    for steps in (3, 5):
+        assert torch.equal(compiled(sigma, steps), SqrtmLayer(sigma, steps))
 
 
 def test_aot_inductor(device, tmp_path):

@@ -123,8 +123,19 @@ def test_wrong_arguments():
     for name, value, expected in (
         ("iterNum", 0, steps),
         ("iterNum", 1.5, steps),
-        ("input_dim", 0, "1 or more"),
-        ("dimension_reduction", 0, "1 or more"),
+        ("input_dim", 0, "a whole number, 1 or more"),
+        ("input_dim", 64.0, "a whole number, 1 or more"),
+        ("dimension_reduction", 0, "a whole number, 1 or more"),
+        ("dimension_reduction", 32.0, "a whole number, 1 or more"),
     ):
         with pytest.raises(ValueError, match=f"{name}: expected {expected}, got {value}"):
             MPNCOV(**{name: value})
+    with pytest.raises(ValueError, match="iterN: expected a whole number from 1 to 1000, got 0"):
+        SqrtmLayer(torch.zeros(2, 3, 3), 0)
+
+
+@pytest.mark.parametrize("layer", (CovpoolLayer, MPNCOV(input_dim=6)), ids=("CovpoolLayer", "MPNCOV"))
+def test_an_image_alone_is_refused(layer):
+    """The originals raise, too: C would be taken for the batch."""
+    with pytest.raises(ValueError, match=r"expected \(B, C, H, W\), got shape \(6, 5, 5\)"):
+        layer(torch.randn(6, 5, 5))

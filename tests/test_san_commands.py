@@ -83,6 +83,16 @@ def test_python_m_and_its_exit_status(tmp_path):
     assert done.returncode == 2 and "--hr absent: no such folder" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    from san_model import __main__
+
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)  # importing it raises ModuleNotFoundError
+    monkeypatch.delitem(sys.modules, "san_model.cli")
+    monkeypatch.delattr("san_model.cli")
+    assert __main__.main() == 2
+    assert capsys.readouterr().err == "san: error: jsonargparse is missing: pip install 'isqrt_cov[san]'\n"
+
+
 def test_yaml_preset_and_flags(tmp_path, monkeypatch):
     (tmp_path / "run.yaml").write_text("preset: small\ndata: [a, b]\nout: run\nbatch: 8\nlr: 0.01\nresume: true\n")
     seen = []
