@@ -97,21 +97,21 @@ class Method:
     quick: bool = True  # has a place in a run of seconds
 
 
-def load_reference() -> ModuleType:
-    """``isqrt_cov.reference``, which is plain torch: from the source tree where the compiled package is missing."""
+def load_plain(module: str) -> ModuleType:
+    """A module of isqrt_cov that needs no library: from the source tree where the compiled package is missing."""
     try:
-        return importlib.import_module("isqrt_cov.reference")
+        return importlib.import_module(f"isqrt_cov.{module}")
     except (ImportError, OSError):
-        name = "isqrt_cov_reference"
+        name = f"isqrt_cov_{module}"
         if name not in sys.modules:
-            path = Path(__file__).resolve().parents[1] / "isqrt_cov" / "reference.py"
+            path = Path(__file__).resolve().parents[1] / "isqrt_cov" / f"{module}.py"
             spec = importlib.util.spec_from_file_location(name, path)
             sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[name])
         return sys.modules[name]
 
 
-reference = load_reference()
+reference = load_plain("reference")
 
 
 def load_library() -> ModuleType:

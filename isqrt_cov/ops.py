@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
+from torch.utils.flop_counter import register_flop_formula
 
-from . import reference, transforms
+from . import flops, reference, transforms
 from .transforms import compute_dtype, without_autocast
 
 # The enumerations of csrc, in their order.
@@ -377,6 +378,43 @@ def _cov_sqrt_function(x, sigma, mean, scale, iterations, output, spectrum_floor
 
 cov_sqrt = _register("cov_sqrt", _cov_sqrt_fake, _cov_sqrt_setup, _cov_sqrt_backward, _cov_sqrt_jvp)
 cov_sqrt_backward = _register_gradient("cov_sqrt_backward", _cov_sqrt_backward_fake, _cov_sqrt_function)
+
+
+# ---- Flops, for torch.utils.flop_counter: of the shapes of tensors, and of other arguments as they are ---------------
+
+
+def _flops(x, iterations, output, is_gram):
+    return (flops.by_positions if is_gram else flops.by_channels)(x, iterations, OUTPUTS[output])
+
+
+@register_flop_formula(_ops.covariance_pool)
+def _pool_flops(x, *rest, out_shape, **named):
+    return flops.of_pooling(x)[0]
+
+
+@register_flop_formula(_ops.covariance_pool_backward)
+def _pool_backward_flops(grad, x, *rest, out_shape, **named):
+    return flops.of_pooling(x)[1]
+
+
+@register_flop_formula(_ops.matrix_root)
+def _root_flops(sigma, iterations, root, *rest, out_shape, **named):
+    return flops.of_root(sigma[0], sigma[1], iterations, root == ROOTS.index("inverse"))[0]
+
+
+@register_flop_formula(_ops.matrix_root_backward)
+def _root_backward_flops(grad, sigma, iterations, root, *rest, out_shape, **named):
+    return flops.of_root(sigma[0], sigma[1], iterations, root == ROOTS.index("inverse"))[1]
+
+
+@register_flop_formula(_ops.cov_sqrt)
+def _cov_sqrt_flops(x, iterations, output, spectrum_floor=0.0, engine=0, wide=False, gram=False, *, out_shape):
+    return _flops(x, iterations, output, gram)[0]
+
+
+@register_flop_formula(_ops.cov_sqrt_backward)
+def _cov_sqrt_backward_flops(grad, x, sigma, mean, scale, iterations, output, *rest, out_shape, **named):
+    return _flops(x, iterations, output, sigma[1] < x[1])[1]
 
 
 # ---- The operators in plain torch ------------------------------------------------------------------------------------

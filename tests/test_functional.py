@@ -6,10 +6,21 @@ import pickle
 import numpy
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import isqrt_cov
 from common import assert_close, covariances, engine_code, feature_maps, missing_cuda, tolerance
-from isqrt_cov import CovSqrtNorm, cov_sqrt, covariance_pool, matrix_inv_sqrt, matrix_sqrt, plan, reference, triu_vector
+from isqrt_cov import (
+    CovSqrtNorm,
+    cov_sqrt,
+    covariance_pool,
+    flops,
+    matrix_inv_sqrt,
+    matrix_sqrt,
+    plan,
+    reference,
+    triu_vector,
+)
 from isqrt_cov.mpncov import MPNCOV
 from isqrt_cov.ops import OUTPUTS
 
@@ -260,3 +271,24 @@ def test_scaling_by_a_power_of_two_is_exact(exponent):
     (y, grad), (y_scaled, grad_scaled) = results
     assert torch.equal(y_scaled, y * 2.0 ** (exponent // 2))
     assert torch.equal(grad_scaled, grad * 2.0 ** (-exponent // 2))
+
+
+@pytest.mark.parametrize("output", ("matrix", "triu", "mean"))
+@pytest.mark.parametrize("shape", ((2, 6, 4, 5), (2, 40, 3, 4)), ids=("channels", "positions"))
+def test_flops_are_counted(shape, output, device):
+    """What the floor of the benchmarks charges, tests/test_floor.py."""
+    of = flops.by_positions if device == "cpu" and shape[1] > 12 else flops.by_channels
+    x = torch.randn(shape, device=device, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        cov_sqrt(x, 3, output).sum().backward()
+    assert counter.get_total_flops() == sum(of(shape, 3, output))
+
+
+def test_flops_of_operators_by_hand(device):
+    x = torch.randn(2, 6, 20, device=device, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        matrix_sqrt(covariance_pool(x), 3).sum().backward()
+        matrix_inv_sqrt(covariance_pool(x), 2).sum().backward()
+    pooling = 2 * 6 * 6 * 20 * (1 + 2)
+    # 5 half products forward and 15 backward; S and S S, for Z is a sum, and three times as many.
+    assert counter.get_total_flops() == 2 * pooling + 2 * 6**3 * (5 + 15) + 2 * 6**3 * (2 + 6)
