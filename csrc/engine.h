@@ -108,10 +108,10 @@ inline Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
   int32_t device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle result = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device,
-                               like.get_device_index(), &result));
+  const auto status = aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                                               device, like.get_device_index(), &result);
+  check(status == TORCH_SUCCESS, "isqrt_cov: out of memory for ", stride, " numbers");
   return Tensor(result);
 }
 
@@ -192,12 +192,14 @@ struct Cuda {
 /// Enqueues what an operator does. Its results are there after finish(), and what it reads must be until then.
 template <class Device> struct Engine {
   Device device;
+  EngineKind requested;
   Plan choice;
   std::deque<Tensor> held;  // the operators' arguments aside
 
   Engine(const Tensor& t, int64_t positions, EngineKind requested, const Steps& steps = choose_steps(1, 0),
          bool gram = false)
       : device(t),
+        requested(requested),
         choice(plan({Device::kCuda, Device::kCuda ? t.get_device_index() : 0, t.size(0), t.size(1), positions,
                      t.scalar_type() == ScalarType::Double ? 8 : 4, steps.any_in_full(), gram},
                     requested)) {}
@@ -276,6 +278,8 @@ template <class Device> struct Engine {
   Tensor root_backward(const Tensor& grad, const Tensor& sigma, const Steps& steps, Root root, Output output,
                        Tensor* value = nullptr) {
     const int64_t B = sigma.size(0), C = sigma.size(1);
+    if (steps.any_in_full() && sigma.scalar_type() == ScalarType::Float && B > 0)
+      return wide_root_backward(grad, sigma, steps, root, output, value);
     if (choice.backward == EngineKind::kLibrary && B > 0)
       return library::root_backward(as(grad, sigma.scalar_type()), sigma, steps, root, output, value);
     hold(grad), hold(sigma);
@@ -294,6 +298,21 @@ template <class Device> struct Engine {
           choice.backward);
     });
     return result;
+  }
+
+  /// The same in float64. In the directions of small eigenvalues the derivative grows by the cube of what the iterates
+  /// grow by, and after many steps float32's rounding with it, beyond all digits: up to 10 or 15 steps come out right.
+  Tensor wide_root_backward(const Tensor& grad, const Tensor& sigma, const Steps& steps, Root root, Output output,
+                            Tensor* value) {
+    device.finish();  // what it reads may be yet to come
+    const Tensor wide_grad = as(grad, ScalarType::Double), wide_sigma = as(sigma, ScalarType::Double);
+    const bool by_block = requested == EngineKind::kBlock || requested == EngineKind::kWarpgroup;
+    Engine engine(wide_sigma, sigma.size(1), by_block ? EngineKind::kAuto : requested, steps);  // a block has no room
+    Tensor wide_value;
+    const Tensor result =
+        engine.finish(engine.root_backward(wide_grad, wide_sigma, steps, root, output, value ? &wide_value : nullptr));
+    if (value) *value = hold(as(wide_value, sigma.scalar_type()));
+    return as(result, sigma.scalar_type());
   }
 
   // ---- the same root from the side of the positions, gram.h

@@ -10,12 +10,13 @@
 namespace isqrt {
 namespace {
 
-/// Enough pieces to occupy the workers when the batch does not, none shorter than `shortest`. The numbers are fixed: a
-/// count of threads here would make results depend on it.
+/// Enough pieces to occupy the workers when the batch does not, none but the last shorter than `shortest`. The numbers
+/// are fixed: a count of threads here would make results depend on it. Pieces begin where cache lines do if rows do.
 Chunks split(const Problem& p, int64_t pieces, int64_t shortest) {
   const int64_t wanted = std::max<int64_t>(1, pieces / std::max<int64_t>(1, p.batch));
   const int64_t possible = std::max<int64_t>(1, p.positions / shortest);
-  const int64_t length = divide_up(p.positions, std::min(wanted, possible));
+  constexpr int64_t kLines = 64;  // positions: whole cache lines of any dtype
+  const int64_t length = kLines * divide_up(divide_up(p.positions, std::min(wanted, possible)), kLines);
   return {p.positions, length, divide_up(p.positions, length)};
 }
 
@@ -36,7 +37,7 @@ Plan plan_cpu(const Problem& p, EngineKind requested) {
   const bool library = requested == EngineKind::kLibrary || (!is_level && p.side() > kLargestInCache);
   const EngineKind root = library ? EngineKind::kLibrary : level;
   const EngineKind pooling = p.gram && library ? EngineKind::kLibrary : level;
-  // A chunk costs a C x C partial result: at 4 C positions or more these stay below a quarter of x.
+  // A chunk costs a C x C partial result: at 4 C positions or more these stay below a quarter of float32 feature maps.
   const int64_t pieces = p.gram ? 1 : 64;
   return {root, root, pooling, split(p, pieces, std::max<int64_t>(1024, 4 * p.channels)), split(p, pieces, 256)};
 }

@@ -282,7 +282,7 @@ def prefers_gram(shape, device):
     if device.type != "cpu" or len(shape) not in (3, 4) or _is_traced():
         return False
     positions = shape[2] * shape[3] if len(shape) == 4 else shape[2]
-    several, fewer = positions > 2, (positions + 14) // 16 * 128 <= 7 * shape[1]
+    several, fewer = positions > 2, (positions + 14) // 16 * 8 <= (shape[1] + 15) // 16 * 7
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true  # takes time to load
 

@@ -255,7 +255,8 @@ def test_bad_arguments():
         ((8, 512, 196), True),
         ((8, 64, 7, 7), True),  # 48 x 48
         ((8, 64, 50), False),  # 64 x 64 when padded
-        ((8, 200, 14, 14), False),
+        ((8, 224, 14, 14), False),
+        ((8, 230, 14, 14), True),  # 208 x 208 and 240 x 240 when padded
         ((8, 64, 48, 48), False),
         ((8, 64, 1, 1), False),
     ],

@@ -41,6 +41,18 @@ def test_every_half_is_read_as_it_is(engine, dtype):
         assert torch.equal(mean[finite], expected[finite]) and mean[~finite].isnan().all()
 
 
+def test_small_halves_where_denormal_numbers_are_zeros(engine):
+    """They are normal numbers of float32, in which they are computed."""
+    x = (2e-7 * torch.randn(2, 19, 103, device=engine_device(engine))).half()
+    expected = reference.covariance_pool(x.double())
+    assert torch.set_flush_denormal(True)
+    try:
+        sigma, _ = ops.covariance_pool(x, engine_code(engine), True)
+    finally:
+        torch.set_flush_denormal(False)
+    assert_close(sigma, expected, tolerance(torch.float32, 19, 103))
+
+
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_half_is_rounded_to_nearest(engine, dtype):
     # With a covariance's gradient that is zero but for g at (0, 0), dx[0] = 2 g x[0] / M: any product of two halves.

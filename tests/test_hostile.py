@@ -47,6 +47,14 @@ def test_constant_map(device, output, dtype):
     assert torch.count_nonzero(y) == 0 and torch.count_nonzero(slope) == 0
 
 
+@pytest.mark.parametrize("gram", (False, True), ids=("channels", "positions"))
+@every_output
+def test_constant_map_after_many_steps(device, output, gram):
+    x = torch.full((2, 20 if gram else 4, 3, 4), -1.7, device=device)
+    y, slope, _ = value_and_gradient(lambda x: cov_sqrt(x, 200, output), x)
+    assert torch.count_nonzero(y) == 0 and torch.count_nonzero(slope) == 0
+
+
 @every_dtype
 @every_output
 def test_one_position(device, output, dtype):

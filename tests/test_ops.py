@@ -139,6 +139,30 @@ def test_outputs_of_many_steps(engine, output):
     assert_close(grad, exact_grad, 4 * bound, gradient_size(upstream, y, x))
 
 
+@pytest.mark.parametrize(("iterations", "floor"), ((9, 0.0), (12, 0.0), (20, 0.0), (10, 1e-3)))
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_many_steps_of_a_singular_covariance(engine, output, iterations, floor):
+    """Rounding in the null space grows; by no more than in the plain loop, whose products are in full."""
+    device = engine_device(engine)
+    x = feature_maps(2, 8, 300, torch.float32, device)
+    x = (torch.randn(2, 40, 8, device=device) @ x).requires_grad_()
+    step = reference.minimax_steps(iterations, floor) if floor else reference.PAPER_STEP
+    y = ops.cov_sqrt(x, iterations, OUTPUTS.index(output), floor, engine_code(engine))[0]
+    upstream = torch.randn_like(y)
+
+    def errors(y, grad):
+        return [(a.double() - b).norm() / b.norm() for a, b in ((y, exact_y), (grad, exact_grad))]
+
+    def loop(x):
+        y = reference.cov_sqrt(x, iterations, output, step)
+        return y.detach(), torch.autograd.grad(y, x, upstream.to(x.dtype))[0]
+
+    exact_y, exact_grad = loop(x.detach().double().requires_grad_())
+    ours, plain = errors(y.detach(), *torch.autograd.grad(y, x, upstream)), errors(*loop(x))
+    for own, other in zip(ours, plain, strict=True):
+        assert own < 8 * other + tolerance(torch.float32, 40, 300)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("positions", (16, 160, 176))
 @pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=str)

@@ -4,11 +4,14 @@
 
 #include <algorithm>
 #include <deque>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <stdexcept>
 
 #include "kernels.h"
 
 namespace isqrt::cpu {
-namespace {
 
 /// The table of kernels of one level.
 #if defined(__x86_64__)
@@ -17,8 +20,6 @@ namespace {
 #else
 #define ISQRT_KERNELS(level, table) (static_cast<void>(level), portable::table)
 #endif
-
-}  // namespace
 
 void Stages::run() {
   const int64_t threads = torch::stable::get_num_threads();
@@ -31,10 +32,22 @@ void Stages::run() {
                        items.empty() ? nullptr : &items.back());
     workers = std::max(workers, std::min(threads, stage.samples * stage.per_sample));
   }
+  // What a thread throws is kept: of an exception that passes through it parallel_for says no more than that.
+  std::exception_ptr failed;
+  std::mutex mutex;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (size_t s = 0; s < stages_.size(); ++s) stages_[s].work(items[s]);
+    try {
+      for (size_t s = 0; s < stages_.size(); ++s) stages_[s].work(items[s]);
+    } catch (const std::bad_alloc&) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      failed = std::make_exception_ptr(std::runtime_error("isqrt_cov: out of memory for a thread's scratch"));
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      failed = std::current_exception();
+    }
   });
   stages_.clear();
+  if (failed) std::rethrow_exception(failed);
 }
 
 template <class X> void pool(const PoolTask<X>& task, EngineKind level, Stages& stages) {

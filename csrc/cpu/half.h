@@ -13,9 +13,10 @@ template <class To, class From> inline To bits_of(From from) {
 }
 
 template <class F, class U> inline F widen(U half, Half) {
-  const U magnitude = half & 0x7fff;
-  // A product with 2^112 moves the exponent to its place in float, subnormal numbers included.
-  const U scaled = bits_of<U>(bits_of<F>(U(magnitude << 13)) * 0x1p112f);
+  const U magnitude = half & 0x7fff, normal = (magnitude << 13) + 0x38000000u;
+  // Beside 0.5 a float has the digits of subnormal numbers; none is subnormal itself, which some threads take for 0.
+  const U subnormal = bits_of<U>(F(bits_of<F>(U(magnitude | 0x3f000000u)) - 0.5f));
+  const U scaled = magnitude < 0x400 ? subnormal : normal;
   const U number = magnitude >= 0x7c00 ? scaled | 0x7f800000u : scaled;  // Inf and NaN
   return bits_of<F>(U(number | (half & 0x8000) << 16));
 }

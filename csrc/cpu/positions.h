@@ -128,12 +128,19 @@ template <class X> class PositionTile {
       }
       store_vector(delta_ + c, load_vector(delta_ + c) + sum);
     }
-    for (int64_t c = 0; c < x_.channels; ++c)
-      for (int64_t r = c < vector_channels ? vector_run : 0; r < run; ++r) {
-        const T value = to_number(x[c * x_.stride_c + r * x_.stride_w]) - mean_[c];
-        delta_[c] += value;
-        *tile_.at(first + r, c) = value;
+    for (int64_t c = 0; c < x_.channels; ++c) {
+      int64_t r = c < vector_channels ? vector_run : 0;
+      const int64_t stride_w = x_.stride_w;
+      const X* from = x + c * stride_c + r * stride_w;
+      const T mean = mean_[c];
+      T* to = tile_.at(first + r, c);
+      T sum = 0;
+      for (; r < run; ++r, from += stride_w, to += kPanel) {
+        *to = to_number(*from) - mean;
+        sum += *to;
       }
+      delta_[c] += sum;
+    }
   }
 
   /// kVectors vectors of contiguous channels from c on, of each position of a run.
@@ -186,16 +193,18 @@ template <class X> class Distances {
  public:
   Distances(const FeatureMaps<const X>& x, const X* sample, T s)
       : channels_(x.channels), positions_(x.positions()), copy_(channels_ * positions_) {
+    data_ = copy_.get();
     for_each_distance(x, sample, T(1),
-                      [&](int64_t c, int64_t m, T distance) { copy_.get()[c * positions_ + m] = s * distance; });
+                      [&](int64_t c, int64_t m, T distance) { data_[c * positions_ + m] = s * distance; });
   }
   FeatureMaps<const T> maps() const {
-    return {copy_.get(), 1, channels_, 1, positions_, channels_ * positions_, positions_, 0, 1};
+    return {data_, 1, channels_, 1, positions_, channels_ * positions_, positions_, 0, 1};
   }
 
  private:
   int64_t channels_, positions_;
   Scratch<T> copy_;
+  T* data_;
 };
 
 /// What rescue_covariance() asks of an engine that has made mu and a matrix, size x size: rescale() aside.

@@ -106,18 +106,23 @@ template <class Int> inline Int round_up(Int a, Int b) { return (a + b - 1) / b 
 /// Zeroed scratch of one thread, on cache-line boundaries.
 template <class T> class Scratch {
  public:
-  explicit Scratch(int64_t size)
-      : data_(static_cast<T*>(::aligned_alloc(64, round_up<int64_t>(size * sizeof(T), 64)))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-    __builtin_memset(data_, 0, size * sizeof(T));
-  }
+  explicit Scratch(int64_t size) : bytes_(round_up<int64_t>(size * sizeof(T), 64)) {}
   ~Scratch() { ::free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  T* get() const { return data_; }
+  /// Taken at the first call: a thread that finds no work needs none.
+  T* get() {
+    if (data_ == nullptr) {
+      data_ = static_cast<T*>(::aligned_alloc(64, bytes_));
+      if (data_ == nullptr) throw std::bad_alloc();
+      __builtin_memset(data_, 0, bytes_);
+    }
+    return data_;
+  }
 
  private:
-  T* data_;
+  int64_t bytes_;
+  T* data_ = nullptr;
 };
 
 /// A matrix that products read, in panels of 16 columns, each with all of its rows: what a register tile reads of it
