@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,22 +22,40 @@ def import_torch():
             [sys.executable, "-c", probe], env=env, cwd=os.sep, capture_output=True, text=True, check=True
         )
         sys.path += [p for p in json.loads(answer.stdout) if p and p not in sys.path]
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit(
+            "isqrt_cov builds against an installed torch, and finds none: run `pip install torch` first. Where it is"
+            " hidden from the build, build without isolation: `pip install --no-build-isolation .`, `uv pip install"
+            " --no-build-isolation .`, `python -m build --no-isolation`, with setuptools 77 or later"
+        )
     try:
         import torch.utils.cpp_extension as cpp_extension
-    except ImportError:
-        raise SystemExit(
-            "isqrt_cov builds against an installed torch: run `pip install torch` first"
-            " (with uv: install torch, then `uv pip install --no-build-isolation .`)"
-        ) from None
+    except ImportError as error:
+        raise SystemExit(f"isqrt_cov builds against an installed torch, which does not import: {error}") from None
     return cpp_extension
 
 
 def find_cuda_home():
-    """The folder of the CUDA toolkit, or None."""
-    nvcc = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
-    return next((home for home in candidates if home and (Path(home) / "bin" / "nvcc").exists()), None)
+    """The folder of the CUDA toolkit, or None: the one that is named, or the one on PATH."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(variable):
+            if not (Path(home) / "bin" / "nvcc").exists():
+                raise SystemExit(f"{variable}: expected the folder of a CUDA toolkit with bin/nvcc, got {home!r}")
+            return home
+    if nvcc := shutil.which("nvcc"):
+        return str(Path(nvcc).resolve().parents[1])
+    return "/usr/local/cuda" if Path("/usr/local/cuda/bin/nvcc").exists() else None
+
+
+def check_versions(cuda_home, torch_cuda):
+    """Ends the build where torch would end it, in one line."""
+    version = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)\.", version)
+    if torch_cuda and found and found[1] != torch_cuda.partition(".")[0]:
+        raise SystemExit(
+            f"The nvcc of {cuda_home} is of CUDA {found[1]}, and torch of CUDA {torch_cuda}: set CUDA_HOME to a toolkit"
+            " of the same major version, or FORCE_CUDA=0 for a build without CUDA kernels"
+        )
 
 
 def default_architectures(cuda_home):
@@ -61,24 +80,33 @@ def extension(cpp_extension):
     if forced == "1" and cuda_home is None:
         raise SystemExit("FORCE_CUDA=1, but no nvcc was found: set CUDA_HOME to the folder of the CUDA toolkit")
     with_cuda = forced == "1" or (forced is None and torch.version.cuda is not None and cuda_home is not None)
+    if torch.version.cuda is not None and not with_cuda:
+        print("isqrt_cov is built without CUDA kernels: " + ("FORCE_CUDA=0" if forced else "no nvcc was found"))
     debug = os.environ.get("DEBUG") == "1"
 
     common = ["-std=c++20", "-O0" if debug else "-O3", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    host = [*common, "-fvisibility=hidden", "-Wall"] + (["-g"] if debug else [])
+    host = [*common, "-fvisibility=hidden", "-Wall"]
+    if debug or "-g" not in f"{os.environ.get('CFLAGS')} {os.environ.get('CXXFLAGS')}".split():
+        host.append("-g" if debug else "-g0")  # Python's own flags have -g, which makes ten megabytes
     sources = sorted(Path("csrc").rglob("*.cpp"))
     options = {"extra_compile_args": {"cxx": [*host, "-ffp-contract=fast"]}}
     # libtorch.so must stay needed, whatever the linker's default: torch's CUDA symbols are found only through it.
     options["extra_link_args"] = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
     if with_cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(cuda_home))
+        check_versions(cuda_home, torch.version.cuda)
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures(cuda_home)
         architectures = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
         cpp_extension.CUDA_HOME = cuda_home
-        sources += sorted(Path("csrc").rglob("*.cu"))
+        kernels = sorted(Path("csrc").rglob("*.cu"))
+        sources += kernels
+        jobs = os.environ.get("MAX_JOBS", "")
+        jobs = int(jobs) if jobs.isdecimal() else os.cpu_count() or 1
         define = ["-DISQRT_WITH_CUDA"]
         options["extra_compile_args"]["cxx"] += define
         options["extra_compile_args"]["nvcc"] = [
             *common, *define, f'-DISQRT_CUDA_ARCHITECTURES="{architectures}"', "-Xcompiler", "-fvisibility=hidden",
-            f"--threads={os.environ.get('MAX_JOBS', '0')}",  # architectures at a time; 0: as many as there are cores
+            f"--threads={max(1, jobs // len(kernels))}",  # architectures at a time, of each file that ninja compiles
         ]  # fmt: skip
         options["include_dirs"] = [str(Path(cuda_home) / "include")]
         options["library_dirs"] = [str(Path(cuda_home) / name) for name in ("lib64", "lib")]  # lib: nvcc's wheels
@@ -90,6 +118,7 @@ def main():
     cpp_extension = import_torch()
     from setuptools import setup
     from setuptools.command.bdist_wheel import bdist_wheel
+    from setuptools.command.build_py import build_py
 
     class PlatformWheel(bdist_wheel):
         """The library uses no Python symbol: one wheel for every Python of a platform."""
@@ -97,7 +126,18 @@ def main():
         def get_tag(self):
             return ("py3", "none", super().get_tag()[2])
 
+    class BuildPackages(build_py):
+        def run(self):
+            for package in {name.partition(".")[0] for name in self.packages or ()}:
+                # What an earlier build left there, and the sources have no more, would be in the wheel.
+                shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
+            super().run()
+
     class Build(cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)):
+        def finalize_options(self):
+            super().finalize_options()
+            self.force = True  # without ninja, which sees to it, setuptools looks at sources alone, and at no header
+
         def build_extensions(self):
             # torch lets nvcc tell which headers a source has read only where torch has CUDA itself.
             newest = max(header.stat().st_mtime for header in Path("csrc").rglob("*.*h"))
@@ -110,6 +150,7 @@ def main():
         ext_modules=[extension(cpp_extension)],
         cmdclass={
             "build_ext": Build,
+            "build_py": BuildPackages,
             "bdist_wheel": PlatformWheel,
         },
     )

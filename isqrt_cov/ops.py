@@ -6,6 +6,7 @@ once from :mod:`isqrt_cov.reference`. Under autocast the operators compute and r
 are read in place all the same, as they are with ``wide``, and their gradient has their dtype.
 """
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -38,11 +39,16 @@ def _load() -> None:
             f"isqrt_cov is imported from {library.parent}, which holds no compiled library:"
             " leave the source tree, or build it in place with `pip install -e .`"
         )
-    torch.ops.load_library(str(library))
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        reason = error.__cause__ or error
+        raise ImportError(f"isqrt_cov needs torch 2.10 or later, and this is {torch.__version__}: {reason}") from error
 
 
 _load()
 _ops = torch.ops.isqrt_cov
+_has_cuda = bool(json.loads(_ops.build_info())["cuda_architectures"])
 
 
 def _second_order(function, x, upstream, direction):
@@ -116,8 +122,16 @@ def _check_steps(iterations, spectrum_floor):
     )
 
 
+def _without_cuda(*arguments, **named):
+    raise RuntimeError(
+        "this isqrt_cov was built without CUDA kernels: install it again where nvcc is found, or with FORCE_CUDA=1"
+    )
+
+
 def _register(name, fake, *derivatives, autocast=True):
     torch.library.register_fake(f"isqrt_cov::{name}", fake)
+    if not _has_cuda:
+        torch.library.impl(f"isqrt_cov::{name}", "cuda", _without_cuda)
     transforms.register_batching(name, fake)
     return transforms.register_derivatives(name, *derivatives, autocast=autocast)
 

@@ -136,6 +136,47 @@ def test_devices_to_come_have_code(tmp_path, listed, expected):
     assert setup["default_architectures"](tmp_path) == expected
 
 
+def toolkit(folder, release):
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    return folder
+
+
+def test_the_toolkit_is_the_one_that_is_asked_for(tmp_path, monkeypatch):
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    named, on_path = toolkit(tmp_path / "named", "12.8"), toolkit(tmp_path / "path", "13.0")
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(on_path / "bin"), prepend=":")
+    monkeypatch.setenv("CUDA_HOME", str(named))
+    assert setup["find_cuda_home"]() == str(named)
+    monkeypatch.delenv("CUDA_HOME")
+    assert setup["find_cuda_home"]() == str(on_path)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match="CUDA_HOME: expected the folder of a CUDA toolkit .*nowhere"):
+        setup["find_cuda_home"]()
+
+
+def test_other_major_versions_of_cuda_end_the_build(tmp_path):
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    home = toolkit(tmp_path, "12.8")
+    setup["check_versions"](home, None)
+    setup["check_versions"](home, "12.6")
+    with pytest.raises(SystemExit, match="of CUDA 12, and torch of CUDA 13.0: set CUDA_HOME .* or FORCE_CUDA=0"):
+        setup["check_versions"](home, "13.0")
+
+
+def test_what_the_sources_have_no_more_is_not_built(tmp_path):
+    tree = copy_of_the_tree(tmp_path / "tree")
+    left = tree / "build" / "lib" / "isqrt_cov" / "old.py"
+    left.parent.mkdir(parents=True)
+    left.write_text("")
+    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "build/lib"]
+    subprocess.run(build, cwd=tree, check=True, capture_output=True)
+    assert not left.exists() and left.with_name("__init__.py").exists()
+
+
 def copy_of_the_tree(folder):
     """Files that git knows, or would: a build leaves its metadata behind, and finds what an earlier one left."""
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
