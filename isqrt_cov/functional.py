@@ -119,7 +119,8 @@ def matrix_sqrt(
         sigma: (B, C, C), float32, float64, float16 or bfloat16 (iterated in float32). Its symmetric part is used.
         iterations: number of steps N, from 1 to 1000. More are nearer to the exact root until the iteration has
             converged (10 to 20 steps as printed). Where ``sigma`` is singular it does not converge: each step
-            multiplies the rounding errors there by about 1.5, and 20 steps in float32 leave few digits of the gradient.
+            multiplies the rounding errors there by about 1.5, and some 220 leave float32's range. Gradients of 10 or
+            more (of ``"minimax"`` with a floor of 1e-3 of 6 or more) are computed in float64.
         coefficients: ``"newton_schulz"``, the paper's 3/2 and -1/2 in each step; or ``"minimax"``, in each step the
             pair that is best for eigenvalues of ``sigma`` / trace between ``spectrum_floor`` and 1. The same number of
             products comes several times nearer to the exact root; eigenvalues below the floor stay bounded.

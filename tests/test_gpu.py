@@ -114,7 +114,12 @@ def test_a_step_ends_with_the_program(tmp_path, number):
         "step = gpu.Step('step', ['bash', '-c', 'echo $$; exec sleep 600'], 600);"
         f"gpu.run_step(step, pathlib.Path({str(tmp_path)!r}), dict(os.environ), 600.0, False)"
     )
-    program = subprocess.Popen([sys.executable, "-c", code], cwd=gpu.ROOT, stderr=subprocess.DEVNULL)
+    program = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=gpu.ROOT,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     for _ in range(300):
         if log.exists() and len(log.read_text().split("\n")) > 2:
             break

@@ -182,7 +182,9 @@ void for_each_distance(const FeatureMaps<const X>& x, const X* sample, Compute<X
   for (int64_t c = 0; c < x.channels; ++c) {
     const X* row = sample + c * x.stride_c;
     const T first = T(0.5) * share * to_number(row[0]);
-    for (int64_t m = 0; m < x.positions(); ++m) f(c, m, T(0.5) * to_number(row[x.offset(m)]) - first);
+    for (int64_t h = 0, m = 0; h < x.height; ++h)
+      for (int64_t w = 0; w < x.width; ++w, ++m)
+        f(c, m, T(0.5) * to_number(row[h * x.stride_h + w * x.stride_w]) - first);
   }
 }
 
