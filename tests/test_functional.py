@@ -213,6 +213,18 @@ def test_wrong_arguments_are_named(call, error, message):
         call()
 
 
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_minimax_steps_of_the_layer_and_of_both_roots(output, device):
+    step, bound = reference.minimax_steps(3, 1e-2), tolerance(torch.float64, 12, 60)
+    x = feature_maps(2, 12, 60, torch.float64, device)
+    y = CovSqrtNorm(3, output, "minimax", 1e-2)(x)
+    assert_close(y, reference.cov_sqrt(x, 3, output, step), bound)
+    sigma = covariances(2, 12, torch.float64, device)
+    for root in ("matrix_sqrt", "matrix_inv_sqrt"):
+        actual = getattr(isqrt_cov, root)(sigma, 3, "minimax", 1e-2)
+        assert_close(actual, getattr(reference, root)(sigma, 3, step), bound)
+
+
 def test_plan_on_the_cpu():
     best = isqrt_cov.build_info()["simd_usable"][0]
     one_chunk = plan((64, 64, 30, 30))

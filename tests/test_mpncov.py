@@ -118,6 +118,18 @@ def test_dimension_reduction():
     assert all(p.grad is not None for p in layer.parameters())
 
 
+def test_dimension_reduction_is_convolution_normalisation_and_relu():
+    layer = MPNCOV(5, input_dim=12, dimension_reduction=64).double().eval()
+    convolution, norm, _ = layer.conv_dr_block
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(3, 12, 9, 9, dtype=torch.float64)
+    expected = torch.nn.functional.relu(norm(convolution(x)))
+    assert torch.equal(layer(x)[..., 0], cov_sqrt(expected, 5, "triu"))
+    weight = MPNCOV(input_dim=512, dimension_reduction=256).conv_dr_block[0].weight  # kaiming, fan_out, ReLU
+    assert weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.02)
+
+
 def test_wrong_arguments():
     steps = "a whole number from 1 to 1000"
     for name, value, expected in (

@@ -139,6 +139,19 @@ def test_outputs_of_many_steps(engine, output):
     assert_close(grad, exact_grad, 4 * bound, gradient_size(upstream, y, x))
 
 
+@pytest.mark.parametrize("positions", (7, 8, 9))
+def test_about_as_many_positions_as_channels(engine, positions):
+    """With one position more than channels both forms of the iteration have matrices of the same size."""
+    x = feature_maps(2, 7, positions, torch.float64, engine_device(engine)).requires_grad_()
+    y = ops.cov_sqrt(x, 5, 0, engine=engine_code(engine))[0]
+    upstream = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, x, upstream)
+    bound = tolerance(torch.float64, 7, positions)
+    assert_close(y, reference.cov_sqrt(x.detach(), 5), bound)
+    exact = reference.cov_sqrt_backward(upstream, x.detach(), 5, "matrix")
+    assert_close(grad, exact, 2 * bound, gradient_size(upstream, y, x))
+
+
 @pytest.mark.parametrize(("iterations", "floor"), ((9, 0.0), (12, 0.0), (20, 0.0), (10, 1e-3)))
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_many_steps_of_a_singular_covariance(engine, output, iterations, floor):
