@@ -63,11 +63,11 @@ struct Buffer {
   std::unique_ptr<char[]> data;
 };
 
-Buffer random_numbers(const Type& type, int64_t size, uint64_t seed) {
+Buffer random_numbers(const Type& type, int64_t size, uint64_t seed, double factor = 1) {
   Buffer buffer(type, size);
   for (int64_t i = 0; i < size; ++i) {
     seed = seed * 6364136223846793005u + 1442695040888963407u;
-    type.write(buffer.data.get() + i * type.size, double(seed >> 33) / double(1u << 31) + 0.5);
+    type.write(buffer.data.get() + i * type.size, factor * (double(seed >> 33) / double(1u << 31) + 0.5));
   }
   return buffer;
 }
@@ -82,14 +82,14 @@ void require_finite(const Buffer& buffer, const char* what) {
 
 struct Pooling {
   const Type &type, &compute;
-  int64_t B, C, height = 7, width = 11;  // more positions than any tile has
+  int64_t B, C, height = 7, width = 43;  // more positions than two tiles have
 
   /// x and its gradient lie in memory in the order B, H, W, C or B, C, H, W, the latter inside rows that are longer.
-  void run(bool channels_last, int64_t margin, int64_t chunk) const {
+  void run(bool channels_last, int64_t margin, int64_t chunk, double factor = 1) const {
     const int64_t row = width + margin, M = height * width;
     // The last row ends with the image and not with the margin.
     const int64_t size = B * C * height * row - margin;
-    const Buffer x = random_numbers(type, size, 1), grad_x = random_numbers(type, size, 2);
+    const Buffer x = random_numbers(type, size, 1, factor), grad_x = random_numbers(type, size, 2);
     const auto maps = [&](const Buffer& b) -> Array {
       if (channels_last) return {b.data.get(), type.size, 4, {B, C, height, width}, {C * M, 1, C * width, C}};
       return {b.data.get(), type.size, 4, {B, C, height, width}, {C * height * row, height * row, row, 1}};
@@ -108,21 +108,22 @@ struct NewtonSchulz {
   const Type &type, &compute;
   int64_t B, C;
 
-  void run(int iterations, int root, int output, int blocks) const {
+  void run(int iterations, int root, int output, int blocks, double floor = 0) const {
     const int64_t size = output == 0 ? C * C : output == 1 ? C * (C + 1) / 2 : C;
     Buffer sigma = random_numbers(compute, B * C * C, 1);  // and more on the diagonal
     for (int64_t i = 0; i < B * C; ++i) compute.write(sigma.data.get() + (i * C + i % C) * compute.size, double(C));
     const Buffer result(type, B * size), grad = random_numbers(type, B * size, 2), grad_sigma(compute, B * C * C);
     const auto fits = [&](bool backward) {
       const auto shared_bytes = blocks > 1 ? launchers::cluster_shared_bytes : launchers::root_shared_bytes;
-      return blocks <= 0 || shared_bytes(C, compute.size, backward, iterations, 0) > 0;
+      return blocks <= 0 || shared_bytes(C, compute.size, backward, iterations, floor) > 0;
     };
     if (!fits(false)) return;
-    launchers::root(type.name, sigma.array(B, C, C), iterations, root, output, 0, blocks, kNone, result.array(B, size));
+    launchers::root(type.name, sigma.array(B, C, C), iterations, root, output, floor, blocks, kNone,
+                    result.array(B, size));
     require_finite(result, "root");
     if (!fits(true)) return;
-    launchers::root_backward(type.name, grad.array(B, size), sigma.array(B, C, C), iterations, root, output, 0, blocks,
-                             grad_sigma.array(B, C, C), kNone);
+    launchers::root_backward(type.name, grad.array(B, size), sigma.array(B, C, C), iterations, root, output, floor,
+                             blocks, grad_sigma.array(B, C, C), kNone);
     require_finite(grad_sigma, "grad_sigma");
   }
 };
@@ -130,9 +131,10 @@ struct NewtonSchulz {
 void check_pooling(int64_t channels) {
   for (const Type* type : {&kFloat32, &kFloat64, &kFloat16, &kBFloat16}) {
     const Pooling pooling{*type, type->size == 2 ? kFloat32 : *type, 2, channels};
-    pooling.run(false, 0, 77);
-    pooling.run(true, 0, 40);
+    pooling.run(false, 0, 301);
+    pooling.run(true, 0, 200);
     pooling.run(false, 3, 40);
+    if (type != &kFloat16) pooling.run(false, 0, 200, type->size == 8 ? 1e-200 : 1e-30);  // with a second pass
   }
 }
 
@@ -146,6 +148,8 @@ void check_newton_schulz(int64_t channels) {
     if (type->size == 2) continue;  // between reading and writing as float32
     newton_schulz.run(3, 0, 0, 1);
     newton_schulz.run(2, 0, 2, 4);
+    newton_schulz.run(2, 0, 0, 8);
+    for (const int blocks : {0, 1}) newton_schulz.run(6, 0, 0, blocks, 1e-3);  // the last steps in full
     if (type == &kFloat32) newton_schulz.run(2, 0, 0, -1);
     if (type == &kFloat32 && channels <= 64) newton_schulz.run(3, 0, 0, -2);
     // A device that has no room for spare matrices in the gradient.
