@@ -36,15 +36,16 @@ def import_torch():
 
 
 def find_cuda_home():
-    """The folder of the CUDA toolkit, or None: the one that is named, or the one on PATH."""
+    """The folder of the CUDA toolkit, or None: the one that is named, the usual one, or that of the nvcc on PATH."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(variable):
             if not (Path(home) / "bin" / "nvcc").exists():
                 raise SystemExit(f"{variable}: expected the folder of a CUDA toolkit with bin/nvcc, got {home!r}")
             return home
-    if nvcc := shutil.which("nvcc"):
-        return str(Path(nvcc).resolve().parents[1])
-    return "/usr/local/cuda" if Path("/usr/local/cuda/bin/nvcc").exists() else None
+    if Path("/usr/local/cuda/bin/nvcc").exists():  # first: what PATH leads to may be a script in another folder
+        return "/usr/local/cuda"
+    nvcc = shutil.which("nvcc")
+    return str(Path(nvcc).resolve().parents[1]) if nvcc else None
 
 
 def check_versions(cuda_home, torch_cuda):
@@ -101,12 +102,12 @@ def extension(cpp_extension):
         kernels = sorted(Path("csrc").rglob("*.cu"))
         sources += kernels
         jobs = os.environ.get("MAX_JOBS", "")
-        jobs = int(jobs) if jobs.isdecimal() else os.cpu_count() or 1
+        threads = max(1, int(jobs) // len(kernels)) if jobs.isdecimal() else 0  # 0: as many as there are cores
         define = ["-DISQRT_WITH_CUDA"]
         options["extra_compile_args"]["cxx"] += define
         options["extra_compile_args"]["nvcc"] = [
             *common, *define, f'-DISQRT_CUDA_ARCHITECTURES="{architectures}"', "-Xcompiler", "-fvisibility=hidden",
-            f"--threads={max(1, jobs // len(kernels))}",  # architectures at a time, of each file that ninja compiles
+            f"--threads={threads}",  # architectures at a time, of each file that ninja compiles
         ]  # fmt: skip
         options["include_dirs"] = [str(Path(cuda_home) / "include")]
         options["library_dirs"] = [str(Path(cuda_home) / name) for name in ("lib64", "lib")]  # lib: nvcc's wheels
