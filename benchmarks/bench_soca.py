@@ -131,9 +131,8 @@ def _time(arguments, case, prepared, reasons, rates, progress) -> tuple[dict, di
             except Exception as error:
                 if name in rates:
                     raise  # without rates there is no floor
-                reasons[name] = (
-                    f"failed {f'in round {index + 1}' if index >= 0 else 'before round 1'}: {_reason(error)}"
-                )
+                when = "before round 1" if index < 0 else f"in round {index + 1}"
+                reasons[name] = f"failed {when}: {_reason(error)}"
                 del prepared[name], timed[name], samples[name]
     case.x.grad = None
     return samples, calls

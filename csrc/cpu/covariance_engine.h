@@ -111,7 +111,7 @@ template <class X> class MergeEngine : public SecondPass<X> {
   void finish(double alpha) const { write_sigma(T(alpha), partial_moment_); }
 
   void rescale(T s) const {
-    Scratch<T> storage(PoolEngine<T>::storage_size(C_));
+    const Scratch<T> storage(PoolEngine<T>::storage_size(C_));
     Base::with_distances(s, [&](const FeatureMaps<const T>& distances) {
       PoolEngine<T> engine(distances, 0, storage.get());
       accumulate_covariance(engine, 0, distances.positions());

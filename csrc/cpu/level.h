@@ -8,7 +8,7 @@ namespace isqrt::cpu::ISQRT_LEVEL {
 
 template <class X> void pool(const PoolTask<X>& task, Items& items) {
   const int64_t C = task.x.channels, count = task.chunks.count;
-  Scratch<Compute<X>> storage(PoolEngine<X>::storage_size(C));
+  const Scratch<Compute<X>> storage(PoolEngine<X>::storage_size(C));
   items.take([&](int64_t item) {
     PoolEngine<X> engine(task.x, item / count, storage.get());
     accumulate_covariance(engine, task.chunks.first(item % count), task.chunks.last(item % count));
@@ -26,7 +26,7 @@ template <class X> void merge(const PoolTask<X>& task, Items& items) {
 
 template <class X> void pool_backward(const PoolBackwardTask<X>& task, Items& items) {
   const int64_t count = task.chunks.count;
-  Scratch<Compute<X>> storage(PoolBackwardEngine<X>::storage_size(task.x.channels));
+  const Scratch<Compute<X>> storage(PoolBackwardEngine<X>::storage_size(task.x.channels));
   items.take([&](int64_t item) {
     PoolBackwardEngine<X> engine(task, item / count, storage.get());
     covariance_backward(engine, task.chunks.first(item % count), task.chunks.last(item % count));
@@ -37,7 +37,7 @@ template <class X> void pool_backward(const PoolBackwardTask<X>& task, Items& it
 template <class X> void root(const RootTask<X>& task, Items& items) {
   using T = Compute<X>;
   const int64_t C = task.sigma.channels;
-  Scratch<T> storage(MatrixEngine<T>::storage_size(C, 4, 3));
+  const Scratch<T> storage(MatrixEngine<T>::storage_size(C, 4, 3));
   items.take([&](int64_t sample) {
     MatrixEngine<T> e(C, storage.get());
     const auto sigma = task.sigma.sample(sample);
@@ -70,7 +70,7 @@ template <class X> void root_backward(const RootBackwardTask<X>& task, Items& it
   using T = Compute<X>;
   const int64_t C = task.sigma.channels, copy = sizeof(X) == sizeof(T) ? 0 : task.grad.size();
   const int64_t size = MatrixEngine<T>::storage_size(C, 8, 4);
-  Scratch<T> storage(size + copy);
+  const Scratch<T> storage(size + copy);
   items.take([&](int64_t sample) {
     MatrixEngine<T> e(C, storage.get());
     const auto sigma = task.sigma.sample(sample);
@@ -88,7 +88,7 @@ template <class X> void root_backward(const RootBackwardTask<X>& task, Items& it
 /// run(engine, M) for an Engine of each item.
 template <class Engine, class Task, class Run> void run_gram(const Task& task, Items& items, const Run& run) {
   const int64_t C = task.x.channels, M = task.x.positions();
-  Scratch<std::remove_const_t<std::remove_pointer_t<decltype(task.scale)>>> storage(Engine::storage_size(C, M));
+  const Scratch<std::remove_const_t<std::remove_pointer_t<decltype(task.scale)>>> storage(Engine::storage_size(C, M));
   items.take([&](int64_t sample) {
     Engine engine(task, sample, storage.get());
     run(engine, M);

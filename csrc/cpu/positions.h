@@ -195,18 +195,17 @@ template <class X> class Distances {
  public:
   Distances(const FeatureMaps<const X>& x, const X* sample, T s)
       : channels_(x.channels), positions_(x.positions()), copy_(channels_ * positions_) {
-    data_ = copy_.get();
+    T* copy = copy_.get();
     for_each_distance(x, sample, T(1),
-                      [&](int64_t c, int64_t m, T distance) { data_[c * positions_ + m] = s * distance; });
+                      [&](int64_t c, int64_t m, T distance) { copy[c * positions_ + m] = s * distance; });
   }
   FeatureMaps<const T> maps() const {
-    return {data_, 1, channels_, 1, positions_, channels_ * positions_, positions_, 0, 1};
+    return {copy_.get(), 1, channels_, 1, positions_, channels_ * positions_, positions_, 0, 1};
   }
 
  private:
   int64_t channels_, positions_;
   Scratch<T> copy_;
-  T* data_;
 };
 
 /// What rescue_covariance() asks of an engine that has made mu and a matrix, size x size: rescale() aside.

@@ -111,7 +111,7 @@ template <class T> class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   /// Taken at the first call: a thread that finds no work needs none.
-  T* get() {
+  T* get() const {
     if (data_ == nullptr) {
       data_ = static_cast<T*>(::aligned_alloc(64, bytes_));
       if (data_ == nullptr) throw std::bad_alloc();
@@ -122,7 +122,7 @@ template <class T> class Scratch {
 
  private:
   int64_t bytes_;
-  T* data_ = nullptr;
+  mutable T* data_ = nullptr;
 };
 
 /// A matrix that products read, in panels of 16 columns, each with all of its rows: what a register tile reads of it
