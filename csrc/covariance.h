@@ -8,8 +8,10 @@
 //
 //     mean <- mean + delta n_b / n,   M2 <- M2 + tile tile^T - delta delta^T n_b^2 / n
 //
-// where n_b <= n_a, so that at most one bit is lost to the subtraction; the first tile is centred by its own mean. The
-// very first mean is the sample's first position: a constant map has exactly zero differences, covariance and gradient.
+// where n_b <= n_a, so that at most one bit is lost to the subtraction; the first tile is centred by its own mean.
+// Means are kept relative to the sample's first position x_0, and taken from x - x_0: what is rounded is a number of
+// the size of the spread, however large the mean beside it. A constant map has exactly zero differences, covariance and
+// gradient.
 #pragma once
 #include <cmath>
 
@@ -38,10 +40,10 @@ struct Chunks {
   ISQRT_FN int64_t size(int64_t c) const { return last(c) - first(c); }
 };
 
-/// Mean and M2 of the positions [first, last) of one sample. The Engine starts with M2 = 0 and the sample's first
-/// position as the mean, and offers
+/// Mean and M2 of the positions [first, last) of one sample, the mean being that of x - x_0. The Engine starts with
+/// zeros, and offers
 ///     Weight                 the type of what follows from numbers of positions
-///     load_tile(m, n)        tile = X[:, m : m + n] - mean 1^T, at most tile_positions(); delta = the tile's mean
+///     load_tile(m, n)        tile = X[:, m : m + n] - (x_0 + mean) 1^T, at most tile_positions(); delta = its mean
 ///     center_tile(n)         mean += delta; tile -= delta 1^T; delta = 0
 ///     accumulate(n, weight)  M2 += tile tile^T - weight delta delta^T
 ///     move_mean(share)       mean += share delta
@@ -93,9 +95,9 @@ template <> inline constexpr bool kMayLeaveRange<Half> = false;
 
 /// A second pass for the samples whose covariance left its range: Sigma of s x for a power of two s. The Engine offers
 ///     trace()       of Sigma, as the first pass left it
-///     largest(r)    half of the largest |x - r x_0| over channels and positions, x_0 being the first position
+///     largest(r)    half of the largest |x - r x_0| over channels and positions
 ///     rescale(s)    mu and Sigma anew, from s (x - x_0)
-///     keep(s)       s is the scale of this sample
+///     keep(s)       s is the scale of this sample, or mu and Sigma become those of x where none is wanted
 /// It is 1 where all positions are the same, and where not all numbers are finite.
 template <class X, class Engine> ISQRT_FN void rescue_covariance(Engine& e) {
   Compute<X> s = 1;

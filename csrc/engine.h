@@ -215,7 +215,7 @@ template <class Device> struct Engine {
     Tensor sigma, mean, scale;
   };
 
-  /// Sigma of scale x, mu and scale, in the dtype that x is computed in; scale is empty, and stands for 1, if not
+  /// Sigma and mu of PoolTask and scale, in the dtype that x is computed in; scale is empty, and stands for 1, if not
   /// wanted.
   Pooled pool(const Tensor& x, bool want_scale) {
     const int64_t B = x.size(0), C = x.size(1), count = choice.pool.count;
@@ -320,23 +320,24 @@ template <class Device> struct Engine {
   /// On a GPU, and where the products of the root are the library's, too.
   bool gram_by_library() const { return choice.pooling == EngineKind::kLibrary; }
 
-  /// K of scale x, mu and scale.
+  /// K of scale x, no mean, and scale.
   Pooled pool_gram(const Tensor& x) {
-    const int64_t B = x.size(0), C = x.size(1), M = choice.pool.positions, n = gram_side(M);
+    const int64_t B = x.size(0), M = choice.pool.positions, n = gram_side(M);
     const ScalarType dtype = compute_dtype(x.scalar_type());
+    const Tensor mean = empty(x, {B, 0}, dtype);
     if (gram_by_library() && B > 0) {
       library::GramEngine engine(x, dtype);
       isqrt::pool_gram(engine, M);
-      return {engine.result(), engine.mean(), engine.scale()};
+      return {engine.result(), mean, engine.scale()};
     }
-    const Tensor gram = empty(x, {B, n, n}, dtype), mean = empty(x, {B, C}, dtype), scale = empty(x, {B}, dtype);
+    const Tensor gram = empty(x, {B, n, n}, dtype), scale = empty(x, {B}, dtype);
     if constexpr (!Device::kCuda)
       if (B > 0)
         dispatch(x, [&](auto zero) {
           using X = decltype(zero);
           using T = Compute<X>;
-          device.gram(GramTask<X>{feature_maps<const X>(x, x.const_data_ptr()), mean.mutable_data_ptr<T>(),
-                                  gram.mutable_data_ptr<T>(), scale.mutable_data_ptr<T>()},
+          device.gram(GramTask<X>{feature_maps<const X>(x, x.const_data_ptr()), gram.mutable_data_ptr<T>(),
+                                  scale.mutable_data_ptr<T>()},
                       choice.pooling);
         });
     return {gram, mean, scale};

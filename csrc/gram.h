@@ -43,7 +43,7 @@ struct Reflection {
   }
 };
 
-/// mu and K of one sample; rescue_covariance() follows. For all here the Engine offers
+/// K of one sample; rescue_covariance() follows. For all here the Engine offers
 ///     load_features()      F
 /// and for one each
 ///     store_gram(a)        K = a F^T F

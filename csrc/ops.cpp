@@ -158,7 +158,7 @@ Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigm
   const int64_t side = gram ? gram_side(M) : C;
   check_gradient(grad, output_shape(B, C, layout), x);
   check_beside(sigma, "sigma", {B, side, side}, kept, x);
-  check_beside(mean, "mean", {B, C}, kept, x);
+  check_beside(mean, "mean", {B, gram ? 0 : C}, kept, x);
   check_beside(scale, "scale", {B}, kept, x);
   Engine<Device> chosen(x, M, check_engine(engine), steps, gram);
   if (gram)

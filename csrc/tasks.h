@@ -7,7 +7,7 @@
 namespace isqrt {
 
 /// x -> mu and Sigma. Partial results are per chunk; with one chunk they may be mean and sigma themselves. Where
-/// `scale` is given, Sigma is that of scale x, and of x itself otherwise; mu is that of x always.
+/// `scale` is given, Sigma is that of scale x, and of x itself otherwise; so is mu, less the sample's first position.
 template <class X> struct PoolTask {
   FeatureMaps<const X> x;
   Chunks chunks;
@@ -58,10 +58,9 @@ template <class X, class Pointer = const X*> struct RootBackwardTask {
 
 // Those of gram.h, of samples with fewer positions than channels. `scale` is that of PoolTask.
 
-/// x -> mu and K, that of scale x.
+/// x -> K, that of scale x.
 template <class X> struct GramTask {
   FeatureMaps<const X> x;
-  Compute<X>* mean;   // [B, C]
   Compute<X>* gram;   // [B, M - 1, M - 1]
   Compute<X>* scale;  // [B]
 };

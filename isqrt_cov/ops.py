@@ -162,6 +162,8 @@ def _register_gradient(name, fake, function):
 
 
 # ---- covariance_pool: x [B, C, H, W] or [B, C, M] -> sigma [B, C, C], mean [B, C] ------------------------------------
+#
+# The mean is less the sample's first position: beside a large one the gradient would see the rounding of it.
 
 
 def _result_dtype(x, wide):
@@ -276,9 +278,10 @@ matrix_root_backward = _register_gradient("matrix_root_backward", _root_backward
 
 # ---- cov_sqrt: x [B, C, H, W] or [B, C, M] -> y, sigma [B, C, C], mean [B, C], scale [B] -----------------------------
 #
-# sigma is the covariance of scale x: the powers of two keep it within the range of its dtype wherever y is, and are 1
-# for samples that do not need it. With gram, where there are more than one position and fewer than channels, it is the
-# positions' Gram matrix [B, M - 1, M - 1] instead (csrc/gram.h), the trace of which they bring near 1, and y the same.
+# sigma is the covariance of scale x, and the mean that of scale x less its first position: the powers of two keep them
+# within the range of their dtype wherever y is, and are 1 for samples that do not need it. With gram, where there are
+# more than one position and fewer than channels, sigma is the positions' Gram matrix [B, M - 1, M - 1] instead
+# (csrc/gram.h), the trace of which they bring near 1, mean is [B, 0], and y the same.
 
 
 def _is_traced():
@@ -305,18 +308,18 @@ def prefers_gram(shape, device):
     return bool(several and fewer)
 
 
-def _side(channels, positions, gram):
-    """Of the matrices that are iterated."""
+def _has_gram(channels, positions, gram):
+    """Whether the positions' matrix is iterated, where ``gram`` asks for it."""
     if not gram:
-        return channels
+        return False
     from torch.fx.experimental.symbolic_shapes import guard_or_true
 
     # Sizes that depend on data may have been known where gram was decided.
     if not (guard_or_true(positions > 1) and guard_or_true(positions < channels)):
-        return channels
+        return False
     for holds in (positions > 1, positions < channels):
         torch._check(holds, lambda: f"gram: {positions} positions are not more than one and fewer than {channels}")
-    return positions - 1
+    return True
 
 
 def _cov_sqrt_fake(x, iterations, output, spectrum_floor=0.0, engine=0, wide=False, gram=False):
@@ -325,9 +328,10 @@ def _cov_sqrt_fake(x, iterations, output, spectrum_floor=0.0, engine=0, wide=Fal
     _check_number("output", output, 0, len(OUTPUTS) - 1)
     _check_number("engine", engine, 0, len(ENGINES) - 1)
     batch, channels = x.shape[:2]
-    side = _side(channels, math.prod(x.shape[2:]), gram)
+    positions = math.prod(x.shape[2:])
+    side, means = (positions - 1, 0) if _has_gram(channels, positions, gram) else (channels, channels)
     shape = ((batch, channels, channels), (batch, channels * (channels + 1) // 2), (batch, channels))[output]
-    mean = x.new_empty(batch, channels, dtype=compute_dtype(x.dtype))
+    mean = x.new_empty(batch, means, dtype=compute_dtype(x.dtype))
     y = x.new_empty(shape, dtype=_result_dtype(x, wide))
     return y, mean.new_empty(batch, side, side), mean, mean.new_empty(batch)
 
@@ -443,7 +447,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
 
     def pool(x, engine=0, wide=False):
         maps = x.to(compute_dtype(x.dtype))
-        return reference.covariance_pool(maps).to(_result_dtype(x, wide)), maps.flatten(2).mean(2)
+        return reference.covariance_pool(maps).to(_result_dtype(x, wide)), 2 * _half_from_first(maps).mean(2)
 
     def root(sigma, iterations, root, spectrum_floor=0.0, engine=0):
         function = _root_function(sigma, iterations, root, spectrum_floor, engine)
@@ -454,7 +458,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
         sigma, mean = pool(maps)
         if gram:
             features = reference.gram_features(maps.flatten(2))
-            sigma = features.mT @ features / math.prod(x.shape[2:])
+            sigma, mean = features.mT @ features / math.prod(x.shape[2:]), mean.new_empty(len(x), 0)
         function = _cov_sqrt_function(maps, sigma, mean, None, iterations, output, spectrum_floor, engine)
         return function(maps).to(_result_dtype(x, wide)), sigma, mean, torch.ones_like(mean[:, 0])
 

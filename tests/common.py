@@ -79,6 +79,12 @@ def gradient_size(upstream, y, argument):
     return size.item() if size.isfinite() else 0.0
 
 
+def assert_mean(actual, x, bound):
+    """It is that of x (B, C, M) less the first position, the terms of which may cancel."""
+    distances = x - x[:, :, :1]
+    assert_close(actual, distances.mean(-1), bound, distances.norm().item() / x.shape[2] ** 0.5)
+
+
 def feature_maps(batch, channels, positions, dtype, device="cpu", seed=0):
     """Correlated channels with a mean well above their spread, as feature maps after a ReLU have."""
     generator = torch.Generator().manual_seed(seed)

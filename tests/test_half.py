@@ -33,12 +33,13 @@ def test_half_is_computed_in_float(engine, channels, dtype, output):
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_every_half_is_read_as_it_is(engine, dtype):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(engine_device(engine))
-    x = every.view(1024, 64, 1)
-    for one_position in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
-        mean = ops.covariance_pool(one_position, engine_code(engine))[1]
-        expected = one_position[:, :, 0].float()
+    every = every.view(1024, 64, 1)
+    x = torch.cat((torch.zeros_like(every), every), 2)
+    for after_zeros in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+        twice = 2 * ops.covariance_pool(after_zeros, engine_code(engine))[1]
+        expected = after_zeros[:, :, 1].float()
         finite = expected.isfinite()
-        assert torch.equal(mean[finite], expected[finite]) and mean[~finite].isnan().all()
+        assert torch.equal(twice[finite], expected[finite]) and not twice[~finite].isfinite().any()
 
 
 def test_small_halves_where_denormal_numbers_are_zeros(engine):
@@ -55,13 +56,15 @@ def test_small_halves_where_denormal_numbers_are_zeros(engine):
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_half_is_rounded_to_nearest(engine, dtype):
-    # With a covariance's gradient that is zero but for g at (0, 0), dx[0] = 2 g x[0] / M: any product of two halves.
+    # With a covariance's gradient that is zero but for g at (0, 0), and a first position and a mean of zero, dx[0] is
+    # 2 g x[0] / M: any product of two halves.
     device = engine_device(engine)
     generator = torch.Generator().manual_seed(0)
     exponents = torch.randint(-30, 17, (5000,), generator=generator).float()
     values = (torch.randn(5000, generator=generator) * torch.exp2(exponents)).to(dtype)
     values = values[values.isfinite()]
     factors = torch.randn(64, generator=generator).to(dtype)
+    factors[0] = 0
     for channels in (1, 64):
         grad = torch.zeros(len(values), channels, channels, dtype=dtype, device=device)
         grad[:, 0, 0] = values.to(device)

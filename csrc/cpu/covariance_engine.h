@@ -55,7 +55,7 @@ template <class X> class PoolEngine : public PositionTile<X> {
 
   void write(T* mean, T* moment) const {
     const int64_t C = x_.channels;
-    Base::write_mean(mean);
+    copy_strided(mean, C, int64_t(1), mean_, C, int64_t(1), int64_t(1), C);
     for (int64_t j = 0; j < C; j += kPanel) {
       const int64_t columns = minimum(kPanel, C - j);
       copy_strided(moment + j, C, int64_t(1), moment_.at(0, j), kPanel, int64_t(1), j + columns, columns);
@@ -73,12 +73,13 @@ template <class X> class PoolEngine : public PositionTile<X> {
 template <class X> class MergeEngine : public SecondPass<X> {
   using T = Compute<X>;
   using Base = SecondPass<X>;
-  using Base::x_, Base::mean_, Base::matrix_;
+  using Base::x_, Base::sample_, Base::matrix_, Base::scale_;
 
  public:
   MergeEngine(const PoolTask<X>& task, int64_t sample)
-      : Base(task.x, sample, task.mean, task.sigma, task.x.channels, task.scale),
+      : Base(task.x, sample, task.sigma, task.x.channels, task.scale),
         C_(task.x.channels),
+        mean_(task.mean + sample * C_),
         chunks_(task.chunks),
         partial_mean_(task.partial_mean + sample * chunks_.count * C_),
         partial_moment_(task.partial_moment + sample * chunks_.count * C_ * C_) {}
@@ -112,12 +113,17 @@ template <class X> class MergeEngine : public SecondPass<X> {
 
   void rescale(T s) const {
     const Scratch<T> storage(PoolEngine<T>::storage_size(C_));
-    Base::with_distances(s, [&](const FeatureMaps<const T>& distances) {
-      PoolEngine<T> engine(distances, 0, storage.get());
-      accumulate_covariance(engine, 0, distances.positions());
-      engine.write(mean_, matrix_);
-    });
+    const Distances<X> halves(x_, sample_, s);
+    PoolEngine<T> engine(halves.maps(), 0, storage.get());
+    accumulate_covariance(engine, 0, x_.positions());
+    engine.write(mean_, matrix_);
+    for (int64_t c = 0; c < C_; ++c) mean_[c] *= 2;
     write_sigma(4 / T(x_.positions()), matrix_);
+  }
+
+  void keep(T s) const {
+    for (int64_t c = 0; !scale_ && c < C_; ++c) mean_[c] /= s;
+    Base::keep(s);
   }
 
  private:
@@ -129,6 +135,7 @@ template <class X> class MergeEngine : public SecondPass<X> {
   }
 
   int64_t C_;
+  T* mean_;
   Chunks chunks_;
   T *partial_mean_, *partial_moment_;
 };
@@ -142,7 +149,7 @@ template <class X> class PoolBackwardEngine {
   static int64_t storage_size(int64_t channels) {
     const int64_t positions = tile_positions_for<T>(channels);
     return Panels<T>::size(channels, channels) + Panels<T>::size(channels, positions) +
-           round_up(channels, kPanel) * positions;
+           round_up(channels, kPanel) * (positions + 1);
   }
 
   PoolBackwardEngine(const PoolBackwardTask<X>& task, int64_t sample, T* storage)
@@ -155,8 +162,10 @@ template <class X> class PoolBackwardEngine {
         tile_positions_(tile_positions_for<T>(x_.channels)),
         weight_{storage, Panels<T>::rows_for(x_.channels)},
         tile_{storage + Panels<T>::size(x_.channels, x_.channels), weight_.rows},
-        result_(tile_.data + tile_.rows * tile_positions_) {
+        result_(tile_.data + tile_.rows * tile_positions_),
+        origin_(result_ + round_up(x_.channels, kPanel) * tile_positions_) {
     const int64_t C = x_.channels;
+    for (int64_t c = 0; c < C; ++c) origin_[c] = scale_ * to_number(sample_[c * x_.stride_c]);
     const T* g = task.grad_sigma + sample * C * C;
     const T share = T(2) / T(x_.positions());
     for (int64_t j = 0; j < C; j += kPanel) {
@@ -171,7 +180,8 @@ template <class X> class PoolBackwardEngine {
 
   void load_centered(int64_t m, int64_t n) {  // tile: [channel, position]
     ahead_ = Ahead<X>(x_, sample_, m + n, tile_positions_);
-    for_each_run(x_, m, n, [&](int64_t offset, int64_t r, int64_t run) { load_run(r, sample_ + offset, run); });
+    X* const joined = reinterpret_cast<X*>(result_);  // which is not made yet
+    for_each_run(x_, sample_, m, n, joined, [&](auto... run) { load_run(run...); });
   }
 
   void store_gradient(int64_t m, int64_t n) {
@@ -191,10 +201,10 @@ template <class X> class PoolBackwardEngine {
   }
 
  private:
-  /// One run of positions, less the mean, times the scale: as one multiplication with addition.
-  void load_run(int64_t first, const X* x, int64_t run) const {
+  /// One run of positions, less the first one, times the scale, as one multiplication with addition; less the mean.
+  void load_run(const X* x, int64_t stride_c, int64_t first, int64_t run) const {
     constexpr int W = S::kWidth;
-    const int64_t C = x_.channels, stride_c = x_.stride_c, stride_w = x_.stride_w;
+    const int64_t C = x_.channels, stride_w = x_.stride_w;
     const int64_t vector_run = run / W * W, transposed = stride_c == 1 && stride_w != 1 ? C / W * W : 0;
     const auto store = [&](int64_t c, int64_t r, const Vector<T>& values) {
       if (first % W == 0) return store_vector(tile_.at(c, first + r), values);
@@ -206,18 +216,19 @@ template <class X> class PoolBackwardEngine {
         Vector<T> channels[W];
         load_transposed(channels, x + r * stride_w + c, stride_w);
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) store(c + i, r, scale_ * channels[i] - scale_ * mean_[c + i]);
+        for (int i = 0; i < W; ++i) store(c + i, r, scale_ * channels[i] - origin_[c + i] - mean_[c + i]);
       }
     for (int64_t c = 0; c < C; ++c) {
-      const T mean = scale_ * mean_[c];
+      const T origin = origin_[c], mean = mean_[c];
       int64_t r = c < transposed ? vector_run : 0;
       T* to = tile_.at(c, first);
       for (; r < whole_panels; r += kPanel, to += tile_.rows * kPanel)
 #pragma GCC unroll 8
-        for (int v = 0; v < kPanel; v += W) store_vector(to + v, scale_ * load_vector(x + c * stride_c + r + v) - mean);
+        for (int v = 0; v < kPanel; v += W)
+          store_vector(to + v, scale_ * load_vector(x + c * stride_c + r + v) - origin - mean);
       if (stride_w == 1)
-        for (; r < vector_run; r += W) store(c, r, scale_ * load_vector(x + c * stride_c + r) - mean);
-      for (; r < run; ++r) *tile_.at(c, first + r) = scale_ * to_number(x[c * stride_c + r * stride_w]) - mean;
+        for (; r < vector_run; r += W) store(c, r, scale_ * load_vector(x + c * stride_c + r) - origin - mean);
+      for (; r < run; ++r) *tile_.at(c, first + r) = scale_ * to_number(x[c * stride_c + r * stride_w]) - origin - mean;
     }
   }
 
@@ -263,7 +274,7 @@ template <class X> class PoolBackwardEngine {
   int64_t tile_positions_;
   Ahead<X> ahead_;
   Panels<T> weight_, tile_;
-  T* result_;
+  T *result_, *origin_;
 };
 
 }  // namespace isqrt::cpu::ISQRT_LEVEL

@@ -20,15 +20,14 @@ template <class X> class Features {
         by_channel{storage + PositionTile<T>::storage_size(x.channels, x.positions()), Panels<T>::rows_for(x.channels)},
         x_(x) {}
 
-  /// mu is written where that is wanted.
-  void load(int64_t sample, T s, T* mean) const {
+  void load(int64_t sample, T s) const {
     const Panels<T> positions{by_column.data - kPanel, by_column.rows};
     T factor = s;
     if (is_in_range(s * s)) {
-      load_tile(PositionTile<X>(x_, sample, x_.positions(), positions.data), mean);
+      load_tile(PositionTile<X>(x_, sample, x_.positions(), positions.data));
     } else {
       const Distances<X> distances(x_, x_.sample(sample), s);  // halves of them
-      load_tile(PositionTile<T>(distances.maps(), 0, x_.positions(), positions.data), nullptr);
+      load_tile(PositionTile<T>(distances.maps(), 0, x_.positions(), positions.data));
       factor = 2;
     }
     const T of_first = factor * T(Reflection(x_.positions()).of_first);
@@ -45,10 +44,9 @@ template <class X> class Features {
   const Panels<T> by_column, by_channel;
 
  private:
-  template <class PositionTile> void load_tile(PositionTile tile, T* mean) const {
+  template <class PositionTile> void load_tile(PositionTile tile) const {
     tile.load_tile(0, x_.positions());
     tile.center_tile(x_.positions());
-    if (mean) tile.write_mean(mean);
   }
 
   FeatureMaps<const X> x_;
@@ -81,11 +79,11 @@ inline __attribute__((always_inline)) void multiply_panels(int64_t rows, int64_t
     }
 }
 
-/// x -> mu and K.
+/// x -> K.
 template <class X> class GramEngine : public SecondPass<X> {
   using T = Compute<X>;
   using Base = SecondPass<X>;
-  using Base::x_, Base::mean_, Base::matrix_, Base::size_;
+  using Base::x_, Base::sample_, Base::matrix_, Base::size_;
 
  public:
   static int64_t storage_size(int64_t channels, int64_t positions) {
@@ -93,12 +91,12 @@ template <class X> class GramEngine : public SecondPass<X> {
   }
 
   GramEngine(const GramTask<X>& task, int64_t sample, T* storage)
-      : Base(task.x, sample, task.mean, task.gram, gram_side(task.x.positions()), task.scale),
+      : Base(task.x, sample, task.gram, gram_side(task.x.positions()), task.scale),
         sample_number_(sample),
         features_(x_, storage),
         spare_{storage + Features<X>::storage_size(x_.channels, x_.positions()), Panels<T>::rows_for(size_)} {}
 
-  void load_features() const { features_.load(sample_number_, 1, mean_); }
+  void load_features() const { features_.load(sample_number_, 1); }
   void store_gram(double alpha) const { store_gram(features_, T(alpha)); }
 
   /// Of what is in range, the trace is brought near 1, to the bit: an upstream gradient meets F twice, and their
@@ -114,11 +112,10 @@ template <class X> class GramEngine : public SecondPass<X> {
   }
 
   void rescale(T s) const {
-    Base::with_distances(s, [&](const FeatureMaps<const T>& distances) {
-      const Features<T> features(distances, features_.by_column.data - kPanel);
-      features.load(0, 1, mean_);
-      store_gram(features, 4 / T(x_.positions()));
-    });
+    const Distances<X> halves(x_, sample_, s);
+    const Features<T> features(halves.maps(), features_.by_column.data - kPanel);
+    features.load(0, 1);
+    store_gram(features, 4 / T(x_.positions()));
   }
 
  private:
@@ -147,7 +144,7 @@ template <class X> class SampleEngine {
         next_(storage + Features<X>::storage_size(C_, task.x.positions())) {}
 
  public:
-  void load_features() const { features_.load(sample_, scale_, nullptr); }
+  void load_features() const { features_.load(sample_, scale_); }
 
  protected:
   int64_t C_, n_, sample_;

@@ -1,6 +1,8 @@
 // What the engines of covariance.h and gram.h read of feature maps on one CPU thread: positions are copied once into
 // cache, in the orientation in which products read them, whatever the strides of x.
 #pragma once
+#include <cstring>
+
 #include "simd.h"
 
 namespace isqrt::cpu::ISQRT_LEVEL {
@@ -22,6 +24,23 @@ inline void for_each_run(const FeatureMaps<T>& x, int64_t m, int64_t n, const Vi
   }
 }
 
+/// The same as visit(positions, stride from channel to channel, r, length). Rows of contiguous positions that are no
+/// whole panels, as those of a crop may be, begin and end amid vectors: what a tile has of several is joined, in room
+/// for `channels` times round_up(n, kPanel) numbers.
+template <class X, class Visit>
+inline void for_each_run(const FeatureMaps<const X>& x, const X* sample, int64_t m, int64_t n, X* joined,
+                         const Visit& visit) {
+  if (x.stride_w != 1 || x.width % kPanel == 0 || m % x.width + n <= x.width)
+    return for_each_run(x, m, n,
+                        [&](int64_t offset, int64_t r, int64_t run) { visit(sample + offset, x.stride_c, r, run); });
+  const int64_t length = round_up(n, kPanel);
+  for_each_run(x, m, n, [&](int64_t offset, int64_t r, int64_t run) {
+    for (int64_t c = 0; c < x.channels; ++c)
+      std::memcpy(joined + c * length + r, sample + c * x.stride_c + offset, run * sizeof(X));
+  });
+  visit(joined, length, int64_t(0), n);
+}
+
 /// The cache lines of the tile after this one, in rows of contiguous positions or channels. The hardware does not
 /// foresee where they lie, and all at once are more than it can wait for: they are asked for a few at a time, between
 /// products, and come into the second level, for the first one holds this tile.
@@ -31,12 +50,13 @@ template <class X> class Ahead {
  public:
   Ahead() = default;
 
-  /// Of up to n positions of a sample from m on. None where they are no rows.
+  /// Of up to n positions of a sample from m on. None where they are no rows, nor nearly one.
   Ahead(const FeatureMaps<const X>& x, const X* sample, int64_t m, int64_t n) : row_(sample + x.offset(m)) {
     n = minimum(n, x.positions() - m);
-    if (x.height != 1 || n <= 0) return;
-    if (x.stride_w == 1) stride_ = x.stride_c, length_ = n, rows_ = x.channels;
-    if (x.stride_c == 1) stride_ = x.stride_w, length_ = x.channels, rows_ = n;
+    if (n <= 0) return;
+    const int64_t along = x.offset(m + n - 1) - x.offset(m) + 1;  // of a crop with what lies between its rows
+    if (x.stride_w == 1 && along > 0 && along <= 2 * n) stride_ = x.stride_c, length_ = along, rows_ = x.channels;
+    if (x.stride_c == 1 && x.height == 1) stride_ = x.stride_w, length_ = x.channels, rows_ = n;
   }
 
   /// As many of the lines as come while so many numbers are multiplied.
@@ -64,23 +84,27 @@ template <class X> class PositionTile {
 
  public:
   static int64_t storage_size(int64_t channels, int64_t positions) {
-    return Panels<T>::size(positions, channels) + 2 * round_up(channels, kPanel);
+    return Panels<T>::size(positions, channels) + channels * round_up(positions, kPanel) +
+           3 * round_up(channels, kPanel);
   }
 
-  /// Of at most so many positions of a sample, the first of which is the mean to begin with.
+  /// Of at most so many positions of a sample.
   PositionTile(const FeatureMaps<const X>& x, int64_t sample, int64_t positions, T* storage)
       : x_(x),
         sample_(x.sample(sample)),
         padded_(round_up(x.channels, kPanel)),
         tile_{storage, Panels<T>::rows_for(positions)},
-        mean_(tile_.data + tile_.rows * padded_),
+        joined_(reinterpret_cast<X*>(tile_.data + tile_.rows * padded_)),
+        origin_(tile_.data + tile_.rows * padded_ + x.channels * round_up(positions, kPanel)),
+        mean_(origin_ + padded_),
         delta_(mean_ + padded_) {
-    for (int64_t c = 0; c < x.channels; ++c) mean_[c] = to_number(sample_[c * x.stride_c]);
+    for (int64_t c = 0; c < padded_; ++c) mean_[c] = 0;
+    for (int64_t c = 0; c < x.channels; ++c) origin_[c] = to_number(sample_[c * x.stride_c]);
   }
 
   void load_tile(int64_t m, int64_t n) {
     for (int64_t c = 0; c < padded_; ++c) delta_[c] = 0;
-    for_each_run(x_, m, n, [&](int64_t offset, int64_t r, int64_t run) { load_run(r, sample_ + offset, run); });
+    for_each_run(x_, sample_, m, n, joined_, [&](auto... run) { load_run(run...); });
     for (int64_t c = 0; c < x_.channels; ++c) delta_[c] /= T(n);
   }
 
@@ -94,16 +118,11 @@ template <class X> class PositionTile {
     }
   }
 
-  void write_mean(T* mean) const {
-    copy_strided(mean, x_.channels, int64_t(1), mean_, x_.channels, int64_t(1), int64_t(1), x_.channels);
-  }
-
  private:
   /// One run of positions, less the mean, into the tile's rows from `first` on; their sums into delta_. What cannot be
   /// transposed in whole blocks, or lies neither along positions nor along channels, is read element by element.
-  void load_run(int64_t first, const X* x, int64_t run) const {
+  void load_run(const X* x, int64_t stride_c, int64_t first, int64_t run) const {
     constexpr int W = S::kWidth;
-    const int64_t stride_c = x_.stride_c;  // the compiler does not know that a tile is written, and not this
     const bool along_positions = x_.stride_w == 1, along_channels = stride_c == 1 && !along_positions;
     const int64_t vector_channels = along_positions || along_channels ? x_.channels / W * W : 0;
     const int64_t vector_run = along_positions ? run / W * W : along_channels ? run : 0;
@@ -113,7 +132,7 @@ template <class X> class PositionTile {
       for (; c < vector_channels; c += W) load_columns<1>(first, x, c, run);
     }
     for (int64_t c = 0; along_positions && c < vector_channels; c += W) {
-      const Vector<T> mean = load_vector(mean_ + c);
+      const Vector<T> origin = load_vector(origin_ + c), mean = load_vector(mean_ + c);
       Vector<T> sum = {};
       T* tile = tile_.at(first, c);
       for (int64_t r = 0; r < vector_run; r += W) {
@@ -121,7 +140,7 @@ template <class X> class PositionTile {
         load_transposed(positions, x + c * stride_c + r, stride_c);
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) {
-          const Vector<T> value = positions[i] - mean;
+          const Vector<T> value = positions[i] - origin - mean;
           sum += value;
           store_vector(tile + (r + i) * kPanel, value);
         }
@@ -132,11 +151,11 @@ template <class X> class PositionTile {
       int64_t r = c < vector_channels ? vector_run : 0;
       const int64_t stride_w = x_.stride_w;
       const X* from = x + c * stride_c + r * stride_w;
-      const T mean = mean_[c];
+      const T origin = origin_[c], mean = mean_[c];
       T* to = tile_.at(first + r, c);
       T sum = 0;
       for (; r < run; ++r, from += stride_w, to += kPanel) {
-        *to = to_number(*from) - mean;
+        *to = to_number(*from) - origin - mean;
         sum += *to;
       }
       delta_[c] += sum;
@@ -146,16 +165,19 @@ template <class X> class PositionTile {
   /// kVectors vectors of contiguous channels from c on, of each position of a run.
   template <int kVectors> void load_columns(int64_t first, const X* x, int64_t c, int64_t run) const {
     const int64_t stride = x_.stride_w;
-    Vector<T> mean[kVectors], sum[kVectors] = {};
+    Vector<T> origin[kVectors], mean[kVectors], sum[kVectors] = {};
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) mean[v] = load_vector(mean_ + c + v * S::kWidth);
+    for (int v = 0; v < kVectors; ++v) {
+      origin[v] = load_vector(origin_ + c + v * S::kWidth);
+      mean[v] = load_vector(mean_ + c + v * S::kWidth);
+    }
     T* tile[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) tile[v] = tile_.at(first, c + v * S::kWidth);
     for (int64_t r = 0; r < run; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const Vector<T> value = load_vector(x + r * stride + c + v * S::kWidth) - mean[v];
+        const Vector<T> value = load_vector(x + r * stride + c + v * S::kWidth) - origin[v] - mean[v];
         sum[v] += value;
         store_vector(tile[v] + r * kPanel, value);
       }
@@ -171,7 +193,8 @@ template <class X> class PositionTile {
   const X* sample_;
   int64_t padded_;
   Panels<T> tile_;
-  T *mean_, *delta_;
+  X* joined_;
+  T *origin_, *mean_, *delta_;
 };
 
 /// f(channel, position, (x - share x_0) / 2) for each number of a sample, x_0 being its first position: half of a
@@ -213,11 +236,10 @@ template <class X> class SecondPass {
  protected:
   using T = Compute<X>;
 
-  /// `mean`, `matrix` and `scale`, which may be null, are those of all samples.
-  SecondPass(const FeatureMaps<const X>& x, int64_t sample, T* mean, T* matrix, int64_t size, T* scale)
+  /// `matrix` and `scale`, which may be null, are those of all samples.
+  SecondPass(const FeatureMaps<const X>& x, int64_t sample, T* matrix, int64_t size, T* scale)
       : x_(x),
         sample_(x.sample(sample)),
-        mean_(mean + sample * x.channels),
         matrix_(matrix + sample * size * size),
         size_(size),
         scale_(scale ? scale + sample : nullptr) {}
@@ -247,16 +269,9 @@ template <class X> class SecondPass {
   }
 
  protected:
-  /// pool(distances) makes mean_ anew, and the matrix, which is four times as large, from half of s (x - x_0).
-  template <class Pool> void with_distances(T s, const Pool& pool) const {
-    const Distances<X> distances(x_, sample_, s);
-    pool(distances.maps());
-    for (int64_t c = 0; c < x_.channels; ++c) mean_[c] = to_number(sample_[c * x_.stride_c]) + 2 * (mean_[c] / s);
-  }
-
   FeatureMaps<const X> x_;
   const X* sample_;
-  T *mean_, *matrix_;
+  T* matrix_;
   int64_t size_;
   T* scale_;
 };

@@ -55,7 +55,7 @@ template <class X, bool kPositionsInRows> class PoolEngine {
   using T = Compute<X>;
   using Maps = Panel<X, T, kPanelTerms<T>>;
   /// Of a side's channels, after the panels.
-  enum Vector { kMean, kDelta, kMost, kChange, kStep, kDown, kFirst, kUp, kCenter, kVectors };
+  enum Vector { kOrigin, kMean, kDelta, kMost, kChange, kStep, kDown, kFirst, kUp, kCenter, kVectors };
 
  public:
   using Weight = T;
@@ -186,9 +186,13 @@ template <class X, bool kPositionsInRows> class PoolEngine {
   /// differences is more exact than that of numbers.
   __device__ __forceinline__ void center(int side, int64_t m, int n) const {
     const int channel = (side == 0 ? first_row_ : first_column_) + own();
-    T before = 0;
-    if (is_first() && channel < maps_.x.channels)
-      before = m == first_ ? T(to_number(maps_.sample[channel * maps_.x.stride_c])) : vector(kMean, side)[own()];
+    T origin = 0, before = 0;
+    if (is_first()) {
+      if (m != first_)
+        origin = vector(kOrigin, side)[own()], before = vector(kMean, side)[own()];
+      else if (channel < maps_.x.channels)
+        origin = to_number(maps_.sample[channel * maps_.x.stride_c]);
+    }
     const Maps tile = panel(side);
     tile.wait();
     const T first = tile.first();
@@ -206,11 +210,12 @@ template <class X, bool kPositionsInRows> class PoolEngine {
       most = fmax(most, __shfl_xor_sync(0xffffffffu, most, other));
     }
     if (is_first()) {
-      const T mean = sum / T(n), delta = (first - before) + mean;
+      const T mean = sum / T(n), delta = (first - origin - before) + mean;
       most *= 2;  // no distance from the mean is larger than that
       if (m != first_) most = fmax(fmax(most, fabs(delta)), vector(kMost, side)[own()]);
       const Scale<T> scale(most);
       vector(kChange, side)[own()] = m != first_ ? vector(kDown, side)[own()] * scale.up : T(1);
+      vector(kOrigin, side)[own()] = origin;
       vector(kMean, side)[own()] = before;
       vector(kDelta, side)[own()] = delta;
       vector(kStep, side)[own()] = delta * scale.up;
@@ -251,7 +256,8 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
   static constexpr int kColumns = kPanelTerms<T> / 4, kTiles = kColumns / kTile;  // of a warp, in two rows
 
  public:
-  enum Vector { kMean, kUp, kDown, kMost, kChange, kRowUp, kRowDown, kVectors };  // of channels, after the panels
+  /// Of channels, after the panels.
+  enum Vector { kOrigin, kMean, kUp, kDown, kMost, kChange, kRowUp, kRowDown, kVectors };
 
   static constexpr int64_t kSharedBytes = Maps::kBytes + Weights::kBytes + kVectors * kPanelVectors * int(sizeof(T));
 
@@ -294,8 +300,9 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
     else
       weights().load_each([&](int t) { return W + t; }, C, rows, terms);
     maps_.load(maps(), k, m, n);
-    const int own = Maps::own_vector();
-    const T size = scale_ ? *scale_ : T(1), mean = own < terms ? size * mean_[k + own] : T(0);
+    const int own = opaque(Maps::own_vector());
+    const T size = scale_ ? *scale_ : T(1), mean = own < terms ? mean_[k + own] : T(0),
+            origin = own < terms ? size * T(to_number(maps_.sample[(k + own) * maps_.x.stride_c])) : T(0);
     maps().wait();
     maps().fill(n);
     const bool is_first = threadIdx.x % kVectorThreads == 0;
@@ -307,16 +314,17 @@ template <class X, bool kPositionsInRows> class PoolBackwardEngine {
         most = fmax(most, __shfl_xor_sync(0xffffffffu, most, other));
       return most;
     };
-    const T distance = largest(maps(), n, [&](T a, int) { return size * a - mean; });
+    const T distance = largest(maps(), n, [&](T a, int) { return size * a - origin - mean; });
     const Scale<T> of_map(distance);
     if (is_first) {
+      vector(kOrigin)[own] = origin;
       vector(kMean)[own] = mean;
       vector(kUp)[own] = of_map.up;
       vector(kDown)[own] = distance == 0 ? T(0) : of_map.down;  // what is multiplied by zeros is not the largest
     }
     maps().convert([&](int c) {
-      const T mean = vector(kMean)[c], up = vector(kUp)[c];
-      return [=](T a, int) { return (size * a - mean) * up; };
+      const T origin = vector(kOrigin)[c], mean = vector(kMean)[c], up = vector(kUp)[c];
+      return [=](T a, int) { return (size * a - origin - mean) * up; };
     });
     __syncthreads();
     T most = largest(weights(), kPanelVectors, [&](T a, int t) { return a * vector(kDown)[t]; });

@@ -200,7 +200,7 @@ template <class X> class RescueEngine {
     return most;
   }
 
-  /// Means of 2 s (x - x_0) / 2 first, kept in mean_ until the entries of Sigma are there.
+  /// From 2 s (x - x_0) / 2.
   __device__ void rescale(T s) const {
     const int64_t M = x_.positions();
     for_each_of_warp(C_, [&](int64_t c) {
@@ -218,7 +218,6 @@ template <class X> class RescueEngine {
       if (threadIdx.x % kWarp == 0) sigma_[i * C_ + j] = sigma_[j * C_ + i] = sum / T(M);
     });
     __syncthreads();
-    for (int64_t c = threadIdx.x; c < C_; c += kThreads) mean_[c] = to_number(sample_[c * x_.stride_c]) + mean_[c] / s;
   }
 
   __device__ void keep(T s) const {
@@ -226,6 +225,7 @@ template <class X> class RescueEngine {
       if (threadIdx.x == 0) *scale_ = s;
     } else if (s != 1) {
       for (int64_t i = threadIdx.x; i < C_ * C_; i += kThreads) sigma_[i] = sigma_[i] / s / s;
+      for (int64_t c = threadIdx.x; c < C_; c += kThreads) mean_[c] /= s;
     }
   }
 

@@ -40,7 +40,6 @@ GramEngine::GramEngine(const Tensor& x, ScalarType dtype, const Tensor* scale)
 }
 
 int64_t GramEngine::positions() const { return x_.size(2); }
-Tensor GramEngine::mean() const { return torch::stable::contiguous(torch::stable::squeeze(mean_, 2)); }
 Tensor GramEngine::scale() const { return torch::stable::flatten(scale_, 0, -1); }
 
 void GramEngine::load_features() {
@@ -48,8 +47,7 @@ void GramEngine::load_features() {
   const Tensor x = torch::stable::to(x_, dtype_);
   const Tensor half = multiply(x, number(0.5));  // of a difference, which does not overflow
   const Tensor distance = torch::stable::subtract(half, narrow(half, 0, 1));
-  const bool pools = !scale_.defined();
-  if (pools) {
+  if (!scale_.defined()) {
     constexpr std::array<int64_t, 2> kAll{1, 2};
     scale_ = scale_for(torch::stable::amax(call("aten::abs", "", distance), kAll, true));
   }
@@ -58,7 +56,6 @@ void GramEngine::load_features() {
   const Tensor centered = torch::stable::subtract(scaled, mean), first = narrow(centered, 0, 1);
   features_ =
       add(narrow(centered, 1, gram_side(positions())), multiply(first, number(Reflection(positions()).of_first)));
-  if (pools) mean_ = add(narrow(x, 0, 1), divide(mean, scale_));
 }
 
 void GramEngine::store_gram(double alpha) { result_ = product(transpose(features_), features_, alpha); }

@@ -37,12 +37,11 @@ class GramEngine {
   void store_features(double alpha);
 
   int64_t positions() const;
-  Tensor mean() const;                              // [B, C]
   Tensor scale() const;                             // [B]
   const Tensor& result() const { return result_; }  // of the last function that stores
 
  private:
-  Tensor x_, scale_, features_, mean_, root_, grad_, grad_gram_, product_, result_;
+  Tensor x_, scale_, features_, root_, grad_, grad_gram_, product_, result_;
   torch::headeronly::ScalarType dtype_;
   Output output_ = Output::kMatrix;
 };
