@@ -48,9 +48,8 @@ def kernels(loaded_kernels):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_pooling_matches_reference(kernels, channels, dtype):
-    for number, (height, width) in enumerate(IMAGES):
-        x = feature_maps(2, channels, height * width, dtype) + number % 2 * 1000  # means of 3 and of 1003 spreads
-        x = x.unflatten(2, (height, width))
+    for number, (height, width) in enumerate(IMAGES):  # with means of 3 and of 1003 spreads
+        x = (feature_maps(2, channels, height * width, dtype) + number % 2 * 1000).unflatten(2, (height, width))
         layout = ("contiguous", "channels_last", "crop")[(number + channels) % 3]
         for chunk in {height * width, 40}:
             check_pooling(kernels, in_layout(x, layout), chunk)
@@ -69,6 +68,7 @@ def test_pooling_in_any_layout(kernels, batch, layout, dtype):
         check_pooling(kernels, x.flatten(2), 50)
         check_pooling(kernels, x[:, :1].expand(-1, 5, -1, -1), 50)
         check_pooling(kernels, x.flatten(1).unfold(1, 40, 1)[:, :70], 40)  # neighbours in both follow each other
+        check_pooling(kernels, x.as_strided((batch, 8, 16), (129, 16, 1)), 16)  # every other sample in packets
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -422,7 +422,7 @@ PLANS = (
 
 
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float16), ids=str)
-@pytest.mark.parametrize(("batch", "channels", "positions"), [plan[:3] for plan in PLANS])
+@pytest.mark.parametrize(("batch", "channels", "positions"), [p[:3] for p in PLANS], ids=[p[3] for p in PLANS])
 def test_what_plan_chooses(kernels, batch, channels, positions, dtype):
     compute = torch.promote_types(dtype, torch.float32)
     size = compute.itemsize

@@ -329,6 +329,10 @@ def test_pooling_does_not_cancel(engine, memory_format):
     assert_close(grad, reference.covariance_pool_backward(upstream.double(), exact), tolerance(torch.float32, 40, 5000))
 
 
+def batch_last(tensor):
+    return tensor.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
 OPCHECK = {
     "covariance_pool": lambda d: (feature_maps(2, 5, 12, torch.float32, d).view(2, 5, 3, 4).requires_grad_(),),
     "covariance_pool_backward": lambda d: (
@@ -336,8 +340,20 @@ OPCHECK = {
         feature_maps(2, 5, 12, torch.float32, d),
         torch.randn(2, 5, device=d),
     ),
+    "covariance_pool_backward batch last": lambda d: (
+        batch_last(torch.randn(2, 5, 5, device=d)),
+        batch_last(feature_maps(2, 5, 12, torch.float32, d)),
+        batch_last(torch.randn(2, 5, device=d)),
+    ),
     "matrix_root": lambda d: (covariances(2, 5, torch.float32, d).requires_grad_(), 3, 1),
+    "matrix_root batch last": lambda d: (batch_last(covariances(2, 5, torch.float32, d)).requires_grad_(), 3, 1),
     "matrix_root_backward": lambda d: (torch.randn(2, 5, 5, device=d), covariances(2, 5, torch.float32, d), 3, 0),
+    "matrix_root_backward batch last": lambda d: (
+        batch_last(torch.randn(2, 5, 5, device=d)),
+        batch_last(covariances(2, 5, torch.float32, d)),
+        3,
+        0,
+    ),
     "cov_sqrt": lambda d: (feature_maps(2, 5, 12, torch.float32, d).requires_grad_(), 5, 1),
     "cov_sqrt of half": lambda d: (feature_maps(2, 5, 12, torch.bfloat16, d).requires_grad_(), 5, 1),
     "cov_sqrt wide": lambda d: (feature_maps(2, 5, 12, torch.bfloat16, d).requires_grad_(), 5, 1, 0.0, 0, True),
@@ -404,34 +420,50 @@ def test_gradcheck_through_sigma(engine, root):
     ("call", "message"),
     [
         (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4, 4), 0, 0), "iterations: expected 1 to 1000, got 0"),
+        (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4, 4), 1001, 0), "iterations: expected 1 to 1000, got 1001"),
         (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4, 4), 5, 3), "output: expected 0 to 2, got 3"),
         (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4, 4), 5, 0, engine=9), "engine: expected 0 to 7, got 9"),
         (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4, 4), 5, 0, engine=5), "engine: 'block' runs on CUDA devices only"),
         (lambda: ops.cov_sqrt(torch.zeros(2, 3, 4, 4), 5, 0, 1.0), "spectrum_floor: expected 1e-12 .* got 1"),
         (lambda: ops.matrix_root(torch.zeros(2, 3, 3), 5, 0, -0.1), "spectrum_floor: expected 1e-12 .* got -0.1"),
+        (lambda: ops.matrix_root(torch.zeros(2, 3, 3), 5, 0, 9e-13), "spectrum_floor: expected 1e-12 .* got 9e-13"),
         (lambda: ops.matrix_root(torch.zeros(2, 3, 3), 5, 0, float("nan")), "spectrum_floor: .* got nan"),
         (lambda: ops.matrix_root(torch.zeros(2, 3, 3), 5, -1), "root: expected 0 to 1, got -1"),
-        (
-            lambda: ops.covariance_pool_backward(torch.zeros(2, 3, 3), torch.zeros(2, 4, 5), torch.zeros(2, 4)),
-            r"grad: expected shape \(2, 4, 4\), got \(2, 3, 3\)",
-        ),
-        (
-            lambda: ops.cov_sqrt_backward(
-                torch.zeros(2, 4),
-                torch.zeros(2, 4, 5),
-                torch.zeros(2, 4, 4).double(),
-                torch.zeros(2, 4),
-                torch.ones(2),
-                5,
-                2,
-            ),
-            "sigma: expected dtype Float, got Double",
-        ),
     ],
 )
 def test_wrong_arguments(call, message):
     with pytest.raises(RuntimeError, match=message):
         call()
+
+
+def test_the_most_steps_and_the_lowest_floor():
+    root = ops.matrix_root(torch.eye(3, dtype=torch.float64)[None], 1000, 0, 1e-12)
+    assert_close(root, torch.eye(3)[None], 1e-9)
+
+
+# The sizes of the tensors, the first of them that of the argument, and the numbers.
+GRADIENTS = {
+    "covariance_pool_backward": ("x", {"grad": (2, 4, 4), "x": (2, 4, 5), "mean": (2, 4)}, ()),
+    "matrix_root_backward": ("sigma", {"grad": (2, 4, 4), "sigma": (2, 4, 4)}, (5, 0)),
+    "cov_sqrt_backward": (
+        "x",
+        {"grad": (2, 10), "x": (2, 4, 5), "sigma": (2, 4, 4), "mean": (2, 4), "scale": (2,)},
+        (5, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_every_tensor_of_a_gradient_is_checked(name, device):
+    argument, sizes, numbers = GRADIENTS[name]
+    right = {tensor: torch.ones(shape, device=device) for tensor, shape in sizes.items()}
+    getattr(ops, name)(*right.values(), *numbers)
+    for tensor in right.keys() - {argument}:
+        wrong = {"shape": torch.ones(*sizes[tensor][:-1], sizes[tensor][-1] + 1, device=device)}
+        wrong["dtype"] = right[tensor].double()
+        for what, other in wrong.items():
+            with pytest.raises(RuntimeError, match=f"{tensor}: expected {what} .*, got "):
+                getattr(ops, name)(*(right | {tensor: other}).values(), *numbers)
 
 
 @pytest.mark.parametrize(
