@@ -111,6 +111,7 @@ FAULTS = (
     ("warpgroup_not_committed", "plain", "not finite"),
     ("warpgroup_not_waited_for", "plain", "not finite"),
     ("warpgroup_not_fenced", "plain", "reads what was copied, and no fence followed"),
+    ("warpgroup_stored", "shadow", "reads what was written, and no fence followed"),
     ("warpgroup_no_barrier", "thread", None),
     ("warpgroup_no_warp", "plain", "deadlock"),
     # Clusters

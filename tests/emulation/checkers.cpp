@@ -56,20 +56,25 @@ CalledFrom::~CalledFrom() { __tsan_func_exit(); }
 
 namespace {
 
+struct Byte {
+  Shadow state = Shadow::kNeverWritten;
+  const Thread* writer = nullptr;
+  unsigned fences = 0;  // of the writer's, until then
+};
 struct Watched {
   char* memory;
-  std::vector<Shadow> shadow;
+  std::vector<Byte> bytes;
 };
 std::vector<Watched> watched;
 char *lowest = nullptr, *highest = nullptr;  // most accesses are of other memory
 
-/// f(shadow of a byte) for those of the bytes that are watched.
+/// f(byte) for those of the bytes that are watched.
 template <class F> void for_watched(const void* p, size_t bytes, const F& f) {
   char *begin = static_cast<char*>(const_cast<void*>(p)), *end = begin + bytes;
   if (end <= lowest || begin >= highest) return;
   for (Watched& w : watched)
-    for (char* at = std::max(begin, w.memory); at < std::min(end, w.memory + w.shadow.size()); ++at)
-      f(w.shadow[at - w.memory]);
+    for (char* at = std::max(begin, w.memory); at < std::min(end, w.memory + w.bytes.size()); ++at)
+      f(w.bytes[at - w.memory]);
 }
 
 const char* complaint(Shadow state, bool write) {
@@ -89,9 +94,11 @@ const char* complaint(Shadow state, bool write) {
 /// The complaint about an access, or nullptr.
 const char* check(const void* p, size_t bytes, bool write) {
   const char* found = nullptr;
-  for_watched(p, bytes, [&](Shadow& state) {
-    if (found == nullptr) found = complaint(state, write);
-    if (write && state == Shadow::kNeverWritten) state = Shadow::kWritten;
+  for_watched(p, bytes, [&](Byte& byte) {
+    if (found == nullptr) found = complaint(byte.state, write);
+    if (!write) return;
+    if (byte.state == Shadow::kNeverWritten) byte.state = Shadow::kWritten;
+    byte.writer = launch.running, byte.fences = launch.running->fences;
   });
   return found;
 }
@@ -108,11 +115,16 @@ void check_note(const void* p, size_t bytes, bool write, const Site& site) {
 
 void note_read(const void* p, size_t bytes, const Site& site) { check_note(p, bytes, false, site); }
 void note_write(void* p, size_t bytes, const Site& site) { check_note(p, bytes, true, site); }
+void require_fenced(const void* p, size_t bytes, const Site& site) {
+  for_watched(p, bytes, [&](const Byte& byte) {
+    if (byte.writer && byte.fences == byte.writer->fences) fail("reads what was written, and no fence followed", site);
+  });
+}
 
 void watch_shared_memory(void* memory, size_t bytes) {
   if (bytes == 0) return;
   char* begin = static_cast<char*>(memory);
-  watched.push_back({begin, std::vector<Shadow>(bytes, Shadow::kNeverWritten)});
+  watched.push_back({begin, std::vector<Byte>(bytes)});
   lowest = lowest ? std::min(lowest, begin) : begin;
   highest = std::max(highest, begin + bytes);
 }
@@ -123,11 +135,12 @@ void forget_shared_memory() {
 }
 
 void set_shadow(void* p, size_t bytes, Shadow state) {
-  for_watched(p, bytes, [&](Shadow& s) { s = state; });
+  for_watched(p, bytes, [&](Byte& byte) { byte.state = state; });
 }
 
 #else
 
+void require_fenced(const void*, size_t, const Site&) {}
 void watch_shared_memory(void*, size_t) {}
 void forget_shared_memory() {}
 

@@ -25,6 +25,9 @@ class Quiet {
 void note_read(const void* p, size_t bytes, const Site& site);
 void note_write(void* p, size_t bytes, const Site& site);
 
+/// The shadow: whoever wrote these bytes has called fence_for_warpgroups() since.
+void require_fenced(const void* p, size_t bytes, const Site& site);
+
 /// While one lives, ThreadSanitizer's reports of notes show where the runtime was called from: its own functions, not
 /// being instrumented, are on no list of calls.
 class CalledFrom {

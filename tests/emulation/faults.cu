@@ -165,12 +165,13 @@ template <bool kFault> __global__ void copy_misaligned(float* y, const float* x)
 }
 
 /// A product of copied numbers: its right operand is one part, wherever it is described.
-enum class Warpgroup { kComplete, kNotBegun, kNotCommitted, kNotWaitedFor, kNotFenced, kNoBarrier, kNoWarp };
+enum class Warpgroup { kComplete, kNotBegun, kNotCommitted, kNotWaitedFor, kNotFenced, kStored, kNoBarrier, kNoWarp };
 template <Warpgroup kFault> __global__ void warpgroup(float* y, const float* x) {
   float* s = shared_memory<float>();
   copy_all(s, x);
   copy_async_wait<0>();
   if (kFault != Warpgroup::kNotFenced) fence_for_warpgroups();
+  if (kFault == Warpgroup::kStored) s[threadIdx.x] = 1;
   if (kFault != Warpgroup::kNoBarrier) __syncthreads();
   WarpgroupSums<64> d;
   const uint32_t a[4] = {};
@@ -354,6 +355,7 @@ template <bool kFault> std::map<std::string, std::function<std::vector<float>()>
       {"warpgroup_not_committed", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kNotCommitted>, data); }},
       {"warpgroup_not_waited_for", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kNotWaitedFor>, data); }},
       {"warpgroup_not_fenced", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kNotFenced>, data); }},
+      {"warpgroup_stored", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kStored>, data); }},
       {"warpgroup_no_barrier", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kNoBarrier>, data); }},
       {"warpgroup_no_warp", [=] { return run(1, 1, warpgroup_kernel<kFault, Warpgroup::kNoWarp>, data); }},
       {"store_without_wait", [] { return run(2, 2, store_without_wait<kFault>); }},

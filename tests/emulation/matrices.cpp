@@ -155,6 +155,7 @@ void read_right(const WarpgroupProduct& product) {
     for (unsigned n = 0; n < product.vectors; n += 8) {
       require_shared(part_of(product, k, n), kPartBytes, product.site);
       note_read(part_of(product, k, n), kPartBytes, product.site);
+      require_fenced(part_of(product, k, n), kPartBytes, product.site);
     }
 }
 
@@ -174,7 +175,10 @@ void finish(const WarpgroupProduct& product) {
 
 }  // namespace
 
-void fence_for_warpgroups() { launch.running->copied_without_fence = false; }
+void fence_for_warpgroups() {
+  launch.running->copied_without_fence = false;
+  ++launch.running->fences;
+}
 
 void warpgroup_begin(const Caller& caller) {
   converge({"warpgroup_begin", caller.file, caller.line});

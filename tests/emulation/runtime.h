@@ -57,6 +57,7 @@ struct Thread {
   std::vector<AsyncCopy> copies;   // not waited for yet
   std::vector<size_t> group_ends;  // those of each committed group end at such a place of `copies`
   bool copied_without_fence = false;
+  unsigned fences = 0;  // for warpgroups, so far
   bool warpgroup_began = false;
   std::vector<WarpgroupProduct> products;  // not waited for yet
   size_t committed_products = 0;           // of these, the first ones
