@@ -9,9 +9,9 @@
 //     mean <- mean + delta n_b / n,   M2 <- M2 + tile tile^T - delta delta^T n_b^2 / n
 //
 // where n_b <= n_a, so that at most one bit is lost to the subtraction; the first tile is centred by its own mean.
-// Means are kept relative to the sample's first position x_0, and taken from x - x_0: what is rounded is a number of
-// the size of the spread, however large the mean beside it. A constant map has exactly zero differences, covariance and
-// gradient.
+// Means are kept relative to the sample's first position x_0: what engines call mu is the mean of x - x_0, or of
+// s (x - x_0). What is rounded then is of the size of the spread, or sqrt(M) times that at most, where x_0 is far from
+// all others, however large the mean beside it. A constant map has exactly zero differences, covariance and gradient.
 #pragma once
 #include <cmath>
 
@@ -96,8 +96,8 @@ template <> inline constexpr bool kMayLeaveRange<Half> = false;
 /// A second pass for the samples whose covariance left its range: Sigma of s x for a power of two s. The Engine offers
 ///     trace()       of Sigma, as the first pass left it
 ///     largest(r)    half of the largest |x - r x_0| over channels and positions
-///     rescale(s)    mu and Sigma anew, from s (x - x_0)
-///     keep(s)       s is the scale of this sample, or mu and Sigma become those of x where none is wanted
+///     rescale(s)    mu and Sigma anew, from s (x - x_0); of gram.h K alone
+///     keep(s)       s is the scale of this sample; or, where none is wanted, mu and Sigma are taken back from it
 /// It is 1 where all positions are the same, and where not all numbers are finite.
 template <class X, class Engine> ISQRT_FN void rescue_covariance(Engine& e) {
   Compute<X> s = 1;

@@ -7,7 +7,7 @@
 namespace isqrt {
 
 /// x -> mu and Sigma. Partial results are per chunk; with one chunk they may be mean and sigma themselves. Where
-/// `scale` is given, Sigma is that of scale x, and of x itself otherwise; so is mu, less the sample's first position.
+/// `scale` is given, Sigma is that of scale x, and mu the mean of scale (x - x_0); otherwise of x and of x - x_0.
 template <class X> struct PoolTask {
   FeatureMaps<const X> x;
   Chunks chunks;
@@ -22,7 +22,7 @@ template <class X> struct PoolTask {
 template <class X> struct PoolBackwardTask {
   FeatureMaps<const X> x;
   Chunks chunks;
-  const Compute<X>* mean;        // [B, C]
+  const Compute<X>* mean;        // [B, C], that of PoolTask
   const Compute<X>* grad_sigma;  // [B, C, C], symmetric
   const Compute<X>* scale;       // [B] or null
   FeatureMaps<X> grad_x;

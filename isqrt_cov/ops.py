@@ -456,11 +456,12 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     def pool_and_root(x, iterations, output, spectrum_floor=0.0, engine=0, wide=False, gram=False):
         maps = x.to(compute_dtype(x.dtype))
         sigma, mean = pool(maps)
+        scale = torch.ones_like(mean[:, 0])
         if gram:
             features = reference.gram_features(maps.flatten(2))
-            sigma, mean = features.mT @ features / math.prod(x.shape[2:]), mean.new_empty(len(x), 0)
+            sigma, mean = features.mT @ features / math.prod(x.shape[2:]), mean[:, :0]
         function = _cov_sqrt_function(maps, sigma, mean, None, iterations, output, spectrum_floor, engine)
-        return function(maps).to(_result_dtype(x, wide)), sigma, mean, torch.ones_like(mean[:, 0])
+        return function(maps).to(_result_dtype(x, wide)), sigma, mean, scale
 
     table: dict[str, Callable[..., Any]] = {"covariance_pool": pool, "matrix_root": root, "cov_sqrt": pool_and_root}
     return {getattr(_ops, name).default: function for name, function in table.items()}

@@ -30,6 +30,8 @@ def run(program, mode, *arguments):
             errors="replace",
             timeout=600,
         )
+        if "setarch:" in result.stdout:  # it may not, in a container
+            break
         if "unexpected memory mapping" not in result.stdout:
             return result.returncode, result.stdout
     pytest.skip("ThreadSanitizer does not know this kernel's layout of the address space")

@@ -156,7 +156,7 @@ def test_about_as_many_positions_as_channels(engine, positions):
 @pytest.mark.parametrize(("iterations", "floor"), ((9, 0.0), (12, 0.0), (20, 0.0), (10, 1e-3)))
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_many_steps_of_a_singular_covariance(engine, output, iterations, floor):
-    """Rounding in the null space grows; by ten times what it does in the plain loop, whose products are in full."""
+    """Rounding in the null space grows, within twenty times that of the plain loop, whose products are in full."""
     device = engine_device(engine)
     x = feature_maps(2, 8, 300, torch.float32, device)
     x = (torch.randn(2, 40, 8, device=device) @ x).requires_grad_()

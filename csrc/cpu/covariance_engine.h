@@ -14,12 +14,14 @@ template <class X> class PoolEngine : public PositionTile<X> {
   using Weight = double;
 
   static int64_t storage_size(int64_t channels) {
-    return Base::storage_size(channels, tile_positions_for<T>(channels)) + Panels<T>::size(channels, channels) +
-           round_up(channels, kPanel);
+    const int64_t positions = tile_positions_for<T>(channels);
+    return Base::storage_size(channels, positions) + Panels<T>::size(channels, channels) +
+           round_up(channels, kPanel) * (1 + positions);
   }
 
   PoolEngine(const FeatureMaps<const X>& x, int64_t sample, T* storage)
-      : Base(x, sample, tile_positions_for<T>(x.channels), storage),
+      : Base(x, sample, tile_positions_for<T>(x.channels), storage,
+             storage + storage_size(x.channels) - round_up(x.channels, kPanel) * tile_positions_for<T>(x.channels)),
         moment_{delta_ + padded_, Panels<T>::rows_for(x.channels)},
         minus_delta_(moment_.data + moment_.rows * padded_) {
     for (T* moment = moment_.data; moment < minus_delta_; ++moment) *moment = 0;

@@ -24,10 +24,10 @@ template <class X> class Features {
     const Panels<T> positions{by_column.data - kPanel, by_column.rows};
     T factor = s;
     if (is_in_range(s * s)) {
-      load_tile(PositionTile<X>(x_, sample, x_.positions(), positions.data));
+      load_tile(PositionTile<X>(x_, sample, x_.positions(), positions.data, by_channel.data));
     } else {
       const Distances<X> distances(x_, x_.sample(sample), s);  // halves of them
-      load_tile(PositionTile<T>(distances.maps(), 0, x_.positions(), positions.data));
+      load_tile(PositionTile<T>(distances.maps(), 0, x_.positions(), positions.data, by_channel.data));
       factor = 2;
     }
     const T of_first = factor * T(Reflection(x_.positions()).of_first);

@@ -84,18 +84,18 @@ template <class X> class PositionTile {
 
  public:
   static int64_t storage_size(int64_t channels, int64_t positions) {
-    return Panels<T>::size(positions, channels) + channels * round_up(positions, kPanel) +
-           3 * round_up(channels, kPanel);
+    return Panels<T>::size(positions, channels) + 3 * round_up(channels, kPanel);
   }
 
-  /// Of at most so many positions of a sample.
-  PositionTile(const FeatureMaps<const X>& x, int64_t sample, int64_t positions, T* storage)
+  /// Of at most so many positions of a sample. There is room for channels times round_up(positions, kPanel) numbers
+  /// where `joined` is.
+  PositionTile(const FeatureMaps<const X>& x, int64_t sample, int64_t positions, T* storage, T* joined)
       : x_(x),
         sample_(x.sample(sample)),
         padded_(round_up(x.channels, kPanel)),
         tile_{storage, Panels<T>::rows_for(positions)},
-        joined_(reinterpret_cast<X*>(tile_.data + tile_.rows * padded_)),
-        origin_(tile_.data + tile_.rows * padded_ + x.channels * round_up(positions, kPanel)),
+        joined_(reinterpret_cast<X*>(joined)),
+        origin_(tile_.data + tile_.rows * padded_),
         mean_(origin_ + padded_),
         delta_(mean_ + padded_) {
     for (int64_t c = 0; c < padded_; ++c) mean_[c] = 0;
@@ -231,7 +231,7 @@ template <class X> class Distances {
   Scratch<T> copy_;
 };
 
-/// What rescue_covariance() asks of an engine that has made mu and a matrix, size x size: rescale() aside.
+/// What rescue_covariance() asks of an engine that has made a matrix, size x size: rescale() aside.
 template <class X> class SecondPass {
  protected:
   using T = Compute<X>;
