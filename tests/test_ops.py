@@ -441,7 +441,7 @@ def test_the_most_steps_and_the_lowest_floor():
     assert_close(root, torch.eye(3)[None], 1e-9)
 
 
-# The sizes of the tensors, the first of them that of the argument, and the numbers.
+# The argument, the sizes of all tensors, and the numbers.
 GRADIENTS = {
     "covariance_pool_backward": ("x", {"grad": (2, 4, 4), "x": (2, 4, 5), "mean": (2, 4)}, ()),
     "matrix_root_backward": ("sigma", {"grad": (2, 4, 4), "sigma": (2, 4, 4)}, (5, 0)),
