@@ -20,8 +20,8 @@ template <class X> class PoolEngine : public PositionTile<X> {
   }
 
   PoolEngine(const FeatureMaps<const X>& x, int64_t sample, T* storage)
-      : Base(x, sample, tile_positions_for<T>(x.channels), storage,
-             storage + storage_size(x.channels) - round_up(x.channels, kPanel) * tile_positions_for<T>(x.channels)),
+      : Base(x, sample, tile_positions_for<T>(x.channels),
+             storage + round_up(x.channels, kPanel) * tile_positions_for<T>(x.channels), storage),
         moment_{delta_ + padded_, Panels<T>::rows_for(x.channels)},
         minus_delta_(moment_.data + moment_.rows * padded_) {
     for (T* moment = moment_.data; moment < minus_delta_; ++moment) *moment = 0;
@@ -124,7 +124,8 @@ template <class X> class MergeEngine : public SecondPass<X> {
   }
 
   void keep(T s) const {
-    for (int64_t c = 0; !scale_ && c < C_; ++c) mean_[c] /= s;
+    if (!scale_)
+      for (int64_t c = 0; c < C_; ++c) mean_[c] /= s;
     Base::keep(s);
   }
 
