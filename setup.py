@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,40 +49,79 @@ def find_cuda_home():
     return str(Path(nvcc).resolve().parents[1]) if nvcc else None
 
 
+def cuda_release(cuda_home):
+    """The version of its nvcc, "13.0" for example, or "" where that says none."""
+    version = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release ([\d.]+)", version)
+    return found[1] if found else ""
+
+
 def check_versions(cuda_home, torch_cuda):
     """Ends the build where torch would end it, in one line."""
-    version = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"release (\d+)\.", version)
-    if torch_cuda and found and found[1] != torch_cuda.partition(".")[0]:
+    major = cuda_release(cuda_home).partition(".")[0]
+    if torch_cuda and major and major != torch_cuda.partition(".")[0]:
         raise SystemExit(
-            f"The nvcc of {cuda_home} is of CUDA {found[1]}, and torch of CUDA {torch_cuda}: set CUDA_HOME to a toolkit"
+            f"The nvcc of {cuda_home} is of CUDA {major}, and torch of CUDA {torch_cuda}: set CUDA_HOME to a toolkit"
             " of the same major version, or FORCE_CUDA=0 for a build without CUDA kernels"
         )
 
 
+def check_architectures(architectures):
+    """Ends the build where ptxas would, with an error for each instruction that older devices do not have."""
+    older = r"[1-7]\.|Kepler|Maxwell|Pascal|Volta|Turing"  # torch takes names, too
+    if found := [a for a in architectures.split() if re.match(older, a)]:
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST: the CUDA kernels need compute capability 8.0 or later, got {', '.join(found)} in"
+            f" {architectures!r}: leave out what is older, or unset the variable, or set FORCE_CUDA=0 for a build"
+            " without CUDA kernels"
+        )
+
+
 def default_architectures(cuda_home):
-    """Those of ARCHITECTURES that this nvcc knows, one of them also as PTX for devices to come: the last one without an
-    "a", for code of those runs nowhere else."""
+    """Those of ARCHITECTURES that this nvcc knows, two of them also as PTX: 10.0 for 11.0 (Jetson Thor), where code of
+    10.0 does not run, and for devices to come the last one without an "a", for code of those runs nowhere else."""
     nvcc = str(Path(cuda_home) / "bin" / "nvcc")
-    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
-    listed = listing.stdout.split()
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    listed = listing.stdout.split()  # none of an nvcc that is too old for the option
     known = [a for a in ARCHITECTURES if "compute_" + a.strip("a").replace(".", "") in listed]
-    last = max(i for i, a in enumerate(known) if not a.endswith("a"))
-    known[last] += "+PTX"
-    return ";".join(known)
+    general = [a for a in known if not a.endswith("a")]
+    if not general:
+        raise SystemExit(
+            f"{nvcc} of CUDA {cuda_release(cuda_home)} compiles for no compute capability of 8.0 or later, which the"
+            " CUDA kernels need: set CUDA_HOME to a later toolkit, or FORCE_CUDA=0 for a build without CUDA kernels"
+        )
+    return ";".join(a + "+PTX" if a in ("10.0", general[-1]) else a for a in known)
+
+
+def check_compiler(compiler):
+    """Ends the build where csrc/cpu/simd.h would, in one line: there, other errors follow from it."""
+    command = shlex.split(compiler)
+    if not command or shutil.which(command[0]) is None:
+        found = "not found"
+    else:
+        command += ["-dM", "-E", "-x", "c++", os.devnull]
+        macros = subprocess.run(command, capture_output=True, text=True).stdout
+        gcc = re.search(r"__GNUC__ (\d+)", macros)
+        if "__clang__" in macros:
+            found = "clang"
+        elif gcc and int(gcc[1]) < 11:
+            found = f"version {gcc[1]}"
+        else:
+            return
+    raise SystemExit(f"isqrt_cov is compiled with g++ 11 or later, and {compiler!r} is {found}: set CXX to such a g++")
 
 
 def extension(cpp_extension):
     import torch
 
-    cuda_home = find_cuda_home()
     forced = os.environ.get("FORCE_CUDA")
     if forced not in (None, "0", "1"):
         raise SystemExit(f"FORCE_CUDA: expected 0 or 1, got {forced!r}")
+    wanted = forced == "1" or (forced is None and torch.version.cuda is not None)
+    cuda_home = find_cuda_home() if wanted else None
     if forced == "1" and cuda_home is None:
         raise SystemExit("FORCE_CUDA=1, but no nvcc was found: set CUDA_HOME to the folder of the CUDA toolkit")
-    with_cuda = forced == "1" or (forced is None and torch.version.cuda is not None and cuda_home is not None)
-    if torch.version.cuda is not None and not with_cuda:
+    if torch.version.cuda is not None and cuda_home is None:
         print("isqrt_cov is built without CUDA kernels: " + ("FORCE_CUDA=0" if forced else "no nvcc was found"))
     debug = os.environ.get("DEBUG") == "1"
 
@@ -93,11 +133,12 @@ def extension(cpp_extension):
     options = {"extra_compile_args": {"cxx": [*host, "-ffp-contract=fast"]}}
     # libtorch.so must stay needed, whatever the linker's default: torch's CUDA symbols are found only through it.
     options["extra_link_args"] = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
-    if with_cuda:
+    if cuda_home is not None:
         check_versions(cuda_home, torch.version.cuda)
         if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
             os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures(cuda_home)
         architectures = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
+        check_architectures(architectures)
         cpp_extension.CUDA_HOME = cuda_home
         kernels = sorted(Path("csrc").rglob("*.cu"))
         sources += kernels
@@ -116,6 +157,8 @@ def extension(cpp_extension):
 
 
 def main():
+    if sys.platform != "linux":
+        raise SystemExit(f"isqrt_cov supports Linux only, and this is {sys.platform}")
     cpp_extension = import_torch()
     from setuptools import setup
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -140,6 +183,8 @@ def main():
             self.force = True  # without ninja, which sees to it, setuptools looks at sources alone, and at no header
 
         def build_extensions(self):
+            if self.use_ninja:  # for which torch chooses the compiler
+                check_compiler(cpp_extension.get_cxx_compiler())
             # torch lets nvcc tell which headers a source has read only where torch has CUDA itself.
             newest = max(header.stat().st_mtime for header in Path("csrc").rglob("*.*h"))
             for compiled in Path(self.build_temp, "csrc", "cuda").glob("*.o"):

@@ -123,7 +123,7 @@ def sdist(tmp_path_factory):
 @pytest.mark.parametrize(
     ("listed", "expected"),
     (
-        ("80 86 89 90 100 120", "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"),
+        ("80 86 89 90 100 120", "8.0;8.6;8.9;9.0a;10.0+PTX;12.0+PTX"),
         ("75 80 86 87 89 90", "8.0;8.6;8.9+PTX;9.0a"),  # code of 9.0a runs on 9.0 alone
     ),
 )

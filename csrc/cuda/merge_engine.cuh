@@ -50,7 +50,7 @@ template <class X> class MergeEngine {
   __device__ void average() {
     T sum = 0, sums[4] = {};
     in_packets_or_not([&](auto ahead, auto load) {
-      constexpr int kAhead = ahead;
+      constexpr int kAhead = decltype(ahead)::value;
       const T first = mean_of_row(0);
       T firsts[4];
       load(partial_mean_, firsts);
