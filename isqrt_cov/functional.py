@@ -25,7 +25,9 @@ def check_coefficients(coefficients: str, spectrum_floor: float) -> float:
         raise ValueError(f"spectrum_floor: expected a number, which has no gradient, got {spectrum_floor!r}")
     if not isinstance(spectrum_floor, SupportsFloat) or not 1e-12 <= spectrum_floor < 1:
         raise ValueError(f"spectrum_floor: expected 1e-12 or more and less than 1, got {spectrum_floor!r}")
-    return spectrum_floor if code("coefficients", coefficients, COEFFICIENTS) else 0.0
+    if not code("coefficients", coefficients, COEFFICIENTS):
+        return 0.0
+    return spectrum_floor if type(spectrum_floor) in (float, torch.SymFloat) else float(spectrum_floor)
 
 
 def _whole_number(value: Any) -> int | None:

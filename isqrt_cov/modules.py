@@ -35,7 +35,7 @@ class CovSqrtNorm(nn.Module):
         self.iterations = check_iterations("iterations", iterations)
         self.output = output
         self.coefficients = coefficients
-        self.spectrum_floor = spectrum_floor
+        self.spectrum_floor = float(spectrum_floor)
 
     def forward(self, x: Tensor) -> Tensor:
         """:func:`isqrt_cov.cov_sqrt` of feature maps x."""

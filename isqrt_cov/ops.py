@@ -442,7 +442,8 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """The operators in plain torch, for where they are unknown: ONNX, and runtimes without this library.
 
     A table for :meth:`torch.export.ExportedProgram.run_decompositions`. The program that comes out has the values of
-    the functions, within rounding, by their equations and with all temporaries of these.
+    the functions, within rounding, by their equations and with all temporaries of these. The operators of gradients,
+    which a program that computes derivatives consists of, stay.
     """
 
     def pool(x, engine=0, wide=False):

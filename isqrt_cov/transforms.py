@@ -38,15 +38,16 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if device in _AUTOCAST_DEVICES else nullcontext()
 
 
-def _only_autograd_cares(x: Any) -> bool:
-    """True for an argument of which autograd alone would come to know before the operator runs."""
+def _only_autograd_cares(tensors: tuple[Any, ...]) -> bool:
+    """True for arguments of which autograd alone would come to know before the operator runs."""
     return (
-        type(x) is Tensor
+        type(tensors[0]) is Tensor
         and not torch.compiler.is_compiling()
         and not _C._are_functorch_transforms_active()
         and not _C._is_torch_function_mode_enabled()
         and not _C._get_tracing_state()
         and not _C._dispatch_tls_is_dispatch_key_excluded(_C.DispatchKey.AutogradFunctionality)
+        and not any(map(_C._functorch.is_legacy_batchedtensor, tensors))  # of is_grads_batched
     )
 
 
@@ -89,7 +90,9 @@ def _function(name: str, setup_context: Any, backward: Any, jvp: Any, tensor_cou
 
         _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
-    Derivatives.__name__ = Derivatives.__qualname__ = name
+    # What profilers, error messages and Tensor.grad_fn call it, as "CovSqrt" and "CovSqrtBackward".
+    Derivatives.__name__ = Derivatives.__qualname__ = name.title().replace("_", "")
+    Derivatives._backward_cls.__name__ = f"{Derivatives.__name__}Backward"
     return Derivatives
 
 
@@ -170,7 +173,7 @@ def register_derivatives(
             return differentiate(run_with_modes, args)
 
     def call(*args):
-        if not _only_autograd_cares(args[0]):
+        if not _only_autograd_cares(args[:tensor_count]):
             return op(*args)
         return differentiate(run, args) if is_differentiated(args) else run(*args)
 

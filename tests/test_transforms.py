@@ -91,6 +91,19 @@ def test_forward_mode_by_finite_differences(case):
     assert torch.autograd.gradgradcheck(function, (x,), check_fwd_over_rev=True, check_batched_grad=True)
 
 
+def test_gradients_batched_by_autograd_are_differentiated(case):
+    # Of torch.autograd.functional, whose batch is not torch.func's.
+    function, expected, x = case
+    x.requires_grad_()
+    slopes = []
+    for f in (function, expected):
+        matrix = torch.autograd.functional.hessian(loss(f), x, create_graph=True, vectorize=True)
+        jacobian = torch.autograd.functional.jacobian(f, x, create_graph=True, vectorize=True)
+        slopes.append([torch.autograd.grad(result.square().sum(), x)[0] for result in (matrix, jacobian)])
+    for slope, wanted in zip(*slopes, strict=True):
+        assert_close(slope, wanted, BOUND)
+
+
 @pytest.mark.parametrize("outer", (jacfwd, jacrev))
 @pytest.mark.parametrize("inner", (jacfwd, jacrev))
 def test_hessians(case, outer, inner):
