@@ -14,7 +14,7 @@ accident (the mean shifts) is a buffer here: every parameter has a gradient.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -51,17 +51,33 @@ class MeanShift(nn.Conv2d):
     """x + sign rgb_range RGB_MEAN, as a fixed 1 x 1 convolution. (B, 3, H, W) -> (B, 3, H, W)."""
 
     def __init__(self, rgb_range: float, sign: int) -> None:
+        self.shift = sign * rgb_range  # before Conv2d's constructor, which calls reset_parameters
         super().__init__(3, 3, 1)
-        with torch.no_grad():
-            self.weight.copy_(torch.eye(3)[:, :, None, None])
-            assert self.bias is not None
-            self.bias.copy_(sign * rgb_range * torch.tensor(RGB_MEAN))
         _as_buffers(self)
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # for its random numbers: what a seed gives all later layers depends on them
+        nn.init.dirac_(self.weight)
+        with torch.no_grad():
+            assert self.bias is not None
+            self.bias.copy_(self.shift * torch.tensor(RGB_MEAN))
+
     def forward(self, x: Tensor) -> Tensor:
-        # Never in half precision under autocast: bfloat16 has steps of 1 from 128 on, which is a grey level.
+        # In the wider dtype, also under autocast: bfloat16 has steps of 1 from 128 on, which is a grey level.
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        assert self.bias is not None
         with without_autocast(x):
-            return super().forward(x.to(self.weight.dtype))
+            return F.conv2d(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class ZeroConv(nn.Conv2d):
+    """A convolution that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # for its random numbers, as in MeanShift
+        nn.init.zeros_(self.weight)
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
 
 
 class ChannelGate(nn.Sequential):
@@ -121,13 +137,19 @@ class ResidualBlock(nn.Module):
 class LSRAG(nn.Module):
     """Local-source residual attention group: residual blocks, channel attention (or none), a convolution, a skip."""
 
+    gamma: Tensor  # unused
+
     def __init__(self, channels: int, n_resblocks: int, attention: nn.Module | None) -> None:
         super().__init__()
         self.rcab = nn.ModuleList(ResidualBlock(channels) for _ in range(n_resblocks))
         if attention is not None:
             self.soca = attention
         self.conv_last = _conv3x3(channels, channels)
-        self.register_buffer("gamma", torch.zeros(1))  # unused
+        self.register_buffer("gamma", torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:
         out = x
@@ -148,23 +170,22 @@ class NonLocalBlock(nn.Module):
         super().__init__()
         # One-element Sequentials: the published keys are g.0 and phi.0.
         self.g = nn.Sequential(nn.Conv2d(channels, inner, 1))
-        self.W = nn.Conv2d(inner, channels, 1)
+        self.W = ZeroConv(inner, channels, 1)
         self.theta = nn.Conv2d(channels, inner, 1)
         self.phi = nn.Sequential(nn.Conv2d(channels, inner, 1))
-        nn.init.zeros_(self.W.weight)
-        assert self.W.bias is not None
-        nn.init.zeros_(self.W.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = self.theta(x), self.phi(x), self.g(x)
-        rows, columns = (self._halves(side) for side in x.shape[2:])
-        attended = [[self._attend(*(m[:, :, row, column] for m in maps)) for column in columns] for row in rows]
+        bands = self._halves(2, self.theta(x), self.phi(x), self.g(x))
+        # Neither comprehension closes over a size: torch.compile may take it for a constant, and compile for each anew.
+        attended = [[self._attend(*quadrant) for quadrant in self._halves(3, *band)] for band in bands]
         return x + self.W(torch.cat([torch.cat(parts, 3) for parts in attended], 2))
 
     @staticmethod
-    def _halves(side: int) -> list[slice]:
-        """The two halves of a side, the longer one last; a side of 1 stays whole."""
-        return [slice(0, side // 2), slice(side // 2, side)] if side > 1 else [slice(0, 1)]
+    def _halves(dim: int, theta: Tensor, phi: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The maps' halves along a dimension, the longer ones last; a side of 1 stays whole."""
+        side = theta.shape[dim]
+        sizes = [side // 2, side - side // 2] if side > 1 else [1]
+        return zip(theta.split(sizes, dim), phi.split(sizes, dim), g.split(sizes, dim), strict=True)
 
     @staticmethod
     def _attend(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
@@ -217,7 +238,9 @@ class SAN(nn.Module):
         iterations: Newton-Schulz steps of the covariance's root.
         normalization: "newton_schulz", or "eig" for the exact root by eigen-decomposition.
 
-    ``config`` holds these arguments by name.
+    ``config`` holds these arguments by name. Parameters may have a narrower dtype than the buffers, as under
+    ``fully_shard`` with mixed precision; ``cast_forward_inputs=False`` of its policy then leaves images unrounded until
+    the mean is subtracted.
     """
 
     def __init__(
@@ -245,7 +268,7 @@ class SAN(nn.Module):
             return LSRAG(n_feats, n_resblocks, attention)
 
         # In the order of the published keys.
-        self.gamma = None if variant == "base" else nn.Parameter(torch.zeros(1))
+        self.gamma = None if variant == "base" else nn.Parameter(torch.empty(1))
         self.sub_mean = MeanShift(rgb_range, -1)
         self.RG = nn.ModuleList(group() for _ in range(n_resgroups))
         self.conv_last = _as_buffers(_conv3x3(n_feats, n_feats))  # unused
@@ -254,11 +277,17 @@ class SAN(nn.Module):
         self.head = nn.Sequential(_conv3x3(3, n_feats))
         self.tail = nn.Sequential(_upsampler(scale, n_feats), _conv3x3(n_feats, 3))
         self.register_state_dict_post_hook(_keep_config)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets gamma to zero; like every module here, resets what it holds itself and leaves its children alone."""
+        if self.gamma is not None:
+            nn.init.zeros_(self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != 3 or 0 in x.shape[2:] or not x.is_floating_point():
             raise ValueError(f"x: expected floating-point images (B, 3, H, W), got {x.dtype} {tuple(x.shape)}")
-        head = self.head(self.sub_mean(x))
+        head = self.head(self.sub_mean(x).to(self.head[0].weight.dtype))
         features = source = self.non_local(head)
         for group in self.RG:
             features = group(features) if self.gamma is None else group(features) + self.gamma * source

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("safetensors", reason="san_model needs the extra [san]")
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from san_model import SAN
-from san_model.model import RegionNonLocal, second_order
+from san_model.model import RGB_MEAN, RegionNonLocal, second_order
 
 DATA = Path(os.environ.get("ISQRT_COV_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SMALL = {"n_resgroups": 2, "n_resblocks": 1, "n_feats": 16, "reduction": 4}
@@ -199,6 +200,37 @@ def test_constant_image(variant, normalization, value):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+# ---- Initial values --------------------------------------------------------------------------------------------------
+
+
+def test_deferred_initialisation():
+    with torch.device("meta"):
+        model = SAN(**SMALL, variant="ssc")
+    model.to_empty(device="cpu")
+    for tensor in model.state_dict().values():
+        tensor.fill_(torch.nan)
+    torch.manual_seed(0)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    torch.manual_seed(0)
+    assert_same(model, SAN(**SMALL, variant="ssc"))
+    assert not any(tensor.any() for name, tensor in model.state_dict().items() if "gamma" in name or ".W." in name)
+    x, mean = image(4, 4), 255 * torch.tensor(RGB_MEAN)[:, None, None]
+    torch.testing.assert_close(model.sub_mean(x), x - mean)
+    torch.testing.assert_close(model.add_mean(x), x + mean)
+
+
+def test_seed_gives_what_plain_convolutions_draw():
+    torch.manual_seed(0)
+    model = SAN(**SMALL, variant="ssc")
+    torch.manual_seed(0)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            plain = torch.nn.Conv2d(module.in_channels, module.out_channels, module.kernel_size)
+            assert torch.equal(module.weight, plain.weight) or name.endswith(("mean", ".W")), name
+
+
 # ---- Sizes, dtypes, layouts, compilation -----------------------------------------------------------------------------
 
 
@@ -248,6 +280,27 @@ def test_half_precision_throughout(dtype):
     assert y.dtype == dtype and y.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_alone_in_half_precision(dtype):
+    """What a sharded network with mixed precision computes in: its buffers stay as they are."""
+    model, x = small(), image(12, 12)
+    expected = model(x)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    y = model(x)
+    assert y.dtype == torch.float32  # of the mean, which is added last
+    assert (y - expected).abs().mean() < 3 * torch.finfo(dtype).eps * expected.std()  # as under autocast
+    y.abs().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_mean_is_subtracted_before_rounding():
+    model, x, seen = small().bfloat16(), image(8, 8), []
+    model.head.register_forward_pre_hook(lambda _, args: seen.extend(args))
+    model(x)
+    torch.testing.assert_close(seen, [(x + model.sub_mean.bias.float()[:, None, None]).bfloat16()])
+
+
 def test_channels_last(device):
     x = image(9, 12, batch=2, dtype=torch.float64).to(device)
     expected = gradients(small().double().to(device), x)
@@ -263,6 +316,15 @@ def test_compiles_to_one_graph():
     torch.compile(model, fullgraph=True, backend="aot_eager")(x).abs().mean().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name])
+
+
+def test_compiles_once_for_all_sizes():
+    counter = CompileCounterWithBackend("eager")
+    model = torch.compile(SAN(2, 1, 1, 8, 8, variant="base"), backend=counter, dynamic=True)
+    with torch.no_grad():
+        for size in ((10, 12), (16, 18), (25, 31)):
+            model(image(*size, batch=2))
+    assert counter.frame_count == 1
 
 
 DDP = """
