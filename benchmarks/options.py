@@ -31,7 +31,7 @@ import methods  # noqa: E402
 import report  # noqa: E402
 
 SHAPES = {
-    "cpu": ["16x64x48x48", "32x256x14x14", "1x64x256x256"],
+    "cpu": ["16x64x48x48", "32x256x14x14", "1x64x256x256", "1x256x28x28"],
     "cuda": ["16x64x48x48", "32x256x14x14", "1x64x256x256", "64x128x28x28", "64x64x48x48", "128x256x14x14"],
 }
 # Engines of the root that are timed apart from the rest, and how many calls follow each other in a CUDA graph.

@@ -27,14 +27,11 @@ EngineKind best_cpu_level() {
 }
 
 Plan plan_cpu(const Problem& p, EngineKind requested) {
-  // From here on the matrices that a core would need take hundreds of megabytes, and many cores together on one product
-  // are faster than one product a core. (One or two are not: there these are three times as fast, at 1,040 channels.)
-  constexpr int64_t kLargestInCache = 1024;
   const bool is_level = requested != EngineKind::kAuto && requested != EngineKind::kLibrary;
   if (is_level && !cpu_supports(requested))
     throw std::runtime_error(std::string("engine: '") + engine_name(requested) + "' is not available on this CPU");
   const EngineKind level = is_level ? requested : best_cpu_level();
-  const bool library = requested == EngineKind::kLibrary || (!is_level && p.side() > kLargestInCache);
+  const bool library = requested == EngineKind::kLibrary;
   const EngineKind root = library ? EngineKind::kLibrary : level;
   const EngineKind pooling = p.gram && library ? EngineKind::kLibrary : level;
   // A chunk costs a C x C partial result: at 4 C positions or more these stay below a quarter of float32 feature maps.

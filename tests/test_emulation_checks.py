@@ -8,34 +8,12 @@ import subprocess
 import pytest
 
 from common import needs_emulation
-from emulation.build import EMULATION, ROOT, build
+from emulation.build import EMULATION, ROOT
+from emulation.sanitize import run
 
 pytestmark = needs_emulation
 
 # ---- Sanitizers
-
-
-def run(program, mode, *arguments):
-    """Exit status and output."""
-    command = [build(program, mode), *map(str, arguments)]
-    # Not every kernel's random layout of the address space is one that ThreadSanitizer knows.
-    for prefix in ([], ["setarch", "--addr-no-randomize"]):
-        if prefix and not shutil.which(prefix[0]):
-            break
-        result = subprocess.run(
-            [*prefix, *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=600,
-        )
-        if "setarch:" in result.stdout:  # it may not, in a container
-            break
-        if "unexpected memory mapping" not in result.stdout:
-            return result.returncode, result.stdout
-    pytest.skip("ThreadSanitizer does not know this kernel's layout of the address space")
-
 
 SANITIZED = (("address", (1, 3, 17, 64, 100)), ("thread", (1, 17, 65)), ("shadow", (1, 17, 65, 100)))
 

@@ -272,7 +272,7 @@ def test_nan_and_inf_stay_in_their_sample(engine, bad):
 
 
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("shape", ((1, 24, 9000), (5, 64, 700), (3, 100, 3000)), ids=str)
+@pytest.mark.parametrize("shape", ((1, 24, 9000), (5, 64, 700), (3, 100, 3000), (1, 200, 900)), ids=str)
 def test_same_bits_each_time_and_for_any_number_of_threads(engine, shape, dtype):
     if engine == "library":
         pytest.skip("the library engine is as deterministic as the GEMM of this torch")

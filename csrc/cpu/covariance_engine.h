@@ -19,9 +19,10 @@ template <class X> class PoolEngine : public PositionTile<X> {
            round_up(channels, kPanel) * (1 + positions);
   }
 
-  PoolEngine(const FeatureMaps<const X>& x, int64_t sample, T* storage)
+  PoolEngine(const FeatureMaps<const X>& x, int64_t sample, T* storage, SharedLoop& loop)
       : Base(x, sample, tile_positions_for<T>(x.channels),
              storage + round_up(x.channels, kPanel) * tile_positions_for<T>(x.channels), storage),
+        loop_(loop),
         moment_{delta_ + padded_, Panels<T>::rows_for(x.channels)},
         minus_delta_(moment_.data + moment_.rows * padded_) {
     for (T* moment = moment_.data; moment < minus_delta_; ++moment) *moment = 0;
@@ -36,17 +37,22 @@ template <class X> class PoolEngine : public PositionTile<X> {
 
   void accumulate(int64_t n, double weight) {
     for (int64_t c = 0; c < padded_; ++c) minus_delta_[c] = -T(weight) * delta_[c];
-    for_tiles<T>(x_.channels, true, [&](auto shape, int64_t i, int64_t j) {
-      Tile<T, decltype(shape)> product;
-      constexpr int64_t kPositions = 48;
-      for (int64_t r = 0; r < n; r += kPositions) {
-        ahead_.ask_for_during(kPositions * product.kElements);
-        multiply_add(product, tile_.at(r, i), tile_.at(r, j), minimum(kPositions, n - r));
-      }
-      multiply_add(product, minus_delta_ + i, delta_ + j, 1);
-      T* moment = moment_.at(i, j);
-      product.for_each(kPanel, [&](const Vector<T>& sum, int64_t offset) {
-        store_vector(moment + offset, load_vector(moment + offset) + sum);
+    const int64_t panels = padded_ / kPanel;
+    share(loop_, panels, [&](int64_t round) {
+      const int64_t panel = panels - 1 - round;  // the longest columns first
+      Ahead<X> ahead = ahead_.share(panel * panel, (panel + 1) * (panel + 1), panels * panels);
+      for_tiles_of_panel<T>(x_.channels, panel * kPanel, true, [&](auto shape, int64_t i, int64_t j) {
+        Tile<T, decltype(shape)> product;
+        constexpr int64_t kPositions = 48;
+        for (int64_t r = 0; r < n; r += kPositions) {
+          ahead.ask_for_during(kPositions * product.kElements);
+          multiply_add(product, tile_.at(r, i), tile_.at(r, j), minimum(kPositions, n - r));
+        }
+        multiply_add(product, minus_delta_ + i, delta_ + j, 1);
+        T* moment = moment_.at(i, j);
+        product.for_each(kPanel, [&](const Vector<T>& sum, int64_t offset) {
+          store_vector(moment + offset, load_vector(moment + offset) + sum);
+        });
       });
     });
   }
@@ -65,6 +71,7 @@ template <class X> class PoolEngine : public PositionTile<X> {
   }
 
  private:
+  SharedLoop& loop_;
   Ahead<X> ahead_;
   Panels<T> moment_;
   T* minus_delta_;
@@ -78,9 +85,10 @@ template <class X> class MergeEngine : public SecondPass<X> {
   using Base::x_, Base::sample_, Base::matrix_, Base::scale_;
 
  public:
-  MergeEngine(const PoolTask<X>& task, int64_t sample)
+  MergeEngine(const PoolTask<X>& task, int64_t sample, SharedLoop& loop)
       : Base(task.x, sample, task.sigma, task.x.channels, task.scale),
         C_(task.x.channels),
+        loop_(loop),
         mean_(task.mean + sample * C_),
         chunks_(task.chunks),
         partial_mean_(task.partial_mean + sample * chunks_.count * C_),
@@ -116,7 +124,7 @@ template <class X> class MergeEngine : public SecondPass<X> {
   void rescale(T s) const {
     const Scratch<T> storage(PoolEngine<T>::storage_size(C_));
     const Distances<X> halves(x_, sample_, s);
-    PoolEngine<T> engine(halves.maps(), 0, storage.get());
+    PoolEngine<T> engine(halves.maps(), 0, storage.get(), loop_);
     accumulate_covariance(engine, 0, x_.positions());
     engine.write(mean_, matrix_);
     for (int64_t c = 0; c < C_; ++c) mean_[c] *= 2;
@@ -138,6 +146,7 @@ template <class X> class MergeEngine : public SecondPass<X> {
   }
 
   int64_t C_;
+  SharedLoop& loop_;
   T* mean_;
   Chunks chunks_;
   T *partial_mean_, *partial_moment_;
@@ -205,9 +214,9 @@ template <class X> class PoolBackwardEngine {
 
  private:
   /// One run of positions, less the first one, times the scale, as one multiplication with addition; less the mean.
-  void load_run(const X* x, int64_t stride_c, int64_t first, int64_t run) const {
+  void load_run(const X* x, int64_t stride_c, int64_t stride_w, int64_t first, int64_t run) const {
     constexpr int W = S::kWidth;
-    const int64_t C = x_.channels, stride_w = x_.stride_w;
+    const int64_t C = x_.channels;
     const int64_t vector_run = run / W * W, transposed = stride_c == 1 && stride_w != 1 ? C / W * W : 0;
     const auto store = [&](int64_t c, int64_t r, const Vector<T>& values) {
       if (first % W == 0) return store_vector(tile_.at(c, first + r), values);

@@ -14,9 +14,9 @@ class Items;
 /// enters a stage as soon as it has left the one before.
 class Stages {
  public:
-  /// `work` does items of the stage, so many for each sample, on the calling thread.
-  void add(int64_t samples, int64_t per_sample, std::function<void(Items&)> work) {
-    stages_.push_back({samples, per_sample, std::move(work)});
+  /// `work` does items of the stage, so many for each sample, on the calling thread; so many threads are of use to one.
+  void add(int64_t samples, int64_t per_sample, int64_t threads, std::function<void(Items&)> work) {
+    stages_.push_back({samples, per_sample, threads, std::move(work)});
   }
 
   /// All that was added, the same number of samples in each stage. What it reads and writes must be there until then.
@@ -24,7 +24,7 @@ class Stages {
 
  private:
   struct Stage {
-    int64_t samples, per_sample;
+    int64_t samples, per_sample, threads;
     std::function<void(Items&)> work;
   };
   std::vector<Stage> stages_;

@@ -52,20 +52,6 @@ template <class X> class Features {
   FeatureMaps<const X> x_;
 };
 
-/// to = alpha A^T B, known to be symmetric: one triangle is computed in `spare`, and mirrored.
-template <class T>
-void store_symmetric(T* to, int64_t n, T alpha, const Panels<T>& A, const Panels<T>& B, int64_t terms,
-                     const Panels<T>& spare) {
-  for_tiles<T>(n, true, [&](auto shape, int64_t i, int64_t j) {
-    Tile<T, decltype(shape)> tile;
-    multiply_add(tile, A.at(0, i), B.at(0, j), terms);
-    tile.for_each(kPanel,
-                  [&](const Vector<T>& sum, int64_t offset) { store_vector(spare.at(i, j) + offset, alpha * sum); });
-  });
-  mirror<T>(round_up<int64_t>(n, Simd<T>::kWidth), kPanel, [&](int64_t i, int64_t j) { return spare.at(i, j); });
-  copy_panels(to, n, spare, n, n);
-}
-
 /// f(tile, i, j) for the register tiles of A^T B, rows x columns.
 template <class T, class F>
 inline __attribute__((always_inline)) void multiply_panels(int64_t rows, int64_t columns, const Panels<T>& A,
@@ -79,6 +65,36 @@ inline __attribute__((always_inline)) void multiply_panels(int64_t rows, int64_t
     }
 }
 
+/// to = result(A^T B), element by element, where A^T B is known to be symmetric: the upper triangle is computed, and
+/// written with its mirror image.
+template <class T, class Result>
+void store_symmetric(SharedLoop& loop, const RootView<T>& to, const Panels<T>& A, const Panels<T>& B, int64_t terms,
+                     const Result& result) {
+  constexpr int64_t kRows = 16 * kPanel;  // at a time, for writing takes turns with computing
+  const int64_t n = to.channels, panels = divide_up(n, kPanel);
+  share(loop, panels, [&](int64_t round) {
+    const int64_t j = (panels - 1 - round) * kPanel, columns = minimum(kPanel, n - j);  // the longest first
+    for (int64_t i = 0; i < j + columns; i += kRows) {
+      const int64_t rows = minimum(kRows, j + columns - i);
+      alignas(kLineBytes) T strip[kRows * kPanel];
+      multiply_panels(rows, columns, A.from(i), B.from(j), terms, [&](auto& tile, int64_t r, int64_t c) {
+        tile.for_each(kPanel, [&](const Vector<T>& sum, int64_t offset) {
+          store_vector(strip + r * kPanel + c + offset, result(sum));
+        });
+      });
+      const T* const from = strip;
+      if (to.output == Output::kTriu) {
+        copy_triangle(to.data, n, i, rows, j, columns, from);
+        continue;
+      }
+      for (int64_t r = j - i; r < rows; ++r)  // on the diagonal the upper triangle counts
+        for (int64_t c = 0; c < r - (j - i); ++c) strip[r * kPanel + c] = strip[(j - i + c) * kPanel + r - (j - i)];
+      copy_strided(to.data + i * n + j, n, int64_t(1), from, kPanel, int64_t(1), rows, columns);
+      copy_strided(to.data + j * n + i, n, int64_t(1), from, int64_t(1), kPanel, columns, minimum(rows, j - i));
+    }
+  });
+}
+
 /// x -> K.
 template <class X> class GramEngine : public SecondPass<X> {
   using T = Compute<X>;
@@ -87,14 +103,14 @@ template <class X> class GramEngine : public SecondPass<X> {
 
  public:
   static int64_t storage_size(int64_t channels, int64_t positions) {
-    return Features<X>::storage_size(channels, positions) + Panels<T>::size(positions, positions);
+    return Features<X>::storage_size(channels, positions);
   }
 
-  GramEngine(const GramTask<X>& task, int64_t sample, T* storage)
+  GramEngine(const GramTask<X>& task, int64_t sample, T* storage, SharedLoop& loop)
       : Base(task.x, sample, task.gram, gram_side(task.x.positions()), task.scale),
         sample_number_(sample),
         features_(x_, storage),
-        spare_{storage + Features<X>::storage_size(x_.channels, x_.positions()), Panels<T>::rows_for(size_)} {}
+        loop_(loop) {}
 
   void load_features() const { features_.load(sample_number_, 1); }
   void store_gram(double alpha) const { store_gram(features_, T(alpha)); }
@@ -120,12 +136,13 @@ template <class X> class GramEngine : public SecondPass<X> {
 
  private:
   template <class Y> void store_gram(const Features<Y>& F, T alpha) const {
-    store_symmetric(matrix_, size_, alpha, F.by_channel, F.by_channel, x_.channels, spare_);
+    store_symmetric(loop_, RootView<T>{matrix_, Output::kMatrix, size_}, F.by_channel, F.by_channel, x_.channels,
+                    [&](const Vector<T>& sum) { return alpha * sum; });
   }
 
   int64_t sample_number_;
   Features<X> features_;
-  Panels<T> spare_;
+  SharedLoop& loop_;
 };
 
 /// What the engines of one sample whose scale is known have in common.
@@ -135,12 +152,13 @@ template <class X> class SampleEngine {
 
   /// The features come first in the storage.
   template <class Task>
-  SampleEngine(const Task& task, int64_t sample, T* storage)
+  SampleEngine(const Task& task, int64_t sample, T* storage, SharedLoop& loop)
       : C_(task.x.channels),
         n_(gram_side(task.x.positions())),
         sample_(sample),
         scale_(task.scale[sample]),
         features_(task.x, storage),
+        loop_(loop),
         next_(storage + Features<X>::storage_size(C_, task.x.positions())) {}
 
  public:
@@ -150,28 +168,29 @@ template <class X> class SampleEngine {
   int64_t C_, n_, sample_;
   T scale_;
   Features<X> features_;
-  T* next_;  // what follows them
+  SharedLoop& loop_;
+  T* next_;  // what follows the features
 };
 
 /// R -> Yhat.
 template <class X> class ExpandEngine : public SampleEngine<X> {
   using T = Compute<X>;
   using Base = SampleEngine<X>;
-  using Base::C_, Base::n_, Base::scale_, Base::features_, Base::next_;
+  using Base::C_, Base::n_, Base::scale_, Base::features_, Base::loop_, Base::next_;
 
  public:
   static int64_t storage_size(int64_t channels, int64_t positions) {
     return Features<X>::storage_size(channels, positions) + Panels<T>::size(positions, positions) +
-           Panels<T>::size(positions, channels) + Panels<T>::size(channels, kPanel) + 2 * round_up(positions, kPanel);
+           Panels<T>::size(positions, channels) + round_up(channels, kPanel) + 2 * round_up(positions, kPanel);
   }
 
-  ExpandEngine(const ExpandTask<X>& task, int64_t sample, T* storage)
-      : Base(task, sample, storage),
+  ExpandEngine(const ExpandTask<X>& task, int64_t sample, T* storage, SharedLoop& loop)
+      : Base(task, sample, storage, loop),
         result_(task.result.sample(sample)),
         root_{next_, Panels<T>::rows_for(n_)},
         product_{root_.data + Panels<T>::size(n_, n_), root_.rows},
-        strip_{product_.data + Panels<T>::size(n_, C_), Panels<T>::rows_for(C_)},
-        sums_(strip_.data + Panels<T>::size(C_, kPanel)),
+        mean_(product_.data + Panels<T>::size(n_, C_)),
+        sums_(mean_ + round_up(C_, kPanel)),
         weights_(sums_ + round_up(n_, kPanel)) {
     read_panels(root_, task.root + sample * n_ * n_, n_, n_, n_);
   }
@@ -182,45 +201,30 @@ template <class X> class ExpandEngine : public SampleEngine<X> {
       multiply_rows(weights_, root_, n_, n_, [&](int64_t m) { return sums_[m]; });
       return;
     }
-    multiply_panels(n_, C_, root_, features_.by_column, n_, [&](auto& tile, int64_t i, int64_t j) {
-      tile.for_each(kPanel,
-                    [&](const Vector<T>& sum, int64_t offset) { store_vector(product_.at(i, j) + offset, sum); });
+    share(loop_, divide_up(C_, kPanel), [&](int64_t strip) {
+      const int64_t j = strip * kPanel;
+      multiply_panels(n_, kPanel, root_, features_.by_column.from(j), n_, [&](auto& tile, int64_t m, int64_t c) {
+        tile.for_each(kPanel,
+                      [&](const Vector<T>& sum, int64_t offset) { store_vector(product_.at(m, j + c) + offset, sum); });
+      });
     });
   }
 
   void store_root(double alpha) const {
     const T share = T(alpha), inverse = 1 / scale_;  // their product may be a denormal number
     if (result_.output == Output::kMean) {
-      multiply_rows(strip_.data, features_.by_column, n_, C_, [&](int64_t m) { return weights_[m]; });
-      for (int64_t c = 0; c < C_; ++c) result_.data[c] = inverse * (share / T(C_) * strip_.data[c]);
+      multiply_rows(mean_, features_.by_column, n_, C_, [&](int64_t m) { return weights_[m]; });
+      for (int64_t c = 0; c < C_; ++c) result_.data[c] = inverse * (share / T(C_) * mean_[c]);
       return;
     }
-    for (int64_t j = 0; j < C_; j += kPanel) {
-      const Panels<T> right{product_.at(0, j), product_.rows};
-      const int64_t columns = minimum(kPanel, C_ - j);
-      multiply_panels(j + columns, columns, features_.by_column, right, n_, [&](auto& tile, int64_t i, int64_t k) {
-        tile.for_each(kPanel, [&](const Vector<T>& sum, int64_t offset) {
-          store_vector(strip_.at(i, k) + offset, inverse * (share * sum));
-        });
-      });
-      for (int64_t r = 0; r < columns; ++r)  // on the diagonal the upper triangle counts
-        for (int64_t c = 0; c < r; ++c) *strip_.at(j + r, c) = *strip_.at(j + c, r);
-      write_columns(j, columns);
-    }
+    store_symmetric(loop_, result_, features_.by_column, product_, n_,
+                    [&](const Vector<T>& sum) { return inverse * (share * sum); });
   }
 
  private:
-  /// Columns of Yhat as far as the diagonal, from strip_, and their mirror image.
-  void write_columns(int64_t j, int64_t columns) const {
-    if (result_.output == Output::kTriu)
-      return copy_triangle(result_.data, C_, j, columns, static_cast<const T*>(strip_.data));
-    copy_strided(result_.data + j, C_, int64_t(1), strip_.data, kPanel, int64_t(1), j + columns, columns);
-    copy_strided(result_.data + j * C_, C_, int64_t(1), strip_.data, int64_t(1), kPanel, columns, j);
-  }
-
   RootView<T> result_;
-  Panels<T> root_, product_, strip_;
-  T *sums_, *weights_;
+  Panels<T> root_, product_;
+  T *mean_, *sums_, *weights_;
 };
 
 /// G -> V and H.
@@ -228,42 +232,49 @@ template <class X> class ContractEngine : public SampleEngine<X> {
   using T = Compute<X>;
   using S = Simd<T>;
   using Base = SampleEngine<X>;
-  using Base::C_, Base::n_, Base::features_, Base::next_;
+  using Base::C_, Base::n_, Base::features_, Base::loop_, Base::next_;
+  static constexpr int64_t kGroup = 4 * kPanel;  // columns of G at a time
 
  public:
   static int64_t storage_size(int64_t channels, int64_t positions) {
     return Features<X>::storage_size(channels, positions) + Panels<T>::size(channels, positions) +
-           Panels<T>::size(channels, kPanel) + Panels<T>::size(positions, positions);
+           Panels<T>::size(channels, kGroup) + round_up(positions, kPanel);
   }
 
-  ContractEngine(const ContractTask<X>& task, int64_t sample, T* storage)
-      : Base(task, sample, storage),
+  ContractEngine(const ContractTask<X>& task, int64_t sample, T* storage, SharedLoop& loop)
+      : Base(task, sample, storage, loop),
         grad_(task.grad.sample(sample)),
         product_to_(task.product + sample * C_ * n_),
         grad_root_(task.grad_root + sample * n_ * n_),
         product_{next_, Panels<T>::rows_for(C_)},
-        strip_{product_.data + Panels<T>::size(C_, n_), product_.rows},
-        spare_{strip_.data + Panels<T>::size(C_, kPanel), Panels<T>::rows_for(n_)} {}
+        columns_{product_.data + Panels<T>::size(C_, n_), product_.rows} {}
 
   void multiply_gradient() const {
     if (grad_.output == Output::kMean) return multiply_mean_gradient();
-    for (int64_t i = 0; i < C_; i += kPanel) {
-      load_columns(i);
-      multiply_panels(kPanel, n_, strip_, features_.by_channel, C_, [&](auto& tile, int64_t r, int64_t m) {
-        tile.for_each(kPanel,
-                      [&](const Vector<T>& sum, int64_t offset) { store_vector(product_.at(i + r, m) + offset, sum); });
+    for (int64_t i = 0; i < C_; i += kGroup) {
+      const int64_t rows = minimum(kGroup, C_ - i);
+      for (int64_t r = 0; r < rows; r += kPanel) load_columns(i + r, columns_.from(r));
+      share(loop_, divide_up(n_, kPanel), [&](int64_t strip) {
+        const int64_t m = strip * kPanel;
+        multiply_panels(rows, kPanel, columns_, features_.by_channel.from(m), C_,
+                        [&](auto& tile, int64_t r, int64_t k) {
+                          tile.for_each(kPanel, [&](const Vector<T>& sum, int64_t offset) {
+                            store_vector(product_.at(i + r, m + k) + offset, sum);
+                          });
+                        });
       });
     }
   }
 
   void store_gradient(double alpha) const {
     copy_panels(product_to_, n_, product_, C_, n_);
-    store_symmetric(grad_root_, n_, T(alpha), features_.by_channel, product_, C_, spare_);
+    store_symmetric(loop_, RootView<T>{grad_root_, Output::kMatrix, n_}, features_.by_channel, product_, C_,
+                    [a = T(alpha)](const Vector<T>& sum) { return a * sum; });
   }
 
  private:
   /// Columns [j, j + kPanel) of sym(G).
-  void load_columns(int64_t j) const {
+  void load_columns(int64_t j, const Panels<T>& to) const {
     constexpr int W = S::kWidth;
     const int64_t columns = minimum(kPanel, C_ - j);
     const int64_t whole = grad_.output == Output::kMatrix && columns == kPanel ? C_ / W * W : 0;
@@ -273,17 +284,16 @@ template <class X> class ContractEngine : public SampleEngine<X> {
         load_transposed(below, grad_.data + (j + v) * C_ + k, C_);
 #pragma GCC unroll 16
         for (int r = 0; r < W; ++r)
-          store_vector(strip_.at(k + r, v),
-                       symmetric_vector<T>(load_vector(grad_.data + (k + r) * C_ + j + v), below[r]));
+          store_vector(to.at(k + r, v), symmetric_vector<T>(load_vector(grad_.data + (k + r) * C_ + j + v), below[r]));
       }
     for (int64_t k = whole; k < C_; ++k)
       for (int64_t v = 0; v < columns; ++v)
-        *strip_.at(k, v) = k < j + v ? grad_.symmetric(k, j + v) : grad_.symmetric(j + v, k);
+        *to.at(k, v) = k < j + v ? grad_.symmetric(k, j + v) : grad_.symmetric(j + v, k);
   }
 
   /// V for G = (g 1^T + 1 g^T) / (2 C): (g (1^T F) + 1 (g^T F)) / (2 C).
   void multiply_mean_gradient() const {
-    T *const sums = strip_.data, *const weighted = spare_.data;
+    T *const sums = columns_.data, *const weighted = sums + round_up(n_, kPanel);
     const T share = T(0.5) / T(C_);
     multiply_rows(sums, features_.by_channel, C_, n_, [&](int64_t) { return share; });
     multiply_rows(weighted, features_.by_channel, C_, n_, [&](int64_t c) { return share * grad_.data[c]; });
@@ -295,24 +305,23 @@ template <class X> class ContractEngine : public SampleEngine<X> {
 
   RootView<const T> grad_;
   T *product_to_, *grad_root_;
-  Panels<T> product_, strip_, spare_;
+  Panels<T> product_, columns_;
 };
 
 /// V, R and dK -> dX.
 template <class X> class GramBackwardEngine : public SampleEngine<X> {
   using T = Compute<X>;
   using Base = SampleEngine<X>;
-  using Base::C_, Base::n_, Base::sample_, Base::features_, Base::next_;
+  using Base::C_, Base::n_, Base::sample_, Base::features_, Base::loop_, Base::next_;
 
  public:
   static int64_t storage_size(int64_t channels, int64_t positions) {
     return Features<X>::storage_size(channels, positions) + Panels<T>::size(positions, channels) +
-           2 * Panels<T>::size(positions, positions) + round_up(channels, kPanel) * round_up(positions, kPanel) +
-           kPanel;
+           2 * Panels<T>::size(positions, positions) + round_up(channels, kPanel) * row_for(positions);
   }
 
-  GramBackwardEngine(const GramBackwardTask<X>& task, int64_t sample, T* storage)
-      : Base(task, sample, storage),
+  GramBackwardEngine(const GramBackwardTask<X>& task, int64_t sample, T* storage, SharedLoop& loop)
+      : Base(task, sample, storage, loop),
         grad_x_(task.grad_x),
         product_{next_, Panels<T>::rows_for(n_)},
         root_{product_.data + Panels<T>::size(n_, C_), product_.rows},
@@ -327,14 +336,18 @@ template <class X> class GramBackwardEngine : public SampleEngine<X> {
   }
 
   void store_features(double alpha) const {
-    const int64_t ld = round_up(n_ + 1, kPanel);
-    multiply_panels(C_, n_, product_, root_, n_, [&](auto& tile, int64_t c, int64_t m) {
-      multiply_add(tile, features_.by_column.at(0, c), grad_gram_.at(0, m), n_);
-      tile.for_each(ld, [&](const Vector<T>& sum, int64_t offset) {
-        store_vector(result_ + 1 + c * ld + m + offset, T(alpha) * sum);  // after that of the first position
+    const int64_t ld = row_for(n_);
+    share(loop_, divide_up(C_, kPanel), [&](int64_t strip) {
+      const int64_t first = strip * kPanel;
+      multiply_panels(kPanel, n_, product_.from(first), root_, n_, [&](auto& tile, int64_t r, int64_t m) {
+        const int64_t c = first + r;
+        multiply_add(tile, features_.by_column.at(0, c), grad_gram_.at(0, m), n_);
+        tile.for_each(ld, [&](const Vector<T>& sum, int64_t offset) {
+          store_vector(result_ + 1 + c * ld + m + offset, T(alpha) * sum);  // after that of the first position
+        });
       });
+      for (int64_t c = first; c < first + kPanel; ++c) reflect(result_ + c * ld);
     });
-    for (int64_t c = 0; c < C_; ++c) reflect(result_ + c * ld);
     X* const to = grad_x_.sample(sample_);
     for_each_run(grad_x_, 0, n_ + 1, [&](int64_t offset, int64_t m, int64_t run) {
       copy_strided(to + offset, grad_x_.stride_c, grad_x_.stride_w, static_cast<const T*>(result_ + m), ld, int64_t(1),
@@ -343,6 +356,9 @@ template <class X> class GramBackwardEngine : public SampleEngine<X> {
   }
 
  private:
+  /// Numbers from row to row of what is computed: the first position's, and the others' in whole tiles.
+  static int64_t row_for(int64_t positions) { return kPanel + round_up(positions, kPanel); }
+
   /// A row of D, from its second number on, becomes one of D Q^T.
   void reflect(T* row) const {
     constexpr int W = Simd<T>::kWidth;

@@ -10,7 +10,7 @@ template <class X> void pool(const PoolTask<X>& task, Items& items) {
   const int64_t C = task.x.channels, count = task.chunks.count;
   const Scratch<Compute<X>> storage(PoolEngine<X>::storage_size(C));
   items.take([&](int64_t item) {
-    PoolEngine<X> engine(task.x, item / count, storage.get());
+    PoolEngine<X> engine(task.x, item / count, storage.get(), items.loop);
     accumulate_covariance(engine, task.chunks.first(item % count), task.chunks.last(item % count));
     engine.write(task.partial_mean + item * C, task.partial_moment + item * C * C);
   });
@@ -18,7 +18,7 @@ template <class X> void pool(const PoolTask<X>& task, Items& items) {
 
 template <class X> void merge(const PoolTask<X>& task, Items& items) {
   items.take([&](int64_t sample) {
-    MergeEngine<X> engine(task, sample);
+    MergeEngine<X> engine(task, sample, items.loop);
     merge_covariances(engine, task.chunks);
     rescue_covariance<X>(engine);
   });
@@ -39,7 +39,7 @@ template <class X> void root(const RootTask<X>& task, Items& items) {
   const int64_t C = task.sigma.channels;
   const Scratch<T> storage(MatrixEngine<T>::storage_size(C, 4, 3));
   items.take([&](int64_t sample) {
-    MatrixEngine<T> e(C, storage.get());
+    MatrixEngine<T> e(C, storage.get(), items.loop);
     const auto sigma = task.sigma.sample(sample);
     const auto result = task.result.sample(sample);
     const T scale = task.scale ? task.scale[sample] : T(1);
@@ -72,7 +72,7 @@ template <class X> void root_backward(const RootBackwardTask<X>& task, Items& it
   const int64_t size = MatrixEngine<T>::storage_size(C, 8, 4);
   const Scratch<T> storage(size + copy);
   items.take([&](int64_t sample) {
-    MatrixEngine<T> e(C, storage.get());
+    MatrixEngine<T> e(C, storage.get(), items.loop);
     const auto sigma = task.sigma.sample(sample);
     const auto grad = in_compute_type(task.grad.sample(sample), storage.get() + size);
     const auto write_root = [&](const T& factor, Panels<T>& P) {
@@ -90,7 +90,7 @@ template <class Engine, class Task, class Run> void run_gram(const Task& task, I
   const int64_t C = task.x.channels, M = task.x.positions();
   const Scratch<std::remove_const_t<std::remove_pointer_t<decltype(task.scale)>>> storage(Engine::storage_size(C, M));
   items.take([&](int64_t sample) {
-    Engine engine(task, sample, storage.get());
+    Engine engine(task, sample, storage.get(), items.loop);
     run(engine, M);
   });
 }

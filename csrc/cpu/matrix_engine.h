@@ -24,8 +24,8 @@ template <class T> class MatrixEngine {
     return Matrix::size(channels, channels) * (matrices + 1) + round_up(channels, kPanel) * vectors;
   }
 
-  MatrixEngine(int64_t channels, T* storage)
-      : channels_(channels), size_(Matrix::size(channels, channels)), next_(storage), spare_(matrix()) {}
+  MatrixEngine(int64_t channels, T* storage, SharedLoop& loop)
+      : channels_(channels), size_(Matrix::size(channels, channels)), loop_(loop), next_(storage), spare_(matrix()) {}
 
   Matrix matrix() {
     const Matrix m{next_, Matrix::rows_for(channels_)};
@@ -145,7 +145,7 @@ template <class T> class MatrixEngine {
     const int64_t C = channels_;
     if (result.output != Output::kTriu) return copy_panels(result.data, C, A, C, C);
     for (int64_t j = 0; j < C; j += kPanel)
-      copy_triangle(result.data, C, j, minimum(kPanel, C - j), static_cast<const T*>(A.at(0, j)));
+      copy_triangle(result.data, C, 0, C, j, minimum(kPanel, C - j), static_cast<const T*>(A.at(0, j)));
   }
 
   void product(Matrix& D, T alpha, T beta, const Matrix& A, const Matrix& B) {
@@ -198,19 +198,26 @@ template <class T> class MatrixEngine {
     Vector<T> operator()(const Vector<T>& sum, int64_t) const { return sum; }
   };
 
-  /// D = result(sum of products), tile by tile, into the spare matrix: all of it, or the upper triangle.
+  /// D = result(sum of products), tile by tile, into the spare matrix: all of it, or the upper triangle and its mirror
+  /// image. Panels, the longest columns first, are what threads share.
   template <class Products, class Result>
   inline __attribute__((always_inline)) void combine(Matrix& D, bool in_full, const Products& products,
                                                      const Result& result) {
-    for_tiles<T>(channels_, !in_full, [&](auto shape, int64_t i, int64_t j) {
-      Tile<T, decltype(shape)> tile;
-      products(tile, i, j);
-      const int64_t first = D.index(i, j);
-      tile.for_each(kPanel, [&](const Vector<T>& sum, int64_t offset) {
-        store_vector(spare_.data + first + offset, result(sum, first + offset));
+    const int64_t panels = divide_up(channels_, kPanel), size = round_up<int64_t>(channels_, S::kWidth);
+    share(loop_, panels, [&](int64_t round) {
+      const int64_t first = (panels - 1 - round) * kPanel;
+      for_tiles_of_panel<T>(channels_, first, !in_full, [&](auto shape, int64_t i, int64_t j) {
+        Tile<T, decltype(shape)> tile;
+        products(tile, i, j);
+        const int64_t at = D.index(i, j);
+        tile.for_each(kPanel, [&](const Vector<T>& sum, int64_t offset) {
+          store_vector(spare_.data + at + offset, result(sum, at + offset));
+        });
       });
+      if (!in_full)
+        mirror_columns<T>(first, minimum(size, first + kPanel), kPanel,
+                          [&](int64_t i, int64_t j) { return spare_.at(i, j); });
     });
-    if (!in_full) mirror(spare_);
     const Matrix previous = D;
     D = spare_;
     spare_ = previous;
@@ -229,6 +236,7 @@ template <class T> class MatrixEngine {
   }
 
   int64_t channels_, size_;
+  SharedLoop& loop_;
   T* next_;
   Matrix spare_;
 };

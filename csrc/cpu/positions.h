@@ -24,21 +24,31 @@ inline void for_each_run(const FeatureMaps<T>& x, int64_t m, int64_t n, const Vi
   }
 }
 
-/// The same as visit(positions, stride from channel to channel, r, length). Rows of contiguous positions that are no
-/// whole panels, as those of a crop may be, begin and end amid vectors: what a tile has of several is joined, in room
-/// for `channels` times round_up(n, kPanel) numbers.
+/// The same as visit(positions, strides from channel to channel and from position to position, r, length). Rows of
+/// contiguous positions that are no whole panels, as those of a crop may be, begin and end amid vectors: what a tile
+/// has of several is joined, in room for `channels` times round_up(n, kPanel) numbers; and so is what is contiguous
+/// nowhere.
 template <class X, class Visit>
 inline void for_each_run(const FeatureMaps<const X>& x, const X* sample, int64_t m, int64_t n, X* joined,
                          const Visit& visit) {
-  if (x.stride_w != 1 || x.width % kPanel == 0 || m % x.width + n <= x.width)
-    return for_each_run(x, m, n,
-                        [&](int64_t offset, int64_t r, int64_t run) { visit(sample + offset, x.stride_c, r, run); });
+  const bool in_vectors =
+      x.stride_w == 1 ? x.width % kPanel == 0 || m % x.width + n <= x.width : x.stride_c == 1 || n < kPanel;
+  if (in_vectors)
+    return for_each_run(x, m, n, [&](int64_t offset, int64_t r, int64_t run) {
+      visit(sample + offset, x.stride_c, x.stride_w, r, run);
+    });
   const int64_t length = round_up(n, kPanel);
   for_each_run(x, m, n, [&](int64_t offset, int64_t r, int64_t run) {
-    for (int64_t c = 0; c < x.channels; ++c)
-      std::memcpy(joined + c * length + r, sample + c * x.stride_c + offset, run * sizeof(X));
+    for (int64_t c = 0; c < x.channels; ++c) {
+      const X* from = sample + c * x.stride_c + offset;
+      X* to = joined + c * length + r;
+      if (x.stride_w == 1)
+        std::memcpy(to, from, run * sizeof(X));
+      else
+        for (int64_t i = 0; i < run; ++i) to[i] = from[i * x.stride_w];
+    }
   });
-  visit(joined, length, int64_t(0), n);
+  visit(joined, length, int64_t(1), int64_t(0), n);
 }
 
 /// The cache lines of the tile after this one, in rows of contiguous positions or channels. The hardware does not
@@ -57,6 +67,14 @@ template <class X> class Ahead {
     const int64_t along = x.offset(m + n - 1) - x.offset(m) + 1;  // of a crop with what lies between its rows
     if (x.stride_w == 1 && along > 0 && along <= 2 * n) stride_ = x.stride_c, length_ = along, rows_ = x.channels;
     if (x.stride_c == 1 && x.height == 1) stride_ = x.stride_w, length_ = x.channels, rows_ = n;
+  }
+
+  /// The share of rows [first, last) out of `all`.
+  Ahead share(int64_t first, int64_t last, int64_t all) const {
+    Ahead part = *this;
+    part.row_ += rows_ * first / all * stride_;
+    part.rows_ = rows_ * last / all - rows_ * first / all;
+    return part;
   }
 
   /// As many of the lines as come while so many numbers are multiplied.
@@ -121,9 +139,9 @@ template <class X> class PositionTile {
  private:
   /// One run of positions, less the mean, into the tile's rows from `first` on; their sums into delta_. What cannot be
   /// transposed in whole blocks, or lies neither along positions nor along channels, is read element by element.
-  void load_run(const X* x, int64_t stride_c, int64_t first, int64_t run) const {
+  void load_run(const X* x, int64_t stride_c, int64_t stride_w, int64_t first, int64_t run) const {
     constexpr int W = S::kWidth;
-    const bool along_positions = x_.stride_w == 1, along_channels = stride_c == 1 && !along_positions;
+    const bool along_positions = stride_w == 1, along_channels = stride_c == 1 && !along_positions;
     const int64_t vector_channels = along_positions || along_channels ? x_.channels / W * W : 0;
     const int64_t vector_run = along_positions ? run / W * W : along_channels ? run : 0;
     if (along_channels) {
@@ -149,7 +167,6 @@ template <class X> class PositionTile {
     }
     for (int64_t c = 0; c < x_.channels; ++c) {
       int64_t r = c < vector_channels ? vector_run : 0;
-      const int64_t stride_w = x_.stride_w;
       const X* from = x + c * stride_c + r * stride_w;
       const T origin = origin_[c], mean = mean_[c];
       T* to = tile_.at(first + r, c);

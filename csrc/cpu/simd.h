@@ -140,6 +140,8 @@ template <class T> struct Panels {
 
   int64_t index(int64_t row, int64_t column) const { return (column / kPanel * rows + row) * kPanel + column % kPanel; }
   T* at(int64_t row, int64_t column) const { return data + index(row, column); }
+  /// The same from a column on, at which a panel begins.
+  Panels from(int64_t column) const { return {at(0, column), rows}; }
 };
 
 /// Lanes of the two vectors of one butterfly of a transposition: blocks of `Stride` lanes change places.
@@ -189,23 +191,29 @@ inline __attribute__((always_inline)) void transpose_block(To* dst, int64_t ld_d
   for (int i = 0; i < W; ++i) store_vector(dst + i * ld_dst, columns[i]);
 }
 
-/// The lower triangle of an n x n matrix from its upper one. at(i, j) is the address of an element, `ld` beyond which
-/// is that of the next row. In whole vectors: one that is loaded would wait for parts of it that were stored just
-/// before.
-template <class T, class At> inline __attribute__((always_inline)) void mirror(int64_t n, int64_t ld, const At& at) {
+/// The mirror image, under the diagonal, of columns [first, last) above it, whole vectors. at(i, j) is the address of
+/// an element, `ld` beyond which is that of the next row. In whole vectors: one that is loaded would wait for parts of
+/// it that were stored just before.
+template <class T, class At>
+inline __attribute__((always_inline)) void mirror_columns(int64_t first, int64_t last, int64_t ld, const At& at) {
   constexpr int W = Simd<T>::kWidth;
   Lanes<T> column;
   for (int c = 0; c < W; ++c) column[c] = c;
-  const int64_t whole = n / W * W;
-  for (int64_t i = 0; i < whole; i += W) {
+  for (int64_t j = first; j < last; j += W) {
+    for (int64_t i = 0; i < j; i += W) transpose_block(at(j, i), ld, at(i, j), ld);
     Vector<T> rows[W], columns[W];
 #pragma GCC unroll 16
-    for (int r = 0; r < W; ++r) columns[r] = rows[r] = load_vector(at(i + r, i));
+    for (int r = 0; r < W; ++r) columns[r] = rows[r] = load_vector(at(j + r, j));
     transpose<T>(columns);
 #pragma GCC unroll 16
-    for (int r = 1; r < W; ++r) store_vector(at(i + r, i), column < r ? columns[r] : rows[r]);
-    for (int64_t j = i + W; j < whole; j += W) transpose_block(at(j, i), ld, at(i, j), ld);
+    for (int r = 1; r < W; ++r) store_vector(at(j + r, j), column < r ? columns[r] : rows[r]);
   }
+}
+
+/// The lower triangle of an n x n matrix from its upper one.
+template <class T, class At> inline __attribute__((always_inline)) void mirror(int64_t n, int64_t ld, const At& at) {
+  const int64_t whole = n / Simd<T>::kWidth * Simd<T>::kWidth;
+  mirror_columns<T>(0, whole, ld, at);
   for (int64_t j = whole; j < n; ++j)
     for (int64_t i = 0; i < j; ++i) *at(j, i) = *at(i, j);
 }
@@ -260,11 +268,13 @@ inline void copy_panels(X* to, int64_t ld, const Panels<T>& A, int64_t rows, int
                  minimum(kPanel, columns - j));
 }
 
-/// Columns [j, j + columns) of a C x C matrix's upper triangle into its row-major vector, from a panel of A.
-template <class X, class T> inline void copy_triangle(X* to, int64_t C, int64_t j, int64_t columns, const T* panel) {
-  for (int64_t i = 0; i < j + columns; ++i) {
-    const int64_t first = i < j ? j : i;
-    copy_strided(to + triu_index(i, first, C), C, int64_t(1), panel + i * kPanel + first - j, kPanel, int64_t(1),
+/// What rows [i, i + rows) and columns [j, j + columns) have of a C x C matrix's upper triangle into its row-major
+/// vector, from a panel's rows.
+template <class X, class T>
+inline void copy_triangle(X* to, int64_t C, int64_t i, int64_t rows, int64_t j, int64_t columns, const T* panel) {
+  for (int64_t r = 0; r < rows && i + r < j + columns; ++r) {
+    const int64_t first = i + r < j ? j : i + r;
+    copy_strided(to + triu_index(i + r, first, C), C, int64_t(1), panel + r * kPanel + first - j, kPanel, int64_t(1),
                  int64_t(1), j + columns - first);
   }
 }
@@ -326,20 +336,27 @@ template <class T, class Shape> struct Tile {
   }
 };
 
-/// f(shape, i, j) for the register tiles of an n x n result, or of its upper triangle. Of those on the diagonal about
-/// half is computed: their lower rows want the second of two vectors alone, or half of the only one.
-template <class T, class F> inline __attribute__((always_inline)) void for_tiles(int64_t n, bool upper, const F& f) {
+/// f(shape, i, j) for the register tiles of an n x n result, or of its upper triangle, in the panel of columns that
+/// begins at `first`. Of those on the diagonal about half is computed: their lower rows want the second of two vectors
+/// alone, or half of the only one. None reaches below the panel's own rows.
+template <class T, class F>
+inline __attribute__((always_inline)) void for_tiles_of_panel(int64_t n, int64_t first, bool upper, const F& f) {
   using S = Simd<T>;
   constexpr bool kHalf = S::kVectors == 1 && S::kRows == 16 && S::kWidth == 16,
                  kSecond = S::kVectors == 2 && S::kWidth % S::kRows == 0;
   constexpr int64_t kWhole = kHalf ? 0 : kSecond ? S::kWidth : S::kColumns;  // rows on the diagonal of whole tiles
-  for (int64_t j = 0; j < n; j += S::kColumns) {
+  for (int64_t j = first; j < minimum(n, first + kPanel); j += S::kColumns) {
     const int64_t rows = upper ? minimum(n, j + kWhole) : n;
     for (int64_t i = 0; i < rows; i += S::kRows) f(Shape<S::kRows, S::kVectors>(), i, j);
     if (!upper || j + kWhole >= n) continue;
     if constexpr (kHalf) f(Shape<S::kRows, 1, true>(), j, j);
     if constexpr (kSecond) f(Shape<S::kWidth, 1>(), j + S::kWidth, j + S::kWidth);
   }
+}
+
+/// f(round) for each of `rounds` rounds, with the help of threads that wait.
+template <class F> inline void share(SharedLoop& loop, int64_t rounds, const F& f) {
+  loop.run(rounds, [](const void* f, int64_t round) { (*static_cast<const F*>(f))(round); }, &f);
 }
 
 /// tile[i, j] += sum_k a[k, i] b[k, j], both in panels. The left factor is symmetric, or given transposed, so that

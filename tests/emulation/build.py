@@ -53,12 +53,14 @@ MODES = {
 }  # fmt: skip
 RUNTIME = ["runtime.cpp", "async.cpp", "matrices.cpp", "fibers.cpp", "checkers.cpp", "api.cpp"]
 CUDA = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+CPU = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), EMULATION / "cpu_check.cpp"]
 LAUNCHERS = [*CUDA, "launchers.cpp", ROOT / "csrc" / "plan.cpp"]
 PROGRAMS = {  # what takes longest to compile begins first
     "check": [*LAUNCHERS, "check.cpp"],
     "conformance": ["conformance.cu"],
     "faults": ["faults.cu"],
     "isqrt_emulation": [*LAUNCHERS, "bindings.cpp"],
+    "cpu_check": CPU,  # nothing is emulated
 }
 
 
@@ -94,7 +96,7 @@ def compile_object(mode, source):
     source = EMULATION / source  # an absolute source stays what it is
     options = MODES[mode]
     command = [CXX, *COMMON, *OPTIMISE, *options.get("debug", []), *options.get("define", [])]
-    if source.name in RUNTIME or source.suffix == ".cu":
+    if source.name in RUNTIME or source.suffix == ".cu" or source in CPU:
         command += [f"-I{EMULATION / 'include'}"]
     if source.name not in RUNTIME:  # the sanitizer is told what happens there and must not watch
         command += options.get("sanitizer", [])
@@ -135,7 +137,7 @@ def alone():
 @alone()
 def build(program, mode="plain"):
     """The path of that program of PROGRAMS, up to date; a Python module has the suffix of one."""
-    sources = [*PROGRAMS[program], *RUNTIME]
+    sources = PROGRAMS[program] if program == "cpu_check" else [*PROGRAMS[program], *RUNTIME]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         stamps = list(pool.map(lambda source: compile_object(mode, source), sources))
     module = program == "isqrt_emulation"
