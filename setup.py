@@ -87,8 +87,8 @@ def default_architectures(cuda_home):
     general = [a for a in known if not a.endswith("a")]
     if not general:
         raise SystemExit(
-            f"{nvcc} of CUDA {cuda_release(cuda_home)} compiles for no compute capability of 8.0 or later, which the"
-            " CUDA kernels need: set CUDA_HOME to a later toolkit, or FORCE_CUDA=0 for a build without CUDA kernels"
+            f"{nvcc} of CUDA {cuda_release(cuda_home)} lists no compute capability of 8.0 or later, which the CUDA"
+            " kernels need: set CUDA_HOME to a later toolkit, or FORCE_CUDA=0 for a build without CUDA kernels"
         )
     return ";".join(a + "+PTX" if a in ("10.0", general[-1]) else a for a in known)
 

@@ -1,4 +1,4 @@
-// The Engines of covariance.h on one CPU thread.
+// The Engines of covariance.h on one CPU thread, and those that help it.
 #pragma once
 #include "positions.h"
 
@@ -38,7 +38,7 @@ template <class X> class PoolEngine : public PositionTile<X> {
   void accumulate(int64_t n, double weight) {
     for (int64_t c = 0; c < padded_; ++c) minus_delta_[c] = -T(weight) * delta_[c];
     const int64_t panels = padded_ / kPanel;
-    share(loop_, panels, [&](int64_t round) {
+    in_rounds(loop_, panels, [&](int64_t round) {
       const int64_t panel = panels - 1 - round;  // the longest columns first
       Ahead<X> ahead = ahead_.share(panel * panel, (panel + 1) * (panel + 1), panels * panels);
       for_tiles_of_panel<T>(x_.channels, panel * kPanel, true, [&](auto shape, int64_t i, int64_t j) {

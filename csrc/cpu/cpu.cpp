@@ -26,15 +26,15 @@ void Stages::run() {
   std::vector<std::vector<int64_t>> left;
   std::deque<Queue> queues;
   int64_t workers = 0;
-  bool share = false;
+  bool help = false;
   for (const Stage& stage : stages_) {
     left.emplace_back(stage.samples, stage.per_sample);
     queues.emplace_back(stage.samples, stage.per_sample, threads, left.back().data(),
                         queues.empty() ? nullptr : &queues.back());
     workers = std::max(workers, std::min(threads, stage.samples * stage.per_sample * stage.threads));
-    share = share || stage.threads > 1;
+    help = help || stage.threads > 1;
   }
-  Crew crew(workers, share);
+  Crew crew(workers, help);
   // What a thread throws is kept: of an exception that passes through it parallel_for says no more than that.
   std::exception_ptr failed;
   std::mutex mutex;
@@ -58,9 +58,9 @@ void Stages::run() {
   if (failed) std::rethrow_exception(failed);
 }
 
-/// Threads of use to an item with matrices of that many columns: one for four panels of 16, of which there are eight at
-/// least, see SharedLoop::run().
-int64_t threads_of_item(int64_t columns) { return columns < 128 ? 1 : columns / 64; }
+/// Threads of use to an item whose loops are over the panels of so many columns: one for four panels of 16, where there
+/// are enough of them for SharedLoop::run().
+int64_t threads_of_item(int64_t columns) { return columns <= 112 ? 1 : divide_up(columns, 64); }
 
 template <class X> void pool(const PoolTask<X>& task, EngineKind level, Stages& stages) {
   const PoolKernels<X> kernels = ISQRT_KERNELS(level, pool_kernels<X>());
@@ -82,9 +82,9 @@ template <class X> void pool_backward(const PoolBackwardTask<X>& task, EngineKin
   }
 ISQRT_BY_SAMPLE(root, RootTask, batch, task.sigma.channels, root_kernels, root)
 ISQRT_BY_SAMPLE(root_backward, RootBackwardTask, batch, task.sigma.channels, root_kernels, root_backward)
-ISQRT_BY_SAMPLE(gram, GramTask, x.batch, task.x.channels, gram_kernels, pool)
+ISQRT_BY_SAMPLE(gram, GramTask, x.batch, gram_side(task.x.positions()), gram_kernels, pool)
 ISQRT_BY_SAMPLE(expand, ExpandTask, x.batch, task.x.channels, gram_kernels, expand)
-ISQRT_BY_SAMPLE(contract, ContractTask, x.batch, task.x.channels, gram_kernels, contract)
+ISQRT_BY_SAMPLE(contract, ContractTask, x.batch, gram_side(task.x.positions()), gram_kernels, contract)
 ISQRT_BY_SAMPLE(gram_backward, GramBackwardTask, x.batch, task.x.channels, gram_kernels, backward)
 #undef ISQRT_BY_SAMPLE
 

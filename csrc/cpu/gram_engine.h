@@ -1,4 +1,4 @@
-// The Engines of gram.h on one CPU thread, for all positions of a sample.
+// The Engines of gram.h on one CPU thread, and those that help it, for all positions of a sample.
 #pragma once
 #include "positions.h"
 
@@ -72,7 +72,7 @@ void store_symmetric(SharedLoop& loop, const RootView<T>& to, const Panels<T>& A
                      const Result& result) {
   constexpr int64_t kRows = 16 * kPanel;  // at a time, for writing takes turns with computing
   const int64_t n = to.channels, panels = divide_up(n, kPanel);
-  share(loop, panels, [&](int64_t round) {
+  in_rounds(loop, panels, [&](int64_t round) {
     const int64_t j = (panels - 1 - round) * kPanel, columns = minimum(kPanel, n - j);  // the longest first
     for (int64_t i = 0; i < j + columns; i += kRows) {
       const int64_t rows = minimum(kRows, j + columns - i);
@@ -201,7 +201,7 @@ template <class X> class ExpandEngine : public SampleEngine<X> {
       multiply_rows(weights_, root_, n_, n_, [&](int64_t m) { return sums_[m]; });
       return;
     }
-    share(loop_, divide_up(C_, kPanel), [&](int64_t strip) {
+    in_rounds(loop_, divide_up(C_, kPanel), [&](int64_t strip) {
       const int64_t j = strip * kPanel;
       multiply_panels(n_, kPanel, root_, features_.by_column.from(j), n_, [&](auto& tile, int64_t m, int64_t c) {
         tile.for_each(kPanel,
@@ -238,7 +238,7 @@ template <class X> class ContractEngine : public SampleEngine<X> {
  public:
   static int64_t storage_size(int64_t channels, int64_t positions) {
     return Features<X>::storage_size(channels, positions) + Panels<T>::size(channels, positions) +
-           Panels<T>::size(channels, kGroup) + round_up(positions, kPanel);
+           Panels<T>::size(channels, kGroup);
   }
 
   ContractEngine(const ContractTask<X>& task, int64_t sample, T* storage, SharedLoop& loop)
@@ -254,7 +254,7 @@ template <class X> class ContractEngine : public SampleEngine<X> {
     for (int64_t i = 0; i < C_; i += kGroup) {
       const int64_t rows = minimum(kGroup, C_ - i);
       for (int64_t r = 0; r < rows; r += kPanel) load_columns(i + r, columns_.from(r));
-      share(loop_, divide_up(n_, kPanel), [&](int64_t strip) {
+      in_rounds(loop_, divide_up(n_, kPanel), [&](int64_t strip) {
         const int64_t m = strip * kPanel;
         multiply_panels(rows, kPanel, columns_, features_.by_channel.from(m), C_,
                         [&](auto& tile, int64_t r, int64_t k) {
@@ -337,7 +337,7 @@ template <class X> class GramBackwardEngine : public SampleEngine<X> {
 
   void store_features(double alpha) const {
     const int64_t ld = row_for(n_);
-    share(loop_, divide_up(C_, kPanel), [&](int64_t strip) {
+    in_rounds(loop_, divide_up(C_, kPanel), [&](int64_t strip) {
       const int64_t first = strip * kPanel;
       multiply_panels(kPanel, n_, product_.from(first), root_, n_, [&](auto& tile, int64_t r, int64_t m) {
         const int64_t c = first + r;

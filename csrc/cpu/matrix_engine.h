@@ -1,5 +1,5 @@
-// The Engine of newton_schulz.h and normalization.h on one CPU thread: C x C matrices in its cache, products in
-// register tiles over one triangle, which is then mirrored.
+// The Engine of newton_schulz.h and normalization.h on one CPU thread, and those that help it: C x C matrices in its
+// cache, products in register tiles over one triangle, which is then mirrored.
 #pragma once
 #include "simd.h"
 
@@ -204,7 +204,7 @@ template <class T> class MatrixEngine {
   inline __attribute__((always_inline)) void combine(Matrix& D, bool in_full, const Products& products,
                                                      const Result& result) {
     const int64_t panels = divide_up(channels_, kPanel), size = round_up<int64_t>(channels_, S::kWidth);
-    share(loop_, panels, [&](int64_t round) {
+    in_rounds(loop_, panels, [&](int64_t round) {
       const int64_t first = (panels - 1 - round) * kPanel;
       for_tiles_of_panel<T>(channels_, first, !in_full, [&](auto shape, int64_t i, int64_t j) {
         Tile<T, decltype(shape)> tile;

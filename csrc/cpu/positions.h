@@ -146,8 +146,8 @@ template <class X> class PositionTile {
     const int64_t vector_run = along_positions ? run / W * W : along_channels ? run : 0;
     if (along_channels) {
       int64_t c = 0;
-      for (; c + 4 * W <= vector_channels; c += 4 * W) load_columns<4>(first, x, c, run);
-      for (; c < vector_channels; c += W) load_columns<1>(first, x, c, run);
+      for (; c + 4 * W <= vector_channels; c += 4 * W) load_columns<4>(first, x, stride_w, c, run);
+      for (; c < vector_channels; c += W) load_columns<1>(first, x, stride_w, c, run);
     }
     for (int64_t c = 0; along_positions && c < vector_channels; c += W) {
       const Vector<T> origin = load_vector(origin_ + c), mean = load_vector(mean_ + c);
@@ -180,8 +180,7 @@ template <class X> class PositionTile {
   }
 
   /// kVectors vectors of contiguous channels from c on, of each position of a run.
-  template <int kVectors> void load_columns(int64_t first, const X* x, int64_t c, int64_t run) const {
-    const int64_t stride = x_.stride_w;
+  template <int kVectors> void load_columns(int64_t first, const X* x, int64_t stride, int64_t c, int64_t run) const {
     Vector<T> origin[kVectors], mean[kVectors], sum[kVectors] = {};
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {

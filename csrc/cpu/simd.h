@@ -355,8 +355,8 @@ inline __attribute__((always_inline)) void for_tiles_of_panel(int64_t n, int64_t
 }
 
 /// f(round) for each of `rounds` rounds, with the help of threads that wait.
-template <class F> inline void share(SharedLoop& loop, int64_t rounds, const F& f) {
-  loop.run(rounds, [](const void* f, int64_t round) { (*static_cast<const F*>(f))(round); }, &f);
+template <class F> inline void in_rounds(SharedLoop& loop, int64_t rounds, const F& f) {
+  loop.run(rounds, [](const void* f, int64_t round) noexcept { (*static_cast<const F*>(f))(round); }, &f);
 }
 
 /// tile[i, j] += sum_k a[k, i] b[k, j], both in panels. The left factor is symmetric, or given transposed, so that

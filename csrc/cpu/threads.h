@@ -8,10 +8,11 @@ namespace isqrt::cpu {
 /// What a thread does that has waited `turns` times for the same thing.
 void wait_a_turn(int turns);
 
-/// The loops of one thread, one after the other, of which threads that wait do rounds, too.
+/// The loops of one thread, one after the other, of which threads that wait do rounds, too. Rounds do not throw: the
+/// others would go on with what the thread has left.
 class alignas(64) SharedLoop {
  public:
-  using Round = void (*)(const void* loop, int64_t round);
+  using Round = void (*)(const void* loop, int64_t round) noexcept;
 
   /// `waiting` counts the threads that wait.
   explicit SharedLoop(const int64_t* waiting) : waiting_(waiting) {}
@@ -25,8 +26,9 @@ class alignas(64) SharedLoop {
 
  private:
   const int64_t* waiting_;
-  // The loop's number, and the first and last of the rounds that are left, [first, last), of 32, 16 and 16 bits: in one
-  // word, that what is taken is of the loop that was seen. A loop does not end before a round that was taken.
+  // The first and last of the rounds that are left, [first, last), of 32 bits each. A round that is taken is of the
+  // loop that runs then, whichever was seen before: its function is read afterwards, and it does not end before the
+  // round.
   uint64_t left_ = 0;
   Round round_ = nullptr;
   const void* loop_ = nullptr;
@@ -36,12 +38,12 @@ class alignas(64) SharedLoop {
 /// The threads of one call. (Whether they run at the same time is not known: none waits for what nobody has begun.)
 class Crew {
  public:
-  /// `share` tells whether there are loops to share.
-  Crew(int64_t threads, bool share) : share_(share), loops_(threads, SharedLoop(&waiting_)) {}
+  /// `help` tells whether there are loops to help with.
+  Crew(int64_t threads, bool help) : help_(help), loops_(threads, SharedLoop(&waiting_)) {}
   Crew(const Crew&) = delete;
   Crew& operator=(const Crew&) = delete;
 
-  /// That of a thread that is new here.
+  /// The loops of a thread that joins.
   SharedLoop& join() { return loops_[__atomic_fetch_add(&joined_, 1, __ATOMIC_RELAXED)]; }
 
   /// Returns when done(); until then `own` loop's thread helps the others.
@@ -59,13 +61,13 @@ class Crew {
 
   /// What a thread with nothing else to do does in the end.
   template <class Done> inline __attribute__((always_inline)) void help_until(const SharedLoop& own, const Done& done) {
-    if (share_) wait_until(own, done);
+    if (help_) wait_until(own, done);
   }
 
  private:
   bool help(const SharedLoop& own);
 
-  const bool share_;
+  const bool help_;
   int64_t waiting_ = 0, joined_ = 0;
   std::vector<SharedLoop> loops_;
 };

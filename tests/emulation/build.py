@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda for the emulated device with g++; no nvcc is needed.
+"""Compiles csrc/cuda for the emulated device, and csrc/cpu for sanitizers, with g++; no nvcc is needed.
 
     python tests/emulation/build.py [plain|address|thread|shadow|coverage ...]        builds everything in these modes
 
@@ -157,5 +157,6 @@ def build(program, mode="plain"):
 if __name__ == "__main__":
     for mode in sys.argv[1:] or MODES:
         for program in PROGRAMS:
-            if (program == "isqrt_emulation") <= (mode in ("plain", "coverage")):
+            kernels = program != "cpu_check" or mode in ("plain", "address", "thread")
+            if kernels and (program == "isqrt_emulation") <= (mode in ("plain", "coverage")):
                 print(build(program, mode))

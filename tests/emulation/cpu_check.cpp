@@ -1,4 +1,4 @@
-// Runs the CPU engine for the sanitizers to watch, `cpu_check B C M ...`: all element types, outputs, roots and three
+// Runs the CPU engine for the sanitizers to watch, `cpu_check B C M ...`: all element types, outputs, roots and four
 // layouts of x, at each SIMD level that there is, on one thread and on four. Arrays have exactly the sizes they should
 // have and are not initialised: a result that is not finite is an error, and one that depends on the threads.
 #include <torch/csrc/stable/ops.h>
@@ -23,30 +23,22 @@ constexpr bool kRaces = true;
 constexpr bool kRaces = false;
 #endif
 
-double number(double x) { return x; }
-double number(float x) { return double(x); }
-double number(Half x) {
-  _Float16 value;
-  std::memcpy(&value, &x, sizeof value);
-  return double(value);
-}
-double number(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return double(value);
+bool is_finite(double x) { return std::isfinite(x); }
+bool is_finite(Half x) { return (x.bits & 0x7c00) != 0x7c00; }
+bool is_finite(BFloat16 x) { return (x.bits & 0x7f80) != 0x7f80; }
+
+uint32_t bits_of(double value) {
+  const float number = float(value);
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof bits);
+  return bits;
 }
 void set(double& x, double value) { x = value; }
 void set(float& x, double value) { x = float(value); }
-void set(Half& x, double value) {
-  const _Float16 half = _Float16(value);
-  std::memcpy(&x, &half, sizeof x);
-}
-void set(BFloat16& x, double value) {
-  const float wide = float(value);
-  uint32_t bits;
-  std::memcpy(&bits, &wide, sizeof bits);
-  x.bits = uint16_t(bits >> 16);
+void set(BFloat16& x, double value) { x.bits = uint16_t(bits_of(value) >> 16); }
+void set(Half& x, double value) {  // digits beyond its own are cut off, and so is what would be subnormal
+  const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  x.bits = uint16_t(magnitude < 0x38800000 ? sign : sign | (magnitude - 0x38000000) >> 13);
 }
 
 /// Exactly `size` elements, each of them NaN.
@@ -76,7 +68,7 @@ struct Results {
 
   template <class T> void add(const Buffer<T>& buffer, const char* what) {
     for (int64_t i = 0; i < buffer.size; ++i)
-      if (!std::isfinite(number(buffer.data[i]))) {
+      if (!is_finite(buffer.data[i])) {
         std::printf("%s: element %lld is not finite\n", what, static_cast<long long>(i));
         std::exit(1);
       }
@@ -98,12 +90,13 @@ template <class X> struct Check {
   }
 
   Results maps(int layout, double factor) const {
-    // Positions or channels follow each other; or rows of them, of an image with something beside it.
+    // Positions or channels follow each other; or rows of them, of an image with something beside it; or neither.
     const int64_t width = layout == 2 ? (M + 2) / 3 : M, height = layout == 2 ? 3 : 1, row = width + (layout == 2) * 5;
-    const int64_t size = layout == 2 ? B * C * height * row - 5 : B * C * M;
+    const int64_t size = layout == 2 ? B * C * height * row - 5 : layout == 3 ? 2 * B * C * M - 1 : B * C * M;
     const Buffer<X> x = random_numbers<X>(size, 1, factor);
     const auto maps = [&](auto* data) -> FeatureMaps<std::remove_pointer_t<decltype(data)>> {
       if (layout == 1) return {data, B, C, 1, M, C * M, 1, 0, C};
+      if (layout == 3) return {data, B, C, 1, M, 2 * C * M, 2 * M, 0, 2};
       return {data, B, C, height, width, C * height * row, height * row, row, 1};
     };
     const auto read = maps(static_cast<const X*>(x.data));
@@ -129,7 +122,7 @@ template <class X> struct Check {
           sigma.data, scale.data};
       cpu::pool(task, level, stages);
       const Buffer<X> grad_x(size);
-      for (int64_t i = 0; i < size; ++i) set(grad_x.data[i], 0);  // what lies beside an image is not written
+      for (int64_t i = 0; i < size; ++i) set(grad_x.data[i], 0);  // what lies between positions is not written
       const Buffer<T> grad_sigma = random_numbers<T>(B * C * C, 2);
       cpu::pool_backward(PoolBackwardTask<X>{x, chunks, mean.data, grad_sigma.data, scale.data, maps(grad_x.data)},
                          level, stages);
@@ -205,7 +198,7 @@ template <class X> void check(EngineKind level, int64_t B, int64_t C, int64_t M)
   compare([&] { return check.roots(); });
   // Squares that leave the range of what they are computed in, where X has numbers so small.
   const double small = sizeof(X) == 8 ? 1e-200 : std::is_same_v<X, Half> ? 1e-4 : 1e-30;
-  for (const int layout : {0, 1, 2}) compare([&] { return check.maps(layout, layout == 0 ? small : 1); });
+  for (const int layout : {0, 1, 2, 3}) compare([&] { return check.maps(layout, layout == 0 ? small : 1); });
 }
 
 }  // namespace
@@ -213,8 +206,11 @@ template <class X> void check(EngineKind level, int64_t B, int64_t C, int64_t M)
 int main(int argc, char** argv) {
   std::vector<EngineKind> levels{EngineKind::kPortable};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) levels.push_back(EngineKind::kAvx2);
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) levels.push_back(EngineKind::kAvx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    levels.push_back(EngineKind::kAvx2);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    levels.push_back(EngineKind::kAvx512);
 #endif
   for (int a = 1; a + 2 < argc; a += 3)
     for (const EngineKind level : levels) {
