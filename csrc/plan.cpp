@@ -31,9 +31,7 @@ Plan plan_cpu(const Problem& p, EngineKind requested) {
   if (is_level && !cpu_supports(requested))
     throw std::runtime_error(std::string("engine: '") + engine_name(requested) + "' is not available on this CPU");
   const EngineKind level = is_level ? requested : best_cpu_level();
-  const bool library = requested == EngineKind::kLibrary;
-  const EngineKind root = library ? EngineKind::kLibrary : level;
-  const EngineKind pooling = p.gram && library ? EngineKind::kLibrary : level;
+  const EngineKind root = requested == EngineKind::kLibrary ? requested : level, pooling = p.gram ? root : level;
   // A chunk costs a C x C partial result: at 4 C positions or more these stay below a quarter of float32 feature maps.
   const int64_t pieces = p.gram ? 1 : 64;
   return {root, root, pooling, split(p, pieces, std::max<int64_t>(1024, 4 * p.channels)), split(p, pieces, 256)};

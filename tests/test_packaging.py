@@ -3,7 +3,6 @@
 import ast
 import hashlib
 import re
-import runpy
 import subprocess
 import sys
 import tarfile
@@ -118,49 +117,6 @@ def sdist(tmp_path_factory):
     subprocess.run([*build, str(folder)], cwd=copy_of_the_tree(folder / "tree"), check=True, capture_output=True)
     (archive,) = folder.glob("*.tar.gz")
     return archive
-
-
-@pytest.mark.parametrize(
-    ("listed", "expected"),
-    (
-        ("80 86 89 90 100 120", "8.0;8.6;8.9;9.0a;10.0+PTX;12.0+PTX"),
-        ("75 80 86 87 89 90", "8.0;8.6;8.9+PTX;9.0a"),  # code of 9.0a runs on 9.0 alone
-    ),
-)
-def test_devices_to_come_have_code(tmp_path, listed, expected):
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text(f"#!/bin/sh\nprintf 'compute_%s\\n' {listed}\n")
-    nvcc.chmod(0o755)
-    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
-    assert setup["default_architectures"](tmp_path) == expected
-
-
-def toolkit(folder, release):
-    nvcc = folder / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
-    nvcc.chmod(0o755)
-    return folder
-
-
-def test_the_toolkit_is_the_one_that_is_asked_for(tmp_path, monkeypatch):
-    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
-    named = toolkit(tmp_path / "named", "12.8")
-    monkeypatch.setenv("CUDA_HOME", str(named))
-    assert setup["find_cuda_home"]() == str(named)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
-    with pytest.raises(SystemExit, match="CUDA_HOME: expected the folder of a CUDA toolkit .*nowhere"):
-        setup["find_cuda_home"]()
-
-
-def test_other_major_versions_of_cuda_end_the_build(tmp_path):
-    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
-    home = toolkit(tmp_path, "12.8")
-    setup["check_versions"](home, None)
-    setup["check_versions"](home, "12.6")
-    with pytest.raises(SystemExit, match="of CUDA 12, and torch of CUDA 13.0: set CUDA_HOME .* or FORCE_CUDA=0"):
-        setup["check_versions"](home, "13.0")
 
 
 def test_what_the_sources_have_no_more_is_not_built(tmp_path):

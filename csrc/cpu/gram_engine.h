@@ -75,7 +75,7 @@ void store_symmetric(SharedLoop& loop, const RootView<T>& to, const Panels<T>& A
   in_rounds(loop, panels, [&](int64_t round) {
     const int64_t j = (panels - 1 - round) * kPanel, columns = minimum(kPanel, n - j);  // the longest first
     for (int64_t i = 0; i < j + columns; i += kRows) {
-      const int64_t rows = minimum(kRows, j + columns - i);
+      const int64_t rows = minimum(kRows, j + columns - i), above = minimum(rows, j - i);  // above the diagonal's block
       alignas(kLineBytes) T strip[kRows * kPanel];
       multiply_panels(rows, columns, A.from(i), B.from(j), terms, [&](auto& tile, int64_t r, int64_t c) {
         tile.for_each(kPanel, [&](const Vector<T>& sum, int64_t offset) {
@@ -87,10 +87,10 @@ void store_symmetric(SharedLoop& loop, const RootView<T>& to, const Panels<T>& A
         copy_triangle(to.data, n, i, rows, j, columns, from);
         continue;
       }
-      for (int64_t r = j - i; r < rows; ++r)  // on the diagonal the upper triangle counts
-        for (int64_t c = 0; c < r - (j - i); ++c) strip[r * kPanel + c] = strip[(j - i + c) * kPanel + r - (j - i)];
+      for (int64_t r = 0; r < rows - above; ++r)  // of that block the upper triangle counts
+        for (int64_t c = 0; c < r; ++c) strip[(above + r) * kPanel + c] = strip[(above + c) * kPanel + r];
       copy_strided(to.data + i * n + j, n, int64_t(1), from, kPanel, int64_t(1), rows, columns);
-      copy_strided(to.data + j * n + i, n, int64_t(1), from, int64_t(1), kPanel, columns, minimum(rows, j - i));
+      copy_strided(to.data + j * n + i, n, int64_t(1), from, int64_t(1), kPanel, columns, above);
     }
   });
 }
