@@ -92,7 +92,8 @@ def _function(name: str, setup_context: Any, backward: Any, jvp: Any, tensor_cou
 
     # What profilers, error messages and Tensor.grad_fn call it, as "CovSqrt" and "CovSqrtBackward".
     Derivatives.__name__ = Derivatives.__qualname__ = name.title().replace("_", "")
-    Derivatives._backward_cls.__name__ = f"{Derivatives.__name__}Backward"
+    backward_class = Derivatives._backward_cls
+    backward_class.__name__ = backward_class.__qualname__ = f"{Derivatives.__name__}Backward"
     return Derivatives
 
 

@@ -106,6 +106,7 @@ def test_nodes_of_the_graph_are_named():
         "CovSqrtBackward",
         "CovariancePoolBackward",
     ]
+    assert "CovSqrtBackward object" in repr(cov_sqrt(x).grad_fn)
     with torch.autograd.detect_anomaly(check_nan=True), pytest.raises(RuntimeError, match="'CovSqrtBackward' returned"):
         (cov_sqrt(x) * math.inf).sum().backward()
 
