@@ -349,7 +349,7 @@ template <class Device> struct Engine {
     const ScalarType dtype = compute_dtype(x.scalar_type());
     if (gram_by_library() && B > 0) {
       library::GramEngine engine(x, dtype, &scale);
-      engine.expand(root, output);
+      engine.set_root(root, output);
       expand_root(engine, choice.pool.positions);
       return engine.result();
     }
@@ -378,11 +378,11 @@ template <class Device> struct Engine {
     };
     if (gram_by_library()) {
       library::GramEngine engine(x, gram.scalar_type(), &scale);
-      engine.contract(grad, output);
+      engine.set_upstream(grad, output);
       contract_gradient(engine, M);
       Tensor root;
       const Tensor grad_gram = root_of(engine.result(), &root);
-      engine.backward(root, grad_gram);
+      engine.set_gradients(root, grad_gram);
       isqrt::gram_backward(engine, M);
       torch::stable::copy_(dx, torch::stable::view(engine.result(), x.sizes()));
       return dx;

@@ -50,8 +50,8 @@ struct Reflection {
 ///     multiply_root()      P = R F^T
 ///     store_root(a)        Yhat = a / s F P
 ///     multiply_gradient()  V = G F, kept
-///     store_gradient(a)    H = a F^T V
-///     store_features(a)    dX = a (V R + F dK) Q^T
+///     store_contracted(a)  H = a F^T V
+///     store_gradient(a)    dX = a (V R + F dK) Q^T
 template <class Engine> ISQRT_FN void pool_gram(Engine& e, int64_t positions) {
   e.load_features();
   e.store_gram(1.0 / double(positions));
@@ -64,11 +64,11 @@ template <class Engine> ISQRT_FN void expand_root(Engine& e, int64_t positions) 
 template <class Engine> ISQRT_FN void contract_gradient(Engine& e, int64_t positions) {
   e.load_features();
   e.multiply_gradient();
-  e.store_gradient(1.0 / double(positions));
+  e.store_contracted(1.0 / double(positions));
 }
 template <class Engine> ISQRT_FN void gram_backward(Engine& e, int64_t positions) {
   e.load_features();
-  e.store_features(2.0 / double(positions));
+  e.store_gradient(2.0 / double(positions));
 }
 
 }  // namespace isqrt

@@ -21,7 +21,7 @@ struct Problem {
 
 struct Plan {
   EngineKind forward, backward;  // of the root and of its gradient
-  EngineKind pooling;            // of the covariance and of its gradient, never the library's; or of gram.h
+  EngineKind pooling;            // of the covariance and of its gradient; or of gram.h's products, then maybe kLibrary
   Chunks pool, pool_backward;
   int forward_blocks = 1, backward_blocks = 1;  // of a cluster of a GPU, which share a sample
 };

@@ -1,5 +1,7 @@
 // The CPU engine with AVX2 and FMA: 16 registers of 32 bytes, a tile of 4 x 2 accumulators.
+// Before the target is changed: what level.h includes of the standard library is compiled for any processor.
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <utility>
 

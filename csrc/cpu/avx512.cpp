@@ -1,5 +1,7 @@
 // The CPU engine with AVX-512: 32 registers of 64 bytes, a tile of 16 x 1 accumulators.
+// Before the target is changed: what level.h includes of the standard library is compiled for any processor.
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <utility>
 

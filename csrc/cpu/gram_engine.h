@@ -266,7 +266,7 @@ template <class X> class ContractEngine : public SampleEngine<X> {
     }
   }
 
-  void store_gradient(double alpha) const {
+  void store_contracted(double alpha) const {
     copy_panels(product_to_, n_, product_, C_, n_);
     store_symmetric(loop_, RootView<T>{grad_root_, Output::kMatrix, n_}, features_.by_channel, product_, C_,
                     [a = T(alpha)](const Vector<T>& sum) { return a * sum; });
@@ -335,7 +335,7 @@ template <class X> class GramBackwardEngine : public SampleEngine<X> {
                    minimum(kPanel, C_ - c));
   }
 
-  void store_features(double alpha) const {
+  void store_gradient(double alpha) const {
     const int64_t ld = row_for(n_);
     in_rounds(loop_, divide_up(C_, kPanel), [&](int64_t strip) {
       const int64_t first = strip * kPanel;

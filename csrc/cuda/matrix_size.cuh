@@ -17,7 +17,7 @@ ISQRT_FN constexpr int matrix_threads(int channels) {
   return kWarp * (slots == 1 ? tiles : kSchedulers * ((tiles + each - 1) / each));
 }
 
-/// Elements of shared memory before the matrices: for block_sum.
+/// Elements of shared memory before the matrices: for block_sum, and a cluster's mbarriers.
 constexpr int kSums = 32;
 
 ISQRT_FN constexpr int64_t matrix_shared_bytes(int channels, int64_t element_size, int matrices) {

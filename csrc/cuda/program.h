@@ -60,9 +60,9 @@ class ProgramRecorder {
   };
 
   /// For so many workers, tiles of a matrix, matrices that will be asked for, and spare ones, or none; and an engine
-  /// that computes matrices in full, or one triangle.
-  ProgramRecorder(int workers, int tiles, int matrices, int spares, bool in_full)
-      : workers_(workers), tiles_(tiles), spares_(spares), in_full_(in_full) {
+  /// that computes whole matrices, or one triangle.
+  ProgramRecorder(int workers, int tiles, int matrices, int spares, bool whole)
+      : workers_(workers), tiles_(tiles), spares_(spares), whole_(whole) {
     for (int s = 0; s < spares; ++s) spare_[s].number = uint8_t(matrices + s);
   }
 
@@ -83,11 +83,11 @@ class ProgramRecorder {
   }
   Matrix product(Matrix& D, Matrix, Matrix A, Matrix B, bool) {
     add_products(D, nullptr, 0, 1, A, B, A, B, 1);
-    return {D.number, in_full_};
+    return {D.number, whole_};
   }
   Matrix products(Matrix& D, Matrix, Matrix A1, Matrix B1, Matrix A2, Matrix B2, bool) {
     add_products(D, nullptr, 0, 1, A1, B1, A2, B2, 2);
-    return {D.number, in_full_};
+    return {D.number, whole_};
   }
 
   void scale(Matrix D, double alpha, Matrix A) { identity_plus(D, 0, alpha, A); }
@@ -150,7 +150,7 @@ class ProgramRecorder {
 
   static constexpr int kMostSpares = 4;
   int workers_, tiles_, spares_;
-  bool in_full_;
+  bool whole_;
   uint8_t next_matrix_ = 0;
   Matrix spare_[kMostSpares];
   unsigned read_ = 0, written_ = 0, mapped_ = 0;  // since the last meeting: mapped is written elementwise

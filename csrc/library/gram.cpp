@@ -79,9 +79,9 @@ void GramEngine::multiply_gradient() {
   const Tensor g = multiply(torch::stable::unsqueeze(grad_, 2), number(0.5 / double(x_.size(1))));
   product_ = add(multiply(g, sum(features_, kChannels)), product(transpose(g), features_));
 }
-void GramEngine::store_gradient(double alpha) { result_ = product(transpose(features_), product_, alpha); }
+void GramEngine::store_contracted(double alpha) { result_ = product(transpose(features_), product_, alpha); }
 
-void GramEngine::store_features(double alpha) {
+void GramEngine::store_gradient(double alpha) {
   const Tensor D = product(product_, root_, alpha);
   gemm(D, D, features_, grad_gram_, 1, alpha);
   const Tensor total = sum(D, kPositions);

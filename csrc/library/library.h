@@ -1,4 +1,4 @@
-// The library engine: the iteration as batched GEMM calls of torch, for a C whose matrices fit in no fast memory.
+// The library engine: the iteration as batched GEMM calls of torch, where that is asked for; and gram.h on a GPU.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -24,17 +24,17 @@ class GramEngine {
   GramEngine(const Tensor& x, torch::headeronly::ScalarType dtype, const Tensor* scale = nullptr);
 
   /// R for Yhat; or the upstream gradient for H, and then R and dK for dX.
-  void expand(const Tensor& root, Output output) { root_ = root, output_ = output; }
-  void contract(const Tensor& grad, Output output) { grad_ = grad, output_ = output; }
-  void backward(const Tensor& root, const Tensor& grad_gram) { root_ = root, grad_gram_ = grad_gram; }
+  void set_root(const Tensor& root, Output output) { root_ = root, output_ = output; }
+  void set_upstream(const Tensor& grad, Output output) { grad_ = grad, output_ = output; }
+  void set_gradients(const Tensor& root, const Tensor& grad_gram) { root_ = root, grad_gram_ = grad_gram; }
 
   void load_features();
   void store_gram(double alpha);
   void multiply_root();
   void store_root(double alpha);
   void multiply_gradient();
+  void store_contracted(double alpha);
   void store_gradient(double alpha);
-  void store_features(double alpha);
 
   int64_t positions() const;
   Tensor scale() const;                             // [B]
