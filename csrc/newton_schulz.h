@@ -6,11 +6,11 @@
 // they commute and are symmetric, so one triangle of each product is computed. Of T that is an approximation, as
 // rounded Y and Z commute only nearly: harmless while few steps follow, but its errors grow in each of them. Y Z Y and
 // Z Y Z, however, are symmetric for any symmetric Y and Z. So the later steps compute T = Z Y and U = Y Z = T' in full,
-// Y <- a Y + b Y T and Z <- a Z + b Z U, and are as stable as the iteration with full products.
+// Y <- a Y + b Y T and Z <- a Z + b Z U, and are stable.
 //
 // An Engine owns the C x C matrices of one sample (or of a batch) and offers
 //     matrix()                                  a new one
-//     product(D, alpha, beta, A, B)             D = alpha D + beta A B
+//     product(D, alpha, beta, A, B)             D = alpha D + beta A B (in BLAS alpha and beta are the other way round)
 //     products(D, alpha, beta, A1, B1, A2, B2)  D = alpha D + beta (A1 B1 + A2 B2)
 //     identity_plus(D, alpha, beta, A)          D = alpha I + beta A
 //     scale(D, alpha, A)                        D = alpha A
@@ -19,6 +19,7 @@
 //     products(D, E, A1, B1, A2, B2, in_full)   D = A1 B1 + A2 B2 likewise
 // which return D', that is E or D itself. Both may be second operands of the products above;
 //     product(D, alpha, F, beta, G, gamma, A, B)  D = alpha F + beta G + gamma A B, and products(...) likewise
+//     release(A)                                A is not read any more before it is a result again
 // which those have that take two steps at once (below), and a constant kTakesTwoSteps; others take single ones.
 // Where only the mean of a root is wanted, its last step can act on a vector: on a CPU, whose engine offers
 //     column()                                  a new vector
@@ -143,8 +144,9 @@ ISQRT_FN void newton_schulz_two_steps(Engine& e, Iterates<Matrix>& m, const Step
   const Matrix T = n > 0 ? m.T : m.Y;
   e.product(m.U, s.alpha, T, 0, T, 1, T, T);                     // S = alpha T + T T
   e.product(m.T, s.gamma, T, s.epsilon, m.U, s.zeta, m.U, m.U);  // V = gamma T + epsilon S + zeta S S
-  if (want_Y) e.product(m.Y, s.eta, 1, m.Y, m.T);                // Y = eta Y + Y V
-  if (want_Z && n > 0) e.product(m.Z, s.eta, 1, m.Z, m.T);       // Z = eta Z + Z V
+  e.release(m.U);
+  if (want_Y) e.product(m.Y, s.eta, 1, m.Y, m.T);           // Y = eta Y + Y V
+  if (want_Z && n > 0) e.product(m.Z, s.eta, 1, m.Z, m.T);  // Z = eta Z + Z V
   if (want_Z && n == 0) e.identity_plus(m.Z, s.eta, 1, m.T);
 }
 
@@ -217,6 +219,7 @@ ISQRT_FN void tangent_two_steps(Engine& e, Iterates<Matrix>& m, Iterates<Matrix>
   // dV = gamma dT + epsilon dS + zeta (dS S + S dS), V = gamma T + epsilon S + zeta S S
   e.products(d.T, s.gamma, dT, s.epsilon, d.U, s.zeta, d.U, m.U, m.U, d.U);
   e.product(m.T, s.gamma, T, s.epsilon, m.U, s.zeta, m.U, m.U);
+  e.release(d.U), e.release(m.U);
   if (want_Y) {
     e.products(d.Y, s.eta, 1, d.Y, m.T, m.Y, d.T);          // dY = eta dY + dY V + Y dV
     if (want_Y_itself) e.product(m.Y, s.eta, 1, m.Y, m.T);  //  Y = eta Y + Y V

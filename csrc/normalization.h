@@ -1,12 +1,12 @@
 // Pre-normalisation by the trace and post-compensation, Eqs. 2, 3, 5 and 8, around the iteration.
 //
 // Besides what newton_schulz.h asks of it, an Engine offers
-//     load(A, source)            A = sym(source), the source being a sample of Sigma or of the upstream gradient
+//     load(A, source, s)         A = sym(source) / s, the source being a sample of Sigma or of the upstream gradient
 //     load_normalized(A, source) A = sym(source) / t, Eq. 2, and returns t = tr(source), as its Scalar; 1 divides for 0
-//     inner(source, A), inner(source, A, s)   inner products, that of s source
+//     inner(source, A), inner(source, A, s)   inner products, that of s (s source)
 //     result(beta, A), result(alpha, beta, A)  beta A and alpha I + beta A, in place of A: they are only written
 //     load(g, source), dot(g, u) a mean's upstream gradient as a vector, inner products of vectors: on a CPU
-// A Scalar is a number, or a class with arithmetic, sqrt(s) and nonzero(s) of its own.
+// A Scalar is a number, or a class that is made of one, with arithmetic, sqrt(s) and nonzero(s) of its own.
 #pragma once
 #include <cmath>
 
@@ -18,7 +18,7 @@ namespace isqrt {
 ISQRT_FN float nonzero(float t) { return t == 0.0f ? 1.0f : t; }
 ISQRT_FN double nonzero(double t) { return t == 0.0 ? 1.0 : t; }
 
-/// <G, P> and <s Sigma, D>. Engines that can do both at once have functions of this name.
+/// <G, P> and <s (s Sigma), D>. Engines that can do both at once have functions of this name.
 template <class Scalar> struct InnerProducts {
   Scalar of_gradient, of_sigma;
 };
@@ -56,38 +56,47 @@ ISQRT_FN auto matrix_root_mean(Engine& e, const Source& sigma, const Steps& step
   return sums;
 }
 
-/// Eqs. 5 and 8, the end of both gradients: D = dL/dA becomes dL/dSigma. <G, P> is the inner product of the upstream
-/// gradient and P = Y_N or Z_N; with s(t) the compensation, t s'(t) = s / 2 or -s / 2, and
-///     dL/dSigma = s / t D + (s / t <G, P> t s'(t) / s - <s / t Sigma, D> / t) I
-/// Nothing is divided by t^2, nor summed that is as small as Sigma: both would leave the range of float32 long before
-/// the result does. `factor` is s / t.
+/// What divides the upstream gradient before it enters the iteration, see below.
+template <class Scalar> ISQRT_FN Scalar upstream_divisor(const Scalar& t, Root root) {
+  return root == Root::kSquare ? Scalar(1) : nonzero(t);
+}
+
+/// Eqs. 5 and 8, the end of both gradients. With the compensation s(t), t s'(t) = s / 2 or -s / 2, and <G, P>, the
+/// inner product of the upstream gradient and P = Y_N or Z_N,
+///     dL/dSigma = s / t dL/dA + (s / t <G, P> t s'(t) / s - <s / t A, dL/dA>) I
+/// For the inverse root s / t = t^(-3/2) leaves the range of float32 long before the gradients of Sigma and of the root
+/// do, as do other products and quotients of these numbers. So G enters divided by u = 1, or t: D = dL/dA / u, and with
+/// f = 1 / sqrt(t) for both roots
+///     dL/dSigma = f D + f (<G, P> / u t s'(t) / s - <f (f Sigma), D>) I
+/// where all that is computed on the way is of a size between those of its factors and of its result.
 template <class Engine, class Matrix, class Scalar>
-ISQRT_FN auto normalization_backward(Engine& e, const Matrix& D, const Scalar& t, const Scalar& factor,
+ISQRT_FN auto normalization_backward(Engine& e, const Matrix& D, const Scalar& u, const Scalar& f,
                                      const InnerProducts<Scalar>& inner, Root root) {
-  const auto of_compensation = (root == Root::kSquare ? 0.5 : -0.5) * inner.of_gradient;  // Eq. 5
-  const auto of_trace = inner.of_sigma / nonzero(t);                                      // <s / t D, A>
-  return e.result(factor * of_compensation - of_trace, factor, D);                        // Eq. 8
+  const auto of_compensation = (root == Root::kSquare ? 0.5 : -0.5) * inner.of_gradient / u;  // Eq. 5
+  return e.result(f * (of_compensation - inner.of_sigma), f, D);                              // Eq. 8
 }
 
 struct Unwanted {
   template <class Scalar, class Matrix> ISQRT_FN void operator()(const Scalar&, Matrix&) const {}
 };
 
-/// Eqs. 4-8 for the upstream gradient G = dL/dYhat. Returns the result that is dL/dSigma, symmetric. The root itself is
-/// s P, of which with_root(s, P) may make a result.
+/// Eqs. 4-8 for the upstream gradient G = dL/dYhat. Returns the result that is dL/dSigma, symmetric. Eq. 4, by which G
+/// is multiplied by the compensation first, is left to the end: what follows is linear. The root itself is s P, of
+/// which with_root(s, P) may make a result.
 template <class Engine, class SigmaSource, class GradSource, class WithRoot = Unwanted>
 ISQRT_FN auto matrix_root_backward(Engine& e, const SigmaSource& sigma, const GradSource& grad, const Steps& steps,
                                    Root root, const WithRoot& with_root = {}) {
   auto m = make_iterates(e, steps), d = make_iterates(e, steps);
   const auto t = e.load_normalized(m.Y, sigma);  // A = Sigma / t
-  e.load(d.Y, grad);
+  const auto divisor = upstream_divisor(t, root);
+  e.load(d.Y, grad, divisor);
   newton_schulz_tangent(e, m, d, steps, root);  // Eqs. 6-7
   auto P = root == Root::kSquare ? m.Y : m.Z;
   const auto D = root == Root::kSquare ? d.Y : d.Z;
-  const auto s = compensation(t, root), factor = s / nonzero(t);
-  const auto inner = inner_products(e, grad, P, sigma, D, factor);
-  with_root(s, P);
-  return normalization_backward(e, D, t, factor, inner, root);
+  const auto f = compensation(t, Root::kInverse);
+  const auto inner = inner_products(e, grad, P, sigma, D, f);
+  with_root(compensation(t, root), P);
+  return normalization_backward(e, D, divisor, f, inner, root);
 }
 
 /// The same for the upstream gradient g of the mean of Yhat.
@@ -96,13 +105,13 @@ ISQRT_FN auto matrix_root_mean_backward(Engine& e, const SigmaSource& sigma, con
                                         int64_t channels) {
   auto m = make_iterates(e, steps), d = make_iterates(e, steps);
   auto g = e.column(), sums = e.column(), u = e.column(), v = e.column();
-  const auto t = e.load_normalized(m.Y, sigma);
-  e.load(d.Y, grad);
+  const auto t = e.load_normalized(m.Y, sigma), divisor = upstream_divisor(t, Root::kSquare);
+  e.load(d.Y, grad, divisor);
   e.load(g, grad);
   newton_schulz_tangent_sums(e, m, d, steps, g, 0.5 / channels, sums, u, v);
-  const auto factor = compensation(t, Root::kSquare) / nonzero(t);
+  const auto f = compensation(t, Root::kInverse);
   const auto of_gradient = e.dot(g, sums) / channels;  // <G, Y_N> = g' Y_N 1 / C
-  return normalization_backward(e, d.Y, t, factor, {of_gradient, e.inner(sigma, d.Y, factor)}, Root::kSquare);
+  return normalization_backward(e, d.Y, divisor, f, {of_gradient, e.inner(sigma, d.Y, f)}, Root::kSquare);
 }
 
 }  // namespace isqrt

@@ -121,17 +121,19 @@ def matrix_sqrt(
         sigma: (B, C, C), float32, float64, float16 or bfloat16 (iterated in float32). Its symmetric part is used.
         iterations: number of steps N, from 1 to 1000. More are nearer to the exact root until the iteration has
             converged (10 to 20 steps as printed). Where ``sigma`` is singular it does not converge: each step
-            multiplies the rounding errors there by about 1.5, and some 220 leave float32's range. Gradients of 10 or
-            more (of ``"minimax"`` with a floor of 1e-3 of 6 or more) are computed in float64.
+            multiplies the rounding errors there by about 1.5 until, in float32 after some 25 steps, they are as large
+            as the root; a few more leave the range. Derivatives of 10 or more (of ``"minimax"`` with a floor of 1e-3
+            of 6 or more) are computed in float64.
         coefficients: ``"newton_schulz"``, the paper's 3/2 and -1/2 in each step; or ``"minimax"``, in each step the
             pair that is best for eigenvalues of ``sigma`` / trace between ``spectrum_floor`` and 1. The same number of
-            products comes several times nearer to the exact root; eigenvalues below the floor stay bounded.
+            products comes several times nearer to the exact root, unless a dozen eigenvalues or fewer make up the
+            trace; those below the floor stay bounded.
         spectrum_floor: for ``"minimax"`` only, from 1e-12 to below 1. In float32 below 1e-4 the rounding errors of
             eigenvalues under the floor show: a rank-deficient ``sigma`` is then better served by more steps.
 
     Returns:
-        (B, C, C). Zero, with zero gradient, where ``sigma`` is zero; NaN, gradient too, where its trace is negative or
-        beyond its dtype's range.
+        (B, C, C). Zero, with zero gradient, where the trace of ``sigma`` is zero; NaN, gradient too, where it is
+        negative or beyond the range of float32 (of float64 for that).
 
     Raises:
         TypeError: ``sigma`` is no tensor, or not a dense one.
@@ -152,7 +154,7 @@ def matrix_inv_sqrt(
 ) -> Tensor:
     r"""Approximate inverse square root :math:`Z_N / \sqrt t` of the same iteration, (B, C, C) to (B, C, C).
 
-    Zero, with zero gradient, where ``sigma`` is zero. Arguments and errors are those of :func:`matrix_sqrt`.
+    Zero, with zero gradient, where the trace is zero. Arguments and errors are those of :func:`matrix_sqrt`.
     """
     if not isinstance(sigma, Tensor):
         return _overridden(matrix_inv_sqrt, "sigma", sigma, iterations, coefficients, spectrum_floor)
@@ -172,8 +174,8 @@ def cov_sqrt(
 
     Keeps ``x`` and, per sample, one C x C matrix and the mean for the backward pass. Where there are clearly fewer
     positions than channels, on a CPU, the same function is computed from their Gram matrix, (M - 1) x (M - 1): in less
-    time, and without the rounding errors that many steps bring in the null space of a covariance (see :func:`plan`);
-    not in programs that torch.export or torch.jit.trace made for open sizes.
+    time, and unless that is singular, too, without the rounding errors that many steps bring in the null space of a
+    covariance (see :func:`plan`); not in programs that torch.export or torch.jit.trace made for open sizes.
 
     Args:
         x: feature maps of shape (B, C, H, W) or (B, C, M), float32, float64, float16 or bfloat16, any strides, read in

@@ -77,6 +77,21 @@ def _times(scale, x):
     return x * scale.view(-1, *(1,) * (x.dim() - 1))
 
 
+def _takes_steps_in_full(iterations, spectrum_floor):
+    """As choose_steps() of csrc/newton_schulz.h: gradients of such steps are computed in float64."""
+    growth, mirrored = 1.0, 0
+    step = _steps(iterations, spectrum_floor)
+    while growth <= 24 and mirrored < iterations:
+        growth *= step[0] if spectrum_floor == 0 else step[mirrored][0]
+        mirrored += 1
+    return mirrored < iterations - 1
+
+
+def _derivative_dtype(dtype, iterations, spectrum_floor):
+    """What derivatives of roots are computed in."""
+    return torch.float64 if _takes_steps_in_full(iterations, spectrum_floor) else compute_dtype(dtype)
+
+
 def _half_from_first(x):
     """Half of each position's difference from the first one, (B, C, M): neither leaves x's range where x does not."""
     halves = x.flatten(2) / 2
@@ -161,6 +176,17 @@ def _register_gradient(name, fake, function):
     return _register(name, fake, setup_context, backward, jvp, autocast=False)
 
 
+def _with_digits_of_derivatives(make):
+    """The functions that ``make`` makes, in what their derivatives are computed in."""
+
+    def make_wide(*arguments):
+        function = make(*arguments)
+        iterations, _, spectrum_floor, _ = arguments[-4:]
+        return lambda x: function(x.to(_derivative_dtype(x.dtype, iterations, spectrum_floor))).to(x.dtype)
+
+    return make_wide
+
+
 # ---- covariance_pool: x [B, C, H, W] or [B, C, M] -> sigma [B, C, C], mean [B, C] ------------------------------------
 #
 # The mean is less the sample's first position: beside a large one the gradient would see the rounding of it.
@@ -243,14 +269,16 @@ def _root_tangent(sigma, tangent, *arguments):
 
     degree = (0.5, -0.5)[arguments[1]]
     t = reference._trace(sigma)
-    e = (degree * _ops.matrix_root(sigma, *arguments) - gradient(sigma)) / torch.where(t == 0, 1.0, t)
+    te = degree * _ops.matrix_root(sigma, *arguments) - gradient(sigma)  # t E, no larger than the root
+    ratio = tangent / torch.where(t == 0, 1.0, t)
     eye = torch.eye(sigma.shape[1], dtype=sigma.dtype, device=sigma.device)
-    return gradient(tangent) + reference._trace(tangent) * e - (tangent * e).sum((1, 2), keepdim=True) * eye
+    return gradient(tangent) + reference._trace(ratio) * te - (ratio * te).sum((1, 2), keepdim=True) * eye
 
 
 def _root_jvp(ctx, saved, tangent):
     (sigma,) = saved
-    dtype = compute_dtype(sigma.dtype)
+    iterations, _, spectrum_floor, _ = ctx.arguments
+    dtype = _derivative_dtype(sigma.dtype, iterations, spectrum_floor)
     return _root_tangent(sigma.to(dtype), tangent.to(dtype), *ctx.arguments).to(sigma.dtype)
 
 
@@ -273,7 +301,9 @@ def _root_function(sigma, iterations, root, spectrum_floor, engine):
 
 
 matrix_root = _register("matrix_root", _root_fake, _root_setup, _root_backward, _root_jvp)
-matrix_root_backward = _register_gradient("matrix_root_backward", _root_backward_fake, _root_function)
+matrix_root_backward = _register_gradient(
+    "matrix_root_backward", _root_backward_fake, _with_digits_of_derivatives(_root_function)
+)
 
 
 # ---- cov_sqrt: x [B, C, H, W] or [B, C, M] -> y, sigma [B, C, C], mean [B, C], scale [B] -----------------------------
@@ -365,8 +395,9 @@ def _gram_tangent(x, tangent, iterations, *rest):
 def _cov_sqrt_jvp(ctx, saved, tangent):
     x, scale = saved
     iterations, output, *rest, wide, _ = ctx.arguments
-    scaled = _times(2 * scale, _half_from_first(x.to(scale.dtype)))  # where the derivative is the same
-    tangent = tangent.flatten(2).to(scale.dtype)
+    dtype = _derivative_dtype(x.dtype, iterations, rest[0])
+    scaled = _times(2 * scale, _half_from_first(x.to(dtype)))  # where the derivative is the same
+    tangent = tangent.flatten(2).to(dtype)
     if ctx.gram:
         root = _gram_tangent(scaled, tangent, iterations, *rest)
     else:
@@ -395,7 +426,9 @@ def _cov_sqrt_function(x, sigma, mean, scale, iterations, output, spectrum_floor
 
 
 cov_sqrt = _register("cov_sqrt", _cov_sqrt_fake, _cov_sqrt_setup, _cov_sqrt_backward, _cov_sqrt_jvp)
-cov_sqrt_backward = _register_gradient("cov_sqrt_backward", _cov_sqrt_backward_fake, _cov_sqrt_function)
+cov_sqrt_backward = _register_gradient(
+    "cov_sqrt_backward", _cov_sqrt_backward_fake, _with_digits_of_derivatives(_cov_sqrt_function)
+)
 
 
 # ---- Flops, for torch.utils.flop_counter: of the shapes of tensors, and of other arguments as they are ---------------

@@ -284,7 +284,7 @@ def gram_features(x: Tensor) -> Tensor:
 def gram_cov_sqrt(x: Tensor, iterations: int = 5, output: str = "matrix", step: Step = PAPER_STEP) -> Tensor:
     """``cov_sqrt`` by an iteration of the positions' matrices: F Z_N(F'F / M) F' / M with F of ``gram_features``.
 
-    The same function, for F p(F'F) F' = F F' p(F F'), and where M - 1 < C the one without a null space.
+    The same function, for F p(F'F) F' = F F' p(F F'), and where M - 1 < C the one without Sigma's null space.
     """
     features = gram_features(x)
     positions = features.shape[2] + 1

@@ -293,20 +293,23 @@ def test_negative_trace_gives_nan_in_its_sample():
     assert y[0].isfinite().all() and y[1].isnan().all()
 
 
-@pytest.mark.parametrize("exponent", (-80, 80))
-def test_scaling_by_a_power_of_two_is_exact(exponent):
-    # sqrt(4^k S) = 2^k sqrt(S) bit for bit, and its gradient is 2^-k times as large: nothing under- or overflows.
-    sigma = covariances(1, 12, torch.float32)
-    upstream = torch.randn(1, 12, 12)
+@pytest.mark.parametrize("exponent", (-110, -60, 60, 110))
+@pytest.mark.parametrize(("function", "degree"), ((matrix_sqrt, 1), (matrix_inv_sqrt, -1)), ids=("square", "inverse"))
+def test_scaling_by_a_power_of_two_is_exact(device, function, degree, exponent):
+    """F(4^k S) = 2^(degree k) F(S), bit for bit, and likewise the derivatives: nothing under- or overflows on the way.
+
+    Not even where the derivatives of the inverse root, 2^(-3 k) times those at S, are beyond float32.
+    """
+    sigma, upstream, direction = covariances(3, 12, torch.float32, device)[:, None]
+    root_scale = 2.0 ** (degree * exponent // 2)
     results = []
-    for scale in (1.0, 2.0**exponent):
+    for scale, of_root in ((1.0, 1.0), (2.0**exponent, root_scale)):
         scaled = (sigma * scale).requires_grad_()
-        y = matrix_sqrt(scaled)
-        (grad,) = torch.autograd.grad(y, scaled, upstream)
-        results.append((y, grad))
-    (y, grad), (y_scaled, grad_scaled) = results
-    assert torch.equal(y_scaled, y * 2.0 ** (exponent // 2))
-    assert torch.equal(grad_scaled, grad * 2.0 ** (-exponent // 2))
+        y, tangent = torch.func.jvp(function, (scaled.detach(),), (direction * scale,))
+        (gradient,) = torch.autograd.grad(function(scaled), scaled, upstream / of_root)
+        results.append((y / of_root, tangent / of_root, gradient * scale))
+    for number, (plain, scaled) in enumerate(zip(*results, strict=True)):
+        assert torch.equal(plain, scaled), number
 
 
 @pytest.mark.parametrize("output", ("matrix", "triu", "mean"))

@@ -219,6 +219,20 @@ def test_second_derivatives_of_roots_beyond_the_range(device, function, scale):
     assert_close(curvature(function, torch.float32, scale), expected, 20 * tolerance(torch.float32, 5, 40))
 
 
+@pytest.mark.parametrize("size", (1e-15, 1e15))
+def test_whitening_of_any_size(device, size):
+    """The gradient of an inverse root with respect to x, where that with respect to Sigma is beyond float32."""
+    x = feature_maps(2, 6, 40, torch.float64, device)
+
+    def whitened(x, pool, root):
+        return (root(pool(x)) @ x).pow(4)
+
+    _, slope, upstream = value_and_gradient(lambda x: whitened(x, covariance_pool, matrix_inv_sqrt), (size * x).float())
+    exactly = reference.covariance_pool, reference.matrix_inv_sqrt
+    _, expected, _ = value_and_gradient(lambda x: whitened(x, *exactly), size * x, upstream.double())
+    assert_close(slope * size, expected * size, 20 * tolerance(torch.float32, 6, 40))
+
+
 def test_covariance_within_the_range_of_sums_beyond_it(device):
     x = feature_maps(2, 20, 4000, torch.float64, device)
     assert_close(

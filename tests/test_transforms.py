@@ -125,6 +125,27 @@ def test_third_order(device, name, modes):
     assert_close(third(function), third(expected), BOUND)
 
 
+@pytest.mark.parametrize(("iterations", "floor"), ((12, 0.0), (20, 0.0), (12, 1e-3)))
+@pytest.mark.parametrize("shape", ((2, 40, 90), (2, 90, 60)), ids=("channels", "positions"))
+def test_derivatives_of_many_steps_keep_their_digits(device, shape, iterations, floor):
+    """In float32 they would have few left where the covariance is singular."""
+    x = (torch.randn(*shape[:2], 8, device=device) @ feature_maps(2, 8, shape[2], torch.float32, device)).detach()
+    direction, upstream = torch.randn_like(x), torch.randn(2, shape[1] * (shape[1] + 1) // 2, device=device)
+    coefficients = ("minimax", floor) if floor else ("newton_schulz",)
+    step = reference.minimax_steps(iterations, floor) if floor else reference.PAPER_STEP
+
+    def tangent_and_curvature(function, dtype):
+        leaf = x.to(dtype).requires_grad_()
+        tangent = jvp(function, (leaf.detach(),), (direction.to(dtype),))[1]
+        (slope,) = torch.autograd.grad(function(leaf), leaf, upstream.to(dtype), create_graph=True)
+        return tangent, torch.autograd.grad(slope, leaf, direction.to(dtype))[0]
+
+    found = tangent_and_curvature(lambda x: cov_sqrt(x, iterations, "triu", *coefficients), torch.float32)
+    expected = tangent_and_curvature(lambda x: reference.cov_sqrt(x, iterations, "triu", step), torch.float64)
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, 1e-6)
+
+
 def test_every_order_of_plain_autograd(case):
     function, expected, x = case
 

@@ -33,13 +33,16 @@ template <class T> class MatrixEngine {
     return m;
   }
 
+  void release(const Matrix&) const {}
+
   Column column() {
     const Column u{next_};
     next_ += round_up(channels_, kPanel);
     return u;
   }
 
-  void load(Matrix& A, const RootView<const T>& source) const {
+  /// A = sym(source) / divisor
+  void load(Matrix& A, const RootView<const T>& source, T divisor) const {
     constexpr int W = S::kWidth;
     const int64_t C = channels_, in_blocks = source.output == Output::kMatrix ? C / W * W : 0;
     for (int64_t i = 0; i < in_blocks; i += W)
@@ -58,19 +61,19 @@ template <class T> class MatrixEngine {
       }
     for (int64_t i = 0; i < C; ++i)
       for (int64_t j = i < in_blocks ? in_blocks : i; j < C; ++j) *A.at(i, j) = *A.at(j, i) = source.symmetric(i, j);
+    if (divisor == 1) return;
+    for (int64_t i = 0; i < size_; ++i) A.data[i] /= divisor;
   }
 
   /// A = sym(source) / t, and t, the trace.
   T load_normalized(Matrix& A, const RootView<const T>& source) const {
-    load(A, source);
     T t = 0;
-    for (int64_t i = 0; i < channels_; ++i) t += *A.at(i, i);
-    const T divisor = nonzero(t);
-    for (int64_t i = 0; i < size_; ++i) A.data[i] /= divisor;
+    for (int64_t i = 0; i < channels_; ++i) t += source.symmetric(i, i);
+    load(A, source, nonzero(t));
     return t;
   }
 
-  /// <factor sym(source), A>
+  /// <factor (factor sym(source)), A>
   T inner(const RootView<const T>& source, const Matrix& A, T factor = 1) const {
     constexpr int W = S::kWidth;
     const int64_t C = channels_;
@@ -81,12 +84,12 @@ template <class T> class MatrixEngine {
         const T* row = source.data + i * C;
         Vector<T> sums = {};
         int64_t j = 0;
-        for (; j + W <= C; j += W) sums += factor * load_vector(row + j) * load_vector(A.at(i, j));
-        for (; j < C; ++j) sum += factor * row[j] * *A.at(i, j);
+        for (; j + W <= C; j += W) sums += factor * (factor * load_vector(row + j)) * load_vector(A.at(i, j));
+        for (; j < C; ++j) sum += factor * (factor * row[j]) * *A.at(i, j);
         for (int lane = 0; lane < W; ++lane) sum += sums[lane];
       } else {
-        for (int64_t j = i + 1; j < C; ++j) sum += factor * source.symmetric(i, j) * *A.at(i, j);
-        sum = 2 * sum + factor * source.symmetric(i, i) * *A.at(i, i);
+        for (int64_t j = i + 1; j < C; ++j) sum += factor * (factor * source.symmetric(i, j)) * *A.at(i, j);
+        sum = 2 * sum + factor * (factor * source.symmetric(i, i)) * *A.at(i, i);
       }
       total += sum;
     }

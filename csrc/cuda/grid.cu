@@ -10,7 +10,8 @@
 namespace isqrt::cuda {
 namespace {
 
-/// Those of the algorithm, and the results of a launch whose operands are still needed.
+/// Those of the algorithm, and the results of a launch whose operands are still needed. (Two steps at once need one
+/// more of them, and its memory no longer when Y and Z are computed.)
 int matrices(bool backward, bool in_full) { return ((in_full ? 4 : 3) + 2) * (backward ? 2 : 1); }
 
 /// Samples at a time, equally many in each slice, so that their matrices stay in the second-level cache of some 50 MB;

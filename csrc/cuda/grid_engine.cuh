@@ -7,6 +7,7 @@
 // the next products want, or is done on the way out; and so do sums.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -76,7 +77,7 @@ template <class T> class GridScalar {
     const int lane = int(threadIdx.x) % kWarp;
     return warp_sum(lane < parts ? part[lane] : T(0));
   }
-  static constexpr int kDepth = 4, kMostSteps = 20, kMostOperands = 10;  // normalization.h has 17 and 7
+  static constexpr int kDepth = 4, kMostSteps = 20, kMostOperands = 10;  // normalization.h has 14 and 6
 
   GridScalar then(Step step) const {
     GridScalar result = *this;
@@ -196,7 +197,8 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   if (threadIdx.x % kWarp < kTile && j < shape.channels) store_number(result.sample(sample).data + j, mean);
 }
 
-/// What one sample adds up: <factor sym(source), A>, or the trace of the source where A is null; in so many parts.
+/// What one sample adds up: <factor (factor sym(source)), A>, or the trace of the source where A is null; in so many
+/// parts.
 template <class T> struct GridSum {
   typename GridMap<T>::Source source = {};
   char* A = nullptr;
@@ -256,6 +258,8 @@ template <class T> class GridEngine {
 
   using Scalar = GridScalar<T>;
 
+  static constexpr bool kTakesTwoSteps = true;  // see newton_schulz.h
+
   static constexpr int kMostScalars = 4;  // sums: a trace and two inner products
   /// Elements of T, at multiples of 16 bytes.
   static int64_t workspace_size(const GridShape& shape, int matrices) {
@@ -269,14 +273,18 @@ template <class T> class GridEngine {
   }
 
   Matrix matrix() const { return {}; }
+  void release(Matrix& A) {
+    retired_.push_back(A.data);
+    A = {};
+  }
 
-  template <class Pointer> void load(Matrix& A, const RootView<const T, Pointer>& source) {
-    wait(A, {.source = with_elements<const T>(source)});
+  template <class Pointer> void load(Matrix& A, const RootView<const T, Pointer>& source, const Scalar& divisor) {
+    wait(A, {.source = with_elements<const T>(source), .divisor = divisor});
   }
   template <class Pointer> Scalar load_normalized(Matrix& A, const RootView<const T, Pointer>& source) {
     const auto elements = with_elements<const T>(source);
     const Scalar t = sum(elements, nullptr, Scalar(1));
-    wait(A, {.source = elements, .divisor = nonzero(t)});
+    load(A, source, nonzero(t));
     return t;
   }
   template <class Pointer> Scalar inner(const RootView<const T, Pointer>& source, const Matrix& A) {
@@ -309,11 +317,19 @@ template <class T> class GridEngine {
   }
 
   void product(Matrix& D, double alpha, double beta, const Matrix& A, const Matrix& B) {
-    enqueue(D, alpha, beta, A, B, nullptr, nullptr);
+    enqueue(D, {added(alpha, D)}, beta, A, B, nullptr, nullptr);
   }
   void products(Matrix& D, double alpha, double beta, const Matrix& A1, const Matrix& B1, const Matrix& A2,
                 const Matrix& B2) {
-    enqueue(D, alpha, beta, A1, B1, &A2, &B2);
+    enqueue(D, {added(alpha, D)}, beta, A1, B1, &A2, &B2);
+  }
+  void product(Matrix& D, double alpha, const Matrix& F, double beta, const Matrix& G, double gamma, const Matrix& A,
+               const Matrix& B) {
+    enqueue(D, {added(alpha, F), added(beta, G)}, gamma, A, B, nullptr, nullptr);
+  }
+  void products(Matrix& D, double alpha, const Matrix& F, double beta, const Matrix& G, double gamma, const Matrix& A1,
+                const Matrix& B1, const Matrix& A2, const Matrix& B2) {
+    enqueue(D, {added(alpha, F), added(beta, G)}, gamma, A1, B1, &A2, &B2);
   }
   Matrix product(Matrix& D, Matrix& E, const Matrix& A, const Matrix& B, bool in_full) {
     return enqueue(D, E, A, B, nullptr, nullptr, in_full);
@@ -369,17 +385,23 @@ template <class T> class GridEngine {
 
   static GridProduct::Operand operand(const Matrix& A) { return {A.data, A.transpose}; }
 
-  /// D = alpha D + beta (A1 B1 + A2 B2), A1 B1 alone where A2 is null. Of a D that is not symmetric this is the upper
-  /// triangle, and it is new.
-  void enqueue(Matrix& D, double alpha, double beta, const Matrix& A1, const Matrix& B1, const Matrix* A2,
+  using Addends = std::array<GridProduct::Addend, GridProduct::kAddends>;
+  static GridProduct::Addend added(double factor, const Matrix& A) {
+    return {factor, {factor == 0 ? nullptr : A.data}};
+  }
+
+  /// D = what is added + gamma (A1 B1 + A2 B2), A1 B1 alone where A2 is null. Of a D that is not symmetric this is the
+  /// upper triangle, and it is new.
+  void enqueue(Matrix& D, const Addends& addends, double gamma, const Matrix& A1, const Matrix& B1, const Matrix* A2,
                const Matrix* B2, bool symmetric = true) {
     GridProduct product = {};
     product.left[0] = operand(A1), product.right[0] = operand(B1);
     product.dual = A2 != nullptr;
     if (product.dual) product.left[1] = operand(*A2), product.right[1] = operand(*B2);
-    product.added[0] = alpha == 0 ? nullptr : D.data;
-    product.alpha = alpha, product.beta = beta;
-    const bool waits = needs(product.added[0]) || needs_operand(A1, B1, A2, B2);
+    std::copy(addends.begin(), addends.end(), product.added);
+    product.gamma = gamma;
+    const auto is_waited_for = [&](const auto& addend) { return needs(addend.matrix[0]); };
+    const bool waits = std::any_of(addends.begin(), addends.end(), is_waited_for) || needs_operand(A1, B1, A2, B2);
     GridProduct* derivative = waits ? nullptr : find_derivative(product, symmetric);
     if (!derivative && (waits || waiting_.count == GridProducts::kMost || of_other_kind(product))) flush();
 
@@ -387,7 +409,7 @@ template <class T> class GridEngine {
     product.result[0] = operand(D);
     if (derivative) {
       derivative->result[1] = product.result[0];
-      derivative->added[1] = product.added[0];
+      for (int a = 0; a < GridProduct::kAddends; ++a) derivative->added[a].matrix[1] = addends[a].matrix[0];
     } else {
       waiting_.product[waiting_.count++] = product;
     }
@@ -397,15 +419,15 @@ template <class T> class GridEngine {
   Matrix enqueue(Matrix& D, Matrix& E, const Matrix& A1, const Matrix& B1, const Matrix* A2, const Matrix* B2,
                  bool in_full) {
     if (!in_full) {
-      enqueue(D, 0, 1, A1, B1, A2, B2);
+      enqueue(D, {}, 1, A1, B1, A2, B2);
       return D;
     }
     if (needs_operand(A1, B1, A2, B2)) flush();
     renew(D), renew(E);
     D.transpose = E.data;
     E.transpose = D.data;
-    enqueue(D, 0, 1, A1, B1, A2, B2, false);
-    A2 ? enqueue(E, 0, 1, *B2, *A2, &B1, &A1, false) : enqueue(E, 0, 1, B1, A1, nullptr, nullptr, false);
+    enqueue(D, {}, 1, A1, B1, A2, B2, false);
+    A2 ? enqueue(E, {}, 1, *B2, *A2, &B1, &A1, false) : enqueue(E, {}, 1, B1, A1, nullptr, nullptr, false);
     return E;
   }
 
@@ -430,8 +452,9 @@ template <class T> class GridEngine {
     for (int p = 0; p < waiting_.count; ++p) {
       GridProduct& other = waiting_.product[p];
       if (!product.dual && other.dual && !other.result[1].upper && other.left[1].upper == product.left[0].upper &&
-          other.right[0].upper == product.right[0].upper && other.alpha == product.alpha &&
-          other.beta == product.beta && symmetric == (other.result[0].upper == other.result[0].transpose))
+          other.right[0].upper == product.right[0].upper && other.added[0].factor == product.added[0].factor &&
+          other.added[1].factor == product.added[1].factor && other.gamma == product.gamma &&
+          symmetric == (other.result[0].upper == other.result[0].transpose))
         return &other;
     }
     return nullptr;

@@ -64,18 +64,24 @@ __device__ __forceinline__ void write_tile(const GridShape& shape, char* A, char
 
 /// The product of dual numbers L + e dL and R + e dR, e e = 0: what a step of the iteration and of its derivative is
 /// made of, and a product of C x C matrices in each of its terms. With left = {dL, L} and right = {R, dR}
-///     result[0] = alpha added[0] + beta (dL R + L dR)
-///     result[1] = alpha added[1] + beta  L R
-/// or left[0] right[0] alone, where not `dual`. Nothing is added where null, and result[1] is not wanted where null.
+///     result[0] = alpha dF + beta dG + gamma (dL R + L dR)
+///     result[1] = alpha  F + beta  G + gamma  L R
+/// or that of left[0] right[0] alone, where not `dual`. `added` are {alpha, {dF, F}} and {beta, {dG, G}}: nothing where
+/// null. result[1] is not wanted where null.
 /// Left operands are symmetric. A right one that is not takes what is under the diagonal from the upper triangle of its
 /// transpose; a result that is not is that triangle of one, whose transpose is the result of another product.
 struct GridProduct {
   struct Operand {
     char *upper, *transpose;
   };
+  struct Addend {
+    double factor;
+    char* matrix[2];
+  };
+  static constexpr int kAddends = 2;
   Operand left[2], right[2], result[2];
-  char* added[2];
-  double alpha, beta;
+  Addend added[kAddends];
+  double gamma;
   bool dual;
 };
 
@@ -120,16 +126,22 @@ template <class T, bool kMayBeMirrored> struct GridResult {
 
   __device__ bool is_wanted() const { return at.I <= at.J && at.J < shape.rows(); }
 
-  /// What is added to it, if anything is, to be asked for early.
-  __device__ bool adds() const { return product.added[number]; }
-  __device__ __forceinline__ typename Tiles::Packed added() const {
-    return Tiles::read_packed(shape.tile<T>(product.added[number], sample, is_wanted() ? at : TilePlace{0, 0}));
+  /// Whether something is added to it; and that, to be asked for early.
+  __device__ bool adds(int addend) const { return product.added[addend].matrix[number]; }
+  __device__ __forceinline__ typename Tiles::Packed added(int addend) const {
+    return Tiles::read_packed(
+        shape.tile<T>(product.added[addend].matrix[number], sample, is_wanted() ? at : TilePlace{0, 0}));
   }
-  __device__ __forceinline__ void store(WarpTile<T> sum, const typename Tiles::Packed& added,
-                                        bool may_be_diagonal = true) const {
-    const T alpha = T(product.alpha), beta = T(product.beta);
-    sum.for_each([&](T& a, int, int) { a *= beta; });
-    if (adds()) sum.combine(Tiles::unpack(added), [&](T& a, T d) { a += alpha * d; });
+  __device__ __forceinline__ void add(WarpTile<T>& sum, int addend, const typename Tiles::Packed& added) const {
+    const T factor = T(product.added[addend].factor);
+    sum.combine(Tiles::unpack(added), [&](T& a, T d) { a += factor * d; });
+  }
+  __device__ __forceinline__ WarpTile<T> scaled(WarpTile<T> sum) const {
+    const T gamma = T(product.gamma);
+    sum.for_each([&](T& a, int, int) { a *= gamma; });
+    return sum;
+  }
+  __device__ __forceinline__ void store(WarpTile<T>& sum, bool may_be_diagonal = true) const {
     const auto& [upper, transpose] = product.result[number];
     if (is_wanted()) write_tile(shape, upper, transpose, sample, at, sum, kMayBeMirrored, may_be_diagonal);
   }
@@ -287,17 +299,22 @@ template <class T, bool kDual> class GridProductBlock {
       const auto result = [&](int r, int c) {
         return GridResult<T, false>{shape_, product, number, own.sample, {row + r, column + c}};
       };
-      typename Tiles::Packed added[kWarpSide][kWarpSide] = {};
-      if (result(0, 0).adds()) {  // all of it is asked for before the first is waited for
+      const auto for_each = [](const auto& f) {
 #pragma unroll
         for (int r = 0; r < kWarpSide; ++r)
 #pragma unroll
-          for (int c = 0; c < kWarpSide; ++c) added[r][c] = result(r, c).added();
+          for (int c = 0; c < kWarpSide; ++c) f(r, c);
+      };
+      WarpTile<T> total[kWarpSide][kWarpSide];
+      for_each([&](int r, int c) { total[r][c] = result(r, c).scaled(sum[number][r][c].total()); });
+#pragma unroll 1
+      for (int a = 0; a < GridProduct::kAddends; ++a) {
+        if (!result(0, 0).adds(a)) continue;
+        typename Tiles::Packed added[kWarpSide][kWarpSide];
+        for_each([&](int r, int c) { added[r][c] = result(r, c).added(a); });  // all before the first is waited for
+        for_each([&](int r, int c) { result(r, c).add(total[r][c], a, added[r][c]); });
       }
-#pragma unroll
-      for (int r = 0; r < kWarpSide; ++r)
-#pragma unroll
-        for (int c = 0; c < kWarpSide; ++c) result(r, c).store(sum[number][r][c].total(), added[r][c], r == c);
+      for_each([&](int r, int c) { result(r, c).store(total[r][c], r == c); });
     }
   }
 

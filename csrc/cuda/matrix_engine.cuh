@@ -79,11 +79,12 @@ template <class T, class Storage = UpperTiles<T>> class BlockMatrices {
     Storage::write(D.first, own, Tiles::pack(result), D.transpose == D.first);
   }
 
-  /// A = sym(source)
-  template <class Source> __device__ __forceinline__ void load_tiles(const Matrix& A, const Source& source) const {
+  /// A = sym(source) / divisor
+  template <class Source>
+  __device__ __forceinline__ void load_tiles(const Matrix& A, const Source& source, T divisor) const {
     for_own_tiles([&](const Place& own) {
       WarpTile<T> tile = symmetric_tile<T>(source, own);
-      write_tile(A, own, tile);
+      Storage::write(A.first, own, Tiles::pack_divided(tile, divisor), true);
     });
   }
 
@@ -114,7 +115,7 @@ template <class T, class Storage = UpperTiles<T>> class BlockMatrices {
     return t;
   }
 
-  /// This thread's part of <factor sym(source), A>.
+  /// This thread's part of <factor (factor sym(source)), A>.
   template <class Source>
   __device__ __forceinline__ T inner_part(const Source& source, const Matrix& A, T factor) const {
     T sum = 0;
@@ -202,8 +203,8 @@ template <class T, int kSlots, bool kInFull = false> class MatrixEngine : public
 
   __device__ Matrix matrix() { return Base::new_matrix(); }
 
-  template <class Source> __device__ void load(Matrix A, const Source& source) const {
-    Base::load_tiles(A, source);
+  template <class Source> __device__ void load(Matrix A, const Source& source, T divisor) const {
+    Base::load_tiles(A, source, divisor);
     __syncthreads();
   }
   template <class Source> __device__ T load_normalized(Matrix A, const Source& source) const {
@@ -212,7 +213,7 @@ template <class T, int kSlots, bool kInFull = false> class MatrixEngine : public
     return t;
   }
 
-  /// <factor sym(source), A>
+  /// <factor (factor sym(source)), A>
   template <class Source> __device__ T inner(const Source& source, Matrix A, T factor = 1) const {
     return block_sum(Base::inner_part(source, A, factor), shared_memory<T>());
   }

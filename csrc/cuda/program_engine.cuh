@@ -36,8 +36,8 @@ template <class Engine, class Storage> class ProgramEngine : public BlockMatrice
 
   __device__ Matrix matrix() { return {Base::new_matrix(), 0}; }
 
-  template <class Source> __device__ void load(const Matrix& A, const Source& source) const {
-    Base::load_tiles(A, source);
+  template <class Source> __device__ void load(const Matrix& A, const Source& source, T divisor) const {
+    Base::load_tiles(A, source, divisor);
   }
   template <class Source> __device__ T load_normalized(const Matrix& A, const Source& source) const {
     return Base::load_normalized_tiles(A, source);
@@ -63,7 +63,7 @@ template <class Engine, class Storage> class ProgramEngine : public BlockMatrice
   __device__ Matrix at(const Program::Place& place) const { return {at(int(place.number)), place.dealt}; }
   __device__ const Program& program() const { return program_; }
 
-  /// <grad, P> and <factor sigma, D>: sources are on their way while products are waited for.
+  /// <grad, P> and <factor (factor sigma), D>: sources are on their way while products are waited for.
   template <class GradSource, class SigmaSource>
   __device__ InnerProducts<T> inner_products(const GradSource& grad, const Matrix& P, const SigmaSource& sigma,
                                              const Matrix& D, T factor) {

@@ -70,7 +70,7 @@ template <class T>
 __device__ __forceinline__ void add_inner(T& sum, const WarpTile<T>& source, WarpTile<T> tile, const TilePlace& at,
                                           T factor) {
   const T times = at.I < at.J ? 2 : 1;
-  tile.combine(source, [&](T a, T b) { sum += times * (factor * b * a); });
+  tile.combine(source, [&](T a, T b) { sum += times * (factor * (factor * b) * a); });
 }
 template <class T, class Source>
 __device__ __forceinline__ void add_inner(T& sum, const Source& source, WarpTile<T> tile, const TilePlace& at,

@@ -156,16 +156,28 @@ template <bool kDual> class WarpgroupProductBlock {
     const auto result = [&](int tile) {
       return GridResult<float, true>{shape_, product, tile / kGroup, own_.sample, {row_, first_.J + tile % kGroup}};
     };
-    typename Tiles::Packed next = {};
-    if (result(0).adds()) next = result(0).added();
+    constexpr int kAddends = GridProduct::kAddends;
+    typename Tiles::Packed next[kAddends] = {};
+    const auto ask_for = [&](int tile) {
+#pragma unroll
+      for (int a = 0; a < kAddends; ++a)
+        if (tile < tiles && result(tile).adds(a)) next[a] = result(tile).added(a);
+    };
+    ask_for(0);
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
-      const auto added = next;
-      if (tile + 1 < tiles && result(tile + 1).adds()) next = result(tile + 1).added();
+      typename Tiles::Packed added[kAddends];
+#pragma unroll
+      for (int a = 0; a < kAddends; ++a) added[a] = next[a];
+      ask_for(tile + 1);
       WarpTile<float> total;
 #pragma unroll
       for (int i = 0; i < kTileSums; ++i) total.sum[i / 4][i % 4] = own[(tile * kTileSums + i) * kThreads];
-      result(tile).store(total, added);
+      total = result(tile).scaled(total);
+#pragma unroll
+      for (int a = 0; a < kAddends; ++a)
+        if (result(tile).adds(a)) result(tile).add(total, a, added[a]);
+      result(tile).store(total);
     }
   }
 

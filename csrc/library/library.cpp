@@ -10,7 +10,9 @@ namespace {
 
 /// One number per sample.
 struct Batch {
-  Tensor value;  // [B, 1, 1]
+  Batch(const Tensor& value) : value(value) {}
+  Batch(double all) : value(number(all)) {}
+  Tensor value;  // [B, 1, 1], or one number for all
 };
 Batch operator*(const Batch& a, const Batch& b) { return {multiply(a.value, b.value)}; }
 Batch operator*(double a, const Batch& b) { return {multiply(b.value, number(a))}; }
@@ -42,19 +44,19 @@ class LibraryEngine {
 
   Matrix matrix() const { return {}; }
 
-  void load(Matrix& A, const Source& source) const { A.value = torch::stable::clone(source.value); }
+  void load(Matrix& A, const Source& source, const Batch& s) const { A.value = divide(source.value, s.value); }
 
   Batch load_normalized(Matrix& A, const Source& source) const {
     const Batch t = per_sample(
         torch::stable::sum(call("aten::diagonal", "", source.value, int64_t(0), int64_t(1), int64_t(2)), one_));
-    A.value = divide(source.value, nonzero(t).value);
+    load(A, source, nonzero(t));
     return t;
   }
   Batch inner(const Source& source, const Matrix& A) const {
     return per_sample(torch::stable::sum(multiply(source.value, A.value), both_));
   }
   Batch inner(const Source& source, const Matrix& A, const Batch& factor) const {
-    return inner({multiply(source.value, factor.value)}, A);
+    return inner({multiply(multiply(source.value, factor.value), factor.value)}, A);
   }
 
   void scale(Matrix& D, double alpha, const Matrix& A) const { D.value = multiply(A.value, number(alpha)); }
