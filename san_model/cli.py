@@ -2,12 +2,14 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 import docstring_parser
 from jsonargparse import ActionYesNo, ArgumentParser
+from PIL import Image
 
 from .compare import CompareOptions, compare
 from .evaluate import EvaluateOptions, evaluate
@@ -74,6 +76,8 @@ def _preset(argv: list[str] | None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns the exit status."""
+    # A large photograph is no attack; what has twice the pixels that Pillow warns of is still refused.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     preset = _preset(argv)
     parsed = build_parser(preset).parse_args(argv)
     name = parsed.subcommand

@@ -19,6 +19,7 @@ from .evaluate import (
     Method,
     Target,
     bicubic_method,
+    check_writable,
     folder_method,
     jsonable,
     measure,
@@ -27,6 +28,8 @@ from .evaluate import (
     show,
     targets,
     write_csv,
+    write_text,
+    writing,
 )
 from .images import InputError, by_key, list_images
 from .metrics import Score, luma, mean, score
@@ -40,8 +43,8 @@ FIGURES = (".png", ".pdf", ".svg")
 TABLES = (".md", ".csv", ".json")
 Datasets = dict[str, tuple[Path, list[Target]]]  # the HR folder and its images, by name
 Marked = TypeVar("Marked")  # a text made to stand out
-# What a method has for a data set: a way to its images, or only its numbers, or nothing.
-Source = Callable[[Path, list[Target]], Method | Score | None]
+Found = Method | Score | None  # what a method has for a data set: a way to its images, or only its numbers, or nothing
+Source = Callable[[Path, list[Target]], Found]
 
 
 @dataclass
@@ -99,13 +102,19 @@ def compare(options: CompareOptions) -> dict[str, dict[str, Score]]:
     )
     sources = {name: _source(method, options) for name, method in methods.items()}
     datasets = {name: (hr, targets(hr, options.scale)) for name, hr in by_name(options.hr, "--hr").items()}
+    if options.figure and not options.table:
+        shown, _ = _chosen(options.image, datasets)
+        datasets = {shown: datasets[shown]}
+    # Whatever can be refused without measuring is refused before anything is measured.
+    found = {name: {key: source(*datasets[key]) for key in datasets} for name, source in sources.items()}
+    check_writable({"--figure": options.figure, "--table": options.table})
     if options.figure:
-        _figure(options.figure, options, sources, datasets)
+        _figure(options.figure, options, found, datasets)
     results: dict[str, dict[str, Score]] = {}
     if options.table or not options.figure:
-        for name, source in sources.items():
-            found = {key: _mean(f"{name} {key}", source(*dataset), dataset[1]) for key, dataset in datasets.items()}
-            results[name] = {key: value for key, value in found.items() if value is not None}
+        for name, by_dataset in found.items():
+            means = {key: _mean(f"{name} {key}", what, datasets[key][1]) for key, what in by_dataset.items()}
+            results[name] = {key: value for key, value in means.items() if value is not None}
         _table(options, list(datasets), results)
     return results
 
@@ -144,18 +153,26 @@ def _numbers(path: Path, dataset: str, scale: int) -> Score | None:
     """The numbers of a data set in a file, under its name or a title of evaluate's, NAME x2 DATASET (PROTOCOL)."""
     title = re.compile(rf"(.* x{scale} )?{re.escape(dataset)}( \((rgb|y-plane)\))?", re.DOTALL)
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         for key, value in content.items():
             if title.fullmatch(key):
                 psnr, ssim = value["mean"] if isinstance(value, dict) else value
-                return Score(*(math.nan if number is None else float(number) for number in (psnr, ssim)))
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+                return Score(_number(psnr), _number(ssim))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         expected = 'expected {"data set": [psnr, ssim], ...}'
         raise InputError(f"--methods {path}: cannot be read as numbers ({error}); {expected}") from error
     return None
 
 
-def _mean(title: str, found: Method | Score | None, dataset: list[Target]) -> Score | None:
+def _number(value: Any) -> float:
+    if value is None:
+        return math.nan
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no finite number")
+    return float(value)
+
+
+def _mean(title: str, found: Found, dataset: list[Target]) -> Score | None:
     if found is None or isinstance(found, Score):
         return found
     with progress_bar() as progress:
@@ -196,42 +213,40 @@ def _table(options: CompareOptions, datasets: list[str], results: dict[str, dict
             for method, scores in results.items()
         ]
 
+    if options.table is not None:
+        if options.table.suffix == ".csv":
+            write_csv(options.table, header, rows(str))
+        elif options.table.suffix == ".json":
+            content = {method: jsonable(scores) for method, scores in results.items()}
+            write_text(options.table, json.dumps(content, indent=1) + "\n")
+        else:
+            rule = ["---", *["---:"] * (len(header) - 1)]
+            cells = [[cell.replace("|", r"\|") for cell in row] for row in (header, rule, *rows("**{}**".format))]
+            write_text(options.table, "".join("| " + " | ".join(row) + " |\n" for row in cells))
     table = Table(*header, title=f"x{options.scale}, PSNR-Y [dB] and SSIM-Y")
     for row in rows(lambda text: Text(text, "bold")):
         table.add_row(*row)
     show(table)
-    if options.table is None:
-        return
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    if options.table.suffix == ".csv":
-        write_csv(options.table, header, rows(str))
-    elif options.table.suffix == ".json":
-        content = {method: jsonable(scores) for method, scores in results.items()}
-        options.table.write_text(json.dumps(content, indent=1) + "\n")
-    else:
-        rule = ["---", *["---:"] * (len(header) - 1)]
-        lines = ["| " + " | ".join(row) + " |" for row in (header, rule, *rows("**{}**".format))]
-        options.table.write_text("\n".join(lines) + "\n")
 
 
 # --- the figure
 
 
-def _figure(file: Path, options: CompareOptions, sources: dict[str, Source], datasets: Datasets) -> None:
+def _figure(file: Path, options: CompareOptions, found: dict[str, dict[str, Found]], datasets: Datasets) -> None:
     """HR with the crop marked, then the crop of HR and of each method, PSNR and SSIM of the whole image below."""
     from matplotlib.figure import Figure  # here: it takes a second to import
     from matplotlib.patches import Rectangle
 
-    hr_folder, dataset, target = _chosen(options.image, datasets)
+    shown, target = _chosen(options.image, datasets)
     _, hr = target.images()
     left, top, width, height = _crop(options.crop, hr, target)
     images: dict[str, Tensor] = {}
-    for name, source in sources.items():
-        found = source(hr_folder, dataset)
-        if callable(found):
-            images[name] = found(target)
+    for name, by_dataset in found.items():
+        method = by_dataset[shown]
+        if callable(method):
+            images[name] = method(target)
         else:
-            console.print(f"--figure: without {name}, which has no images of {dataset_name(hr_folder)}")
+            console.print(f"--figure: without {name}, which has no images of {shown}")
     scores = {name: named(target, partial(score, image, hr, options.scale)) for name, image in images.items()}
     best = _best(list(scores.values()))
 
@@ -248,15 +263,17 @@ def _figure(file: Path, options: CompareOptions, sources: dict[str, Source], dat
     overview.add_patch(
         Rectangle((left - 0.5, top - 0.5), width, height, edgecolor="red", facecolor="none", linewidth=1.5)
     )
-    overview.set_xlabel(f"{target.paths.hr.stem} ({dataset_name(hr_folder)}, x{options.scale})")
+    overview.set_xlabel(f"{target.paths.hr.stem} ({shown}, x{options.scale})")
     for number, (name, image) in enumerate(crops.items()):
         axes = figure.add_subplot(grid[number // columns, number % columns + 1])
         axes.imshow(_pixels(image[:, top : top + height, left : left + width]), interpolation="nearest")
         _label(axes, name, scores.get(name), best)
     for axes in figure.axes:
         axes.set(xticks=[], yticks=[], anchor="N")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=200, bbox_inches="tight")
+        label = axes.xaxis.label  # names: a $ is a $, and bytes that are no UTF-8 have no glyph
+        label.set(parse_math=False, text=label.get_text().encode(errors="backslashreplace").decode())
+    with writing(file) as unfinished:
+        figure.savefig(unfinished, dpi=200, bbox_inches="tight")
     console.print(f"figure: {file}")
 
 
@@ -277,12 +294,12 @@ def _pixels(image: Tensor) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 
 
-def _chosen(stem: str | None, datasets: Datasets) -> tuple[Path, list[Target], Target]:
-    """The folder, the data set and the target of the image with this stem."""
-    for hr, dataset in datasets.values():
+def _chosen(stem: str | None, datasets: Datasets) -> tuple[str, Target]:
+    """The data set's name and the target of the image with this stem."""
+    for name, (_, dataset) in datasets.items():
         for target in dataset:
             if stem in (None, target.paths.hr.stem):
-                return hr, dataset, target
+                return name, target
     raise InputError(f"--image {stem}: not in {', '.join(str(hr) for hr, _ in datasets.values())}")
 
 

@@ -1,10 +1,14 @@
 """Measuring a network, bicubic interpolation or anybody's output images against a data set."""
 
 import csv
+import io
 import json
 import math
 import os
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,12 +20,14 @@ from rich.table import Table
 from torch import Tensor
 
 from . import SAN
+from .checkpoint import replacing
 from .data import PairPaths, dataset_name, load_pair
 from .images import (
     InputError,
     Picture,
     bicubic,
     by_key,
+    check_kept,
     crop_to_multiple,
     list_images,
     match,
@@ -31,7 +37,7 @@ from .images import (
     write,
 )
 from .metrics import Score, luma, mean, score, score_planes
-from .upscale import check_tile, load_model, progress_bar, super_resolve
+from .upscale import check_finite, check_tile, load_model, progress_bar, super_resolve
 
 
 @dataclass
@@ -130,15 +136,24 @@ def folder_method(folder: Path, dataset: list[Target], argument: str = "--sr") -
 
 def model_method(model: SAN, tile: int = 0, overlap: int = 16, self_ensemble: bool = False) -> Method:
     """A network."""
-    return lambda target: to_uint8(super_resolve(model, target.images()[0].float(), tile, overlap, self_ensemble))
+
+    def method(target: Target) -> Tensor:
+        image = super_resolve(model, target.images()[0].float(), tile, overlap, self_ensemble)
+        return to_uint8(check_finite(image, target.paths.hr))
+
+    return method
 
 
 def measure(method: Method, target: Target, save: Path | None = None) -> Score:
     """PSNR and SSIM of what a method makes of one target; the image is written to the folder ``save``."""
     image = method(target)
     if save is not None:
-        write(save / f"{target.paths.hr.stem}_x{target.scale}.png", Picture(image.float()))
+        write(_saved(save, target), Picture(image.float()))
     return named(target, lambda: score(image, target.images()[1], target.scale))
+
+
+def _saved(folder: Path, target: Target) -> Path:
+    return folder / f"{target.paths.hr.stem}_x{target.scale}.png"
 
 
 def bicubic_luma(target: Target) -> Score:
@@ -172,6 +187,10 @@ def evaluate(options: EvaluateOptions) -> dict[str, Score]:
     dataset = targets(options.hr, options.scale, options.lr)
     if any(target.paths.hr.stem == "mean" for target in dataset):
         raise InputError(f"--hr {options.hr}: an image called 'mean' would be taken for the mean of all")
+    if options.save:
+        read_from = {"--hr": options.hr, "--lr": options.lr, "--sr": options.sr}
+        inputs = [file for argument, folder in read_from.items() if folder for file in list_images(folder, argument)]
+        check_kept("--save", [_saved(options.save, target) for target in dataset], inputs)
     if options.model:
         model = load_model(options.model, options.device, options.scale)
         method = model_method(model, options.tile, options.overlap, options.self_ensemble)
@@ -180,6 +199,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Score]:
     name = options.name or (
         options.model.stem if options.model else options.sr.resolve().name if options.sr else "bicubic"
     )
+    one_saved = options.save and _saved(options.save, dataset[0])
+    check_writable({"--json": options.json, "--csv": options.csv, "--save": one_saved})
     scores = {}
     with progress_bar() as progress:
         for target in progress.track(dataset, description=name):
@@ -188,13 +209,13 @@ def evaluate(options: EvaluateOptions) -> dict[str, Score]:
             scores[stem] = bicubic_luma(target) if luma_only else measure(method, target, options.save)
     scores["mean"] = mean(list(scores.values()))
     title = f"{name} x{options.scale} {dataset_name(options.hr)}"
-    print_scores(f"{title} ({options.protocol})" if options.bicubic else title, scores)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({title: jsonable(scores)}, indent=1) + "\n")
+        write_text(options.json, json.dumps({title: jsonable(scores)}, indent=1) + "\n")
     if options.csv:
         rows = [[name, dataset_name(options.hr), options.scale, image, *value] for image, value in scores.items()]
         write_csv(options.csv, ["method", "dataset", "scale", "image", "psnr", "ssim"], rows)
+    # Last, for whoever reads this may have gone.
+    print_scores(f"{title} ({options.protocol})" if options.bicubic else title, scores)
     return scores
 
 
@@ -204,9 +225,43 @@ def jsonable(scores: dict[str, Score]) -> dict[str, list[float | None]]:
 
 
 def write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([header, *([f"{c:.6f}" if isinstance(c, float) else c for c in r] for r in rows)])
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *([f"{c:.6f}" if isinstance(c, float) else c for c in r] for r in rows)])
+    write_text(path, text.getvalue())
+
+
+def write_text(path: Path, text: str) -> None:
+    with writing(path) as file:
+        file.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")  # names of files as they are
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A file to write in place of ``path``, which stays as it is until that is whole; ``/dev/stdout`` itself."""
+    if _is_stream(path):
+        yield path
+    else:
+        with replacing(Path(os.path.realpath(path))) as unfinished:  # a link stays one
+            yield unfinished
+
+
+def _is_stream(path: Path) -> bool:
+    return path.is_fifo() or path.is_char_device()
+
+
+def check_writable(outputs: dict[str, Path | None]) -> None:
+    """Raises InputError where :func:`writing` an argument's file would fail: now, not after hours of work."""
+    for argument, path in outputs.items():
+        if path is None or _is_stream(path):
+            continue
+        if path.is_dir():
+            raise InputError(f"{argument} {path}: a folder, expected a file")
+        try:
+            folder = Path(os.path.realpath(path)).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise InputError(f"{argument} {path}: cannot be written ({error})") from error
 
 
 def print_scores(title: str, scores: dict[str, Score]) -> None:
@@ -222,6 +277,8 @@ def print_scores(title: str, scores: dict[str, Score]) -> None:
 
 def show(table: Table) -> None:
     """Prints it, within the terminal or, where the output is a file or another program, as wide as it is."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names in letters that its encoding lacks
     output = Console(markup=False)
     if not output.is_terminal and "COLUMNS" not in os.environ:
         output.width = 10_000

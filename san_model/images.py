@@ -20,7 +20,10 @@ from .checkpoint import replacing
 
 Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+FORMATS = {  # that are read and written, as Pillow names them
+    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP",
+}  # fmt: skip
+SUFFIXES = tuple(FORMATS)
 PNG_COLOUR_TYPES = {0: "grey", 2: "colour", 4: "grey and alpha", 6: "colour and alpha"}  # those that may have 16 bits
 METADATA = ("icc_profile", "exif", "dpi", "comment")  # that is kept, beside a PNG's texts
 BITS, PHOTOMETRIC = 258, 262  # of a TIFF
@@ -48,20 +51,7 @@ def read(path: str | Path) -> Picture:
     """Reads an image file; raises InputError, with its name and the reason, where that fails."""
     path = Path(path)
     try:
-        with Image.open(path) as image:
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1 and image.format != "MPO":  # a camera's JPEG, with a preview behind the photograph
-                raise InputError(f"{path}: {frames} images in one file, expected a single one")
-            image.load()
-            metadata = {key: image.info[key] for key in METADATA if image.info.get(key)}
-            lost = _remove_damaged(metadata)
-            metadata["text"] = dict(getattr(image, "text", {}))
-            if image.mode == "CMYK":
-                metadata.pop("icc_profile", None)  # it describes the inks, not the colours they are turned into
-            deep = _read_deep_png(path)
-            pixels, bits = (deep, 16) if deep is not None else _pixels(image, path)
-            if bits < max(_tiff_tag(image, BITS, (bits,))):
-                lost.append("all but 8 bits of each colour: with 16 those of a PNG are read, and grey ones of a TIFF")
+        return _decode(path)
     except InputError:
         raise
     except FileNotFoundError:
@@ -69,7 +59,26 @@ def read(path: str | Path) -> Picture:
     except (
         Exception
     ) as error:  # decoders raise what they like on a damaged file: OSError, SyntaxError, struct.error, ...
-        raise InputError(f"{path}: cannot be read as an image ({error})") from error
+        raise InputError(f"{path}: cannot be read as an image ({_reason(error)})") from error
+
+
+def _decode(path: Path) -> Picture:
+    if path.is_fifo() and path.suffix:  # one among image files; the shell's own, as /dev/stdin, have no suffix
+        raise InputError(f"{path}: a pipe, expected an image file")
+    with Image.open(path, formats=list(FORMATS.values())) as image:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":  # a camera's JPEG, with a preview behind the photograph
+            raise InputError(f"{path}: {frames} images in one file, expected a single one")
+        image.load()
+        metadata = {key: image.info[key] for key in METADATA if image.info.get(key)}
+        lost = _remove_damaged(metadata)
+        metadata["text"] = dict(getattr(image, "text", {}))
+        if image.mode == "CMYK":
+            metadata.pop("icc_profile", None)  # it describes the inks, not the colours they are turned into
+        deep = _read_deep_png(path)
+        pixels, bits = (deep, 16) if deep is not None else _pixels(image, path)
+        if bits < max(_tiff_tag(image, BITS, (bits,))):
+            lost.append("all but 8 bits of each colour: with 16 those of a PNG are read, and grey ones of a TIFF")
     planes = torch.from_numpy(pixels.astype(np.float32) / (257 if bits == 16 else 1)).permute(2, 0, 1).contiguous()
     has_alpha = planes.shape[0] in (2, 4)
     grey = planes.shape[0] <= 2
@@ -81,6 +90,15 @@ def read(path: str | Path) -> Picture:
         metadata=metadata,
         lost=lost,
     )
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error is that of an allocation, by Python, numpy or torch."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _reason(error: Exception) -> str:
+    return "memory does not suffice" if lacks_memory(error) else str(error) or type(error).__name__
 
 
 def _remove_damaged(metadata: dict[str, Any]) -> list[str]:
@@ -140,22 +158,23 @@ def write(path: str | Path, picture: Picture) -> None:
     """
     path = Path(path)
     check_target(path, picture.alpha is not None)
-    planes = picture.colour.mean(0, keepdim=True) if picture.grey else picture.colour
-    if picture.alpha is not None:
-        planes = torch.cat([planes, picture.alpha])
     deep = picture.bits == 16 and path.suffix.lower() == ".png"
     levels, kind = (257, np.uint16) if deep else (1, np.uint8)
-    pixels = torch.floor(planes.double() * levels + 0.5).clamp(0, 255 * levels).permute(1, 2, 0).numpy().astype(kind)
     buffer = io.BytesIO()
     try:
+        planes = picture.colour.mean(0, keepdim=True) if picture.grey else picture.colour
+        if picture.alpha is not None:
+            planes = torch.cat([planes, picture.alpha])
+        whole = torch.floor(planes.double() * levels + 0.5).clamp(0, 255 * levels)
+        pixels = whole.permute(1, 2, 0).numpy().astype(kind)
         if deep:
             _write_deep_png(buffer, pixels, picture.metadata)
         else:
             image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
             options = _save_options(path, picture)
-            image.save(buffer, format=Image.registered_extensions()[path.suffix.lower()], **options)
+            image.save(buffer, format=FORMATS[path.suffix.lower()], **options)
     except Exception as error:  # an EXIF block that is too long for the format, ...
-        raise InputError(f"{path}: cannot be written ({error})") from error
+        raise InputError(f"{path}: cannot be written ({_reason(error)})") from error
     with replacing(path) as unfinished:
         unfinished.write_bytes(buffer.getvalue())
 
@@ -166,6 +185,20 @@ def check_target(path: Path, alpha: bool = False) -> None:
         raise InputError(f"{path}: unknown suffix {path.suffix!r}, one of {', '.join(SUFFIXES)} is needed")
     if alpha and path.suffix.lower() in (".jpg", ".jpeg", ".bmp"):
         raise InputError(f"{path}: the image has transparency, which {path.suffix} cannot hold; write a .png")
+
+
+def check_kept(argument: str, targets: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raises InputError where a file to write is one that is read, by whatever link."""
+    kept = _identities(inputs)
+    for target in targets:
+        if _identities([target]) & kept:
+            raise InputError(f"{argument} {target}: would overwrite an input")
+
+
+def _identities(files: Iterable[Path]) -> set[tuple[int, int]]:
+    """Of those that exist."""
+    found = [file.stat() for file in files if file.exists()]
+    return {(status.st_dev, status.st_ino) for status in found}
 
 
 def _save_options(path: Path, picture: Picture) -> dict[str, Any]:
@@ -228,7 +261,8 @@ def list_images(folder: str | Path, argument: str) -> list[Path]:
         raise InputError(f"{argument} {folder}: no such folder")
     # Hidden files are no images: macOS leaves some beside them that are called like them.
     visible = (path for path in folder.iterdir() if not path.name.startswith("."))
-    found = sorted(path for path in visible if path.suffix.lower() in SUFFIXES and path.is_file())
+    # A link to nowhere is an image that is missing, and it is for the reader to say so.
+    found = sorted(path for path in visible if path.suffix.lower() in SUFFIXES and not path.is_dir())
     if not found:
         raise InputError(f"{argument} {folder}: no images in it ({', '.join(SUFFIXES)})")
     return found

@@ -23,7 +23,18 @@ from rich.progress import (
 from torch import Tensor, nn
 
 from . import SAN
-from .images import InputError, Picture, bicubic, by_key, check_target, list_images, read, write
+from .images import (
+    InputError,
+    Picture,
+    bicubic,
+    by_key,
+    check_kept,
+    check_target,
+    lacks_memory,
+    list_images,
+    read,
+    write,
+)
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "san_light_x2.safetensors"
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -104,9 +115,10 @@ def _upscale_file(
     try:
         enlarged = enlarge(picture, model, options, step)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if lacks_memory(error):
             raise InputError(f"{source}: memory does not suffice for the whole image, try --tile 256") from error
         raise
+    check_finite(enlarged.colour, source)
     if picture.bits == 16 and target.suffix.lower() != ".png":
         enlarged.lost.append("all but 8 bits of each number: with 16 only .png is written")
     write(target, enlarged)
@@ -132,8 +144,7 @@ def _jobs(source: Path, output: Path | None, scale: int) -> list[tuple[Path, Pat
     )
     for _, target in jobs:
         check_target(target)  # now, not after minutes of work
-        if target.exists() and any(target.samefile(file) for file, _ in jobs):
-            raise InputError(f"--output {target}: would overwrite an input")
+    check_kept("--output", [target for _, target in jobs], [file for file, _ in jobs])
     return jobs
 
 
@@ -158,7 +169,7 @@ def super_resolve(
     self_ensemble: bool = False,
     step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
-    """(3, H, W) -> (3, scale H, scale W), float32 on the scale 0..255, on the CPU.
+    """(3, H, W) -> (3, scale H, scale W), float32 on the scale 0..255, on the CPU; NaN for what is not finite.
 
     ``model`` is in eval mode on its device; ``step(done, total)`` is called after each of its groups. The other
     arguments are those of :class:`UpscaleOptions`.
@@ -172,7 +183,14 @@ def super_resolve(
             seen = torch.rot90(colour.flip(2) if flip else colour, turns, (1, 2))
             back = torch.rot90(_tiled(model, seen, tile, overlap), -turns, (1, 2))
             mean += (back.flip(2) if flip else back) / len(views)
-    return mean.clamp(0, 255)
+    return mean.masked_fill_(~mean.isfinite(), math.nan).clamp(0, 255)  # clipped, an infinity would look like white
+
+
+def check_finite(enlarged: Tensor, source: Path) -> Tensor:
+    """What :func:`super_resolve` gave for an image; raises InputError with its name where that holds NaN."""
+    if enlarged.isnan().any():
+        raise InputError(f"{source}: the network yields NaN or infinities for it")
+    return enlarged
 
 
 def _tiled(model: SAN, seen: Tensor, tile: int, overlap: int) -> Tensor:

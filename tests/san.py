@@ -1,4 +1,4 @@
-"""Small networks of san_model and images for them, for the tests."""
+"""Small networks of san_model and images for them, and its command line, for the tests."""
 
 import torch
 
@@ -29,3 +29,19 @@ def assert_same(model, other):
     state, others = model.state_dict(), other.state_dict()
     assert state.keys() == others.keys()
     assert all(torch.equal(state[name], others[name]) for name in state)
+
+
+def run(*arguments):
+    from san_model import cli  # here: it needs more than the network does
+
+    return cli.main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments):
+    """What a command line that must fail prints."""
+    try:
+        status = run(*arguments)
+    except SystemExit as exit_:  # the parser's own way out
+        status = exit_.code
+    assert status == 2
+    return " ".join(capsys.readouterr().err.split())

@@ -15,7 +15,9 @@ pytest.importorskip("jsonargparse", reason="san_model needs the extra [san]")
 pytest.importorskip("png", reason="san_model needs the extra [san]")
 from PIL import Image
 
+from san import refused, run
 from san_model import SAN, cli, upscale
+from san_model import compare as comparing
 from san_model.evaluate import EvaluateOptions, evaluate
 from san_model.images import Picture, bicubic, read, read_uint8, to_uint8, write
 from san_model.upscale import load_model, super_resolve
@@ -47,20 +49,6 @@ def root(tmp_path_factory):
         torch.nn.init.normal_(model.non_local.non_local.W.weight)
         model.save(root / f"x{scale}.safetensors")
     return root
-
-
-def run(*arguments):
-    return cli.main([str(argument) for argument in arguments])
-
-
-def refused(capsys, *arguments):
-    """What a command line that must fail prints."""
-    try:
-        status = run(*arguments)
-    except SystemExit as exit_:  # the parser's own way out
-        status = exit_.code
-    assert status == 2
-    return " ".join(capsys.readouterr().err.split())
 
 
 # --- the command line itself
@@ -185,6 +173,21 @@ def test_evaluate_refuses(root, capsys, tmp_path):
     assert "a.bmp and a.png are both called 'a'" in refused(capsys, *bicubic_of, tmp_path / "twice")
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_network_that_yields_no_numbers_is_refused(root, tmp_path, capsys, value):
+    model = SAN(scale=2, **TINY)
+    model.tail[1].bias.data[0] = value
+    model.save(tmp_path / "broken.pt")
+    broken = ["--model", tmp_path / "broken.pt"]
+    write(tmp_path / "a.png", Picture(torch.zeros(3, 8, 8)))
+    message = "the network yields NaN or infinities"
+    assert f"a.png: {message}" in refused(capsys, "upscale", tmp_path / "a.png", *broken)
+    assert not (tmp_path / "a_x2.png").exists()
+    common = ["--hr", root / "Small/HR", "--scale", 2]
+    assert f"leaf.png: {message}" in refused(capsys, "evaluate", *common, *broken)
+    assert f"leaf.png: {message}" in refused(capsys, "compare", *common, "--methods", f"A={tmp_path / 'broken.pt'}")
+
+
 PUBLISHED = [
     (title, scale, dataset)
     for dataset in ("Set5", "Set14")
@@ -236,10 +239,12 @@ def test_upscale_a_folder(root, tmp_path, capsys):
     for name in ("a.png", "a.jpg", "b.png"):
         write(tmp_path / "in" / name, Picture(torch.full((3, 9, 8), 77.0)))
     (tmp_path / "in/broken.png").write_text("no image")
+    (tmp_path / "in/gone.png").symlink_to("absent")
     model = ["--model", root / "x3.safetensors"]
     assert "broken.png" in refused(capsys, "upscale", tmp_path / "in", *model)
     assert run("upscale", tmp_path / "in", *model, "--bad-files", "skip") == 0
-    assert "skipped" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.count("skipped") == 2 and "broken.png: cannot be read" in said and "gone.png: no such file" in said
     written = sorted(path.name for path in (tmp_path / "in_x3").iterdir())
     assert written == ["a_jpg_x3.png", "a_png_x3.png", "b_x3.png"]
     assert run("upscale", tmp_path / "in/b.png", *model, "--output", tmp_path / "out/c.jpg") == 0
@@ -283,6 +288,16 @@ def test_upscale_refuses(root, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(upscale, "super_resolve", exhausted)
     assert "a.png: memory does not suffice" in refused(capsys, "upscale", tmp_path / "a.png", *model)
+
+
+def test_a_large_photograph_brings_no_warning(root, tmp_path, capsys, monkeypatch, recwarn):
+    write(tmp_path / "a.png", Picture(torch.zeros(3, 8, 8)))
+    model = ["--model", root / "x2.safetensors"]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    assert run("upscale", tmp_path / "a.png", *model) == 0
+    assert not [warning for warning in recwarn if warning.category is Image.DecompressionBombWarning]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
+    assert "a.png: cannot be read as an image (Image size" in refused(capsys, "upscale", tmp_path / "a.png", *model)
 
 
 def test_upscale_uses_the_weights_of_the_package_and_says_so(root, tmp_path, capsys, monkeypatch):
@@ -414,3 +429,15 @@ def test_compare_refuses(root, tmp_path, capsys):
     )
     (tmp_path / "n.json").write_text("[1, 2]")
     assert "n.json: cannot be read as numbers" in refused(capsys, *common, "--methods", f"A={tmp_path / 'n.json'}")
+
+
+def test_compare_reads_everything_before_it_measures(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(comparing, "measure")
+    common = ["compare", "--hr", root / "Small/HR", "--scale", 2, "--methods", f"SAN={root / 'x2.safetensors'}"]
+    assert "no such folder" in refused(capsys, *common, "RCAN=absent")
+    numbers = tmp_path / "n.json"
+    for text in ("[1, 2]", "[" * 100_000, '{"Small": [1%s, 1]}' % ("0" * 400), '{"Small": [true, 0.9]}',
+                 '{"Small": [NaN, 0.9]}', '{"Small": [30, Infinity]}', '{"Small": [1e999, 0.9]}', '{"Small": "12"}',
+                 '{"Small": {"mean": [30]}}', '{"Small": [[30], 1]}', '{"Small": 30}', '{"Small": {}}'):  # fmt: skip
+        numbers.write_text(text)
+        assert "n.json: cannot be read as numbers" in refused(capsys, *common, f"A={numbers}"), text[:40]

@@ -231,6 +231,50 @@ def test_several_images_in_a_file_are_refused_but_not_a_preview(tmp_path):
                 read(tmp_path / name)
 
 
+@pytest.mark.parametrize("kind", ["EPS", "GIF", "JPEG2000", "TGA"])
+def test_other_formats_are_not_tried_whatever_the_suffix(tmp_path, kind):
+    Image.fromarray(pixels(3).astype(np.uint8)).save(tmp_path / "a.png", format=kind)
+    with pytest.raises(InputError, match=r"a\.png: cannot be read as an image \(cannot identify"):
+        read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "memory does not suffice"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory does not suffice"),
+        (EOFError(), "EOFError"),
+    ],
+)
+def test_an_error_in_between_has_a_reason(tmp_path, monkeypatch, error, reason):
+    """Of the decoder, of the conversion, and of what is written."""
+    write(tmp_path / "a.png", Picture(torch.zeros(3, 4, 4)))
+
+    def fail(*_):
+        raise error
+
+    for place, name in ((images, "_pixels"), (torch, "from_numpy")):
+        with monkeypatch.context() as patch, pytest.raises(InputError) as caught:
+            patch.setattr(place, name, fail)
+            read(tmp_path / "a.png")
+        assert str(caught.value) == f"{tmp_path / 'a.png'}: cannot be read as an image ({reason})"
+    monkeypatch.setattr(torch, "floor", fail)
+    with pytest.raises(InputError, match=rf"b\.png: cannot be written \({reason}\)"):
+        write(tmp_path / "b.png", Picture(torch.zeros(3, 4, 4)))
+
+
+def test_what_is_called_like_an_image_counts_as_one(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "nowhere.png").symlink_to(tmp_path / "absent")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    found = images.list_images(tmp_path, "--data")
+    assert [path.name for path in found] == ["loop.png", "nowhere.png", "pipe.png"]
+    for path in found:
+        with pytest.raises(InputError, match=path.name):
+            read(path)
+
+
 def test_what_a_format_cannot_hold_is_refused(tmp_path):
     picture = Picture(torch.zeros(3, 4, 4), alpha=torch.zeros(1, 4, 4))
     with pytest.raises(InputError, match=r"a\.jpg.*transparency"):
