@@ -40,7 +40,7 @@ Plan plan_cpu(const Problem& p, EngineKind requested) {
 #ifdef ISQRT_WITH_CUDA
 /// A cluster for each sample where the samples leave multiprocessors idle, as large a one as all samples can have at
 /// the same time and as is of use: what blocks send each other takes time. Eight, which leave gaps, in half of the
-/// device.
+/// device. The numbers are those of an H200, benchmarks/results/notes.md.
 int blocks_of_sample(const Problem& p, const cuda::Limits& device, bool backward) {
   const int64_t fewest = backward ? 17 : 49, fewest_for_eight = 65;
   const int64_t bytes = cuda::cluster_shared_bytes(p.side(), p.element_size, backward, p.in_full);

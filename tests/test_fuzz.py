@@ -111,7 +111,10 @@ def check_feature_maps(shape, layout, dtype, engine, iterations, output, floor, 
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y)
     (slope,) = torch.autograd.grad(y, x, upstream)
 
-    exact = (x.detach().double() / unit).requires_grad_()  # of which the slope is the same
+    exact = x.detach().double() / unit  # of which the slope is the same
+    constant = (exact == exact.flatten(2)[:, :, 0].view(*exact.shape[:2], *(1,) * len(spatial))).flatten(2).all(2)
+    exact[constant] = 0.0  # as far as the covariance is concerned; the reference would round its mean
+    exact.requires_grad_()
     exact_y = reference.cov_sqrt(exact, iterations, output, steps(floor, iterations))
     (exact_slope,) = torch.autograd.grad(exact_y, exact, upstream.double())
     bound = (8 if floor else 1) * tolerance(computed(dtype), channels, positions, iterations)
@@ -148,6 +151,7 @@ FOUND = {
     "a mean of 100 spreads, one minimax step": ((1, 2, 1, 4), torch.float32, 1, 1e-3, -100.0),
     "curvature of six minimax steps at zero": ((1, 2, 1, 2), torch.float32, 6, 1e-3, 0.0),
 }
+CONSTANT = {"shape": (1, 10, 1, 3), "layout": ([0, 1, 2, 3], [0] * 4, [1] * 4, (3,)), "seed": 0}
 CANCELLING_MEAN = {"shape": (1, 48, 2, 19), "layout": ([0, 1, 2, 3], [0] * 4, [1] * 4, (3,)), "seed": 6536543}
 
 
@@ -163,6 +167,14 @@ def test_found_mean_of_channels_that_cancel(engine):
     skip_unless_fits(engine, CANCELLING_MEAN["shape"], torch.float32, engine_device(engine))
     options = {"iterations": 1, "output": "mean", "floor": 0.0, "exponent": 0, "mean": 0.0}
     check_feature_maps(**CANCELLING_MEAN, dtype=torch.float32, engine=engine, **options)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("gram", (False, True), ids=("channels", "positions"))
+def test_found_constant_map_in_float64(engine, gram):
+    skip_unless_fits(engine, CONSTANT["shape"], torch.float64, engine_device(engine))
+    options = {"iterations": 1, "output": "matrix", "floor": 0.0, "exponent": 0, "mean": 0.0}
+    check_feature_maps(**CONSTANT, dtype=torch.float64, engine=engine, gram=gram, **options)
 
 
 @fuzz(

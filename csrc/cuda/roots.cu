@@ -148,7 +148,7 @@ void launch_cluster(const char* name, const Choose& choose, int64_t channels, bo
                   stream, task, program);
 }
 
-/// A block of warpgroups for each sample.
+/// A block of warpgroups for each sample, with spare matrices: its results never wait until all have read.
 template <class Task, class Record>
 void launch_warpgroups(const char* name, void (*kernel)(Task, Program), bool backward, const Record& record,
                        void* stream, const Task& task) {
