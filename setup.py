@@ -66,8 +66,9 @@ def check_versions(cuda_home, torch_cuda):
         )
 
 
-def check_architectures(architectures):
-    """Ends the build where ptxas would, with an error for each instruction that older devices do not have."""
+def check_architectures(cpp_extension, architectures):
+    """Ends the build where ptxas would, with an error for each instruction that older devices do not have, and where
+    torch would."""
     older = r"[1-7]\.|Kepler|Maxwell|Pascal|Volta|Turing"  # torch takes names, too
     if found := [a for a in architectures.split() if re.match(older, a)]:
         raise SystemExit(
@@ -75,6 +76,13 @@ def check_architectures(architectures):
             f" {architectures!r}: leave out what is older, or unset the variable, or set FORCE_CUDA=0 for a build"
             " without CUDA kernels"
         )
+    try:
+        cpp_extension._get_cuda_arch_flags()  # of the variable
+    except (ValueError, IndexError):
+        raise SystemExit(
+            "TORCH_CUDA_ARCH_LIST: expected compute capabilities that torch knows, as in '8.0;9.0a;12.0+PTX', or native"
+            f" where there is a GPU, got {os.environ['TORCH_CUDA_ARCH_LIST']!r}"
+        ) from None
 
 
 def default_architectures(cuda_home):
@@ -114,16 +122,18 @@ def check_compiler(compiler):
 def extension(cpp_extension):
     import torch
 
-    forced = os.environ.get("FORCE_CUDA")
-    if forced not in (None, "0", "1"):
-        raise SystemExit(f"FORCE_CUDA: expected 0 or 1, got {forced!r}")
+    for name in ("FORCE_CUDA", "DEBUG"):
+        if os.environ.get(name) not in (None, "0", "1"):
+            raise SystemExit(f"{name}: expected 0 or 1, got {os.environ[name]!r}")
+    forced, debug, jobs = os.environ.get("FORCE_CUDA"), os.environ.get("DEBUG") == "1", os.environ.get("MAX_JOBS")
+    if jobs and not (jobs.isdecimal() and int(jobs)):
+        raise SystemExit(f"MAX_JOBS: expected a whole number, 1 or more, got {jobs!r}")
     wanted = forced == "1" or (forced is None and torch.version.cuda is not None)
     cuda_home = find_cuda_home() if wanted else None
     if forced == "1" and cuda_home is None:
         raise SystemExit("FORCE_CUDA=1, but no nvcc was found: set CUDA_HOME to the folder of the CUDA toolkit")
     if torch.version.cuda is not None and cuda_home is None:
         print("isqrt_cov is built without CUDA kernels: " + ("FORCE_CUDA=0" if forced else "no nvcc was found"))
-    debug = os.environ.get("DEBUG") == "1"
 
     common = ["-std=c++20", "-O0" if debug else "-O3", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     host = [*common, "-fvisibility=hidden", "-Wall"]
@@ -138,12 +148,11 @@ def extension(cpp_extension):
         if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
             os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures(cuda_home)
         architectures = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
-        check_architectures(architectures)
+        check_architectures(cpp_extension, architectures)
         cpp_extension.CUDA_HOME = cuda_home
         kernels = sorted(Path("csrc").rglob("*.cu"))
         sources += kernels
-        jobs = os.environ.get("MAX_JOBS", "")
-        threads = max(1, int(jobs) // len(kernels)) if jobs.isdecimal() else 0  # 0: as many as there are cores
+        threads = max(1, int(jobs) // len(kernels)) if jobs else 0  # 0: as many as there are cores
         define = ["-DISQRT_WITH_CUDA"]
         options["extra_compile_args"]["cxx"] += define
         options["extra_compile_args"]["nvcc"] = [

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 
 @pytest.fixture
@@ -34,12 +35,16 @@ def extension(setup_py, monkeypatch):
 
     def described(torch_cuda, **environment):
         monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-        for name in ("FORCE_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
+        for name in ("FORCE_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "DEBUG"):
             monkeypatch.setenv(name, "")  # and so what setup.py sets is undone
             monkeypatch.delenv(name)
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
-        return setup_py["extension"](types.SimpleNamespace(CppExtension=lambda name, sources, **options: options))
+        stand_in = types.SimpleNamespace(
+            CppExtension=lambda name, sources, **options: options,
+            _get_cuda_arch_flags=cpp_extension._get_cuda_arch_flags,
+        )
+        return setup_py["extension"](stand_in)
 
     return described
 
@@ -75,6 +80,34 @@ def test_architectures_that_are_too_old_are_named(extension, tmp_path, architect
     message = f"TORCH_CUDA_ARCH_LIST: .* compute capability 8.0 or later, got {re.escape(older)} in"
     with pytest.raises(SystemExit, match=message):
         extension("12.8", CUDA_HOME=home, TORCH_CUDA_ARCH_LIST=architectures)
+
+
+@pytest.mark.parametrize("architectures", ("junk", " ", "8.0,9.0", "sm_80", "8.0;", "All", "Common", "8.0;native"))
+def test_architectures_that_torch_does_not_know_are_named(extension, tmp_path, architectures):
+    message = f"TORCH_CUDA_ARCH_LIST: expected compute capabilities that torch knows, .* got {architectures!r}$"
+    with pytest.raises(SystemExit, match=message):
+        extension("12.8", CUDA_HOME=nvcc_of(tmp_path, "12.8", ""), TORCH_CUDA_ARCH_LIST=architectures)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="native is what the GPU is")
+def test_native_needs_a_device(extension, tmp_path):
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: .*, or native where there is a GPU, got 'native'$"):
+        extension("12.8", CUDA_HOME=nvcc_of(tmp_path, "12.8", ""), TORCH_CUDA_ARCH_LIST="native")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    (
+        ("FORCE_CUDA", "yes", "0 or 1"),
+        ("DEBUG", "true", "0 or 1"),
+        ("MAX_JOBS", "abc", "a whole number, 1 or more"),
+        ("MAX_JOBS", "0", "a whole number, 1 or more"),
+        ("MAX_JOBS", "-2", "a whole number, 1 or more"),
+    ),
+)
+def test_other_values_of_variables_are_named(extension, variable, value, expected):
+    with pytest.raises(SystemExit, match=f"^{variable}: expected {expected}, got '{value}'$"):
+        extension(None, **{variable: value})
 
 
 @pytest.mark.parametrize("architectures", ("8.0 9.0a 10.0", "8.7;12.1+PTX", "Ampere;Hopper"))
