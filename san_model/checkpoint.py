@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import secrets
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from .model import RGB_MEAN, SAN
@@ -35,7 +36,8 @@ def save(model: SAN, path: str | os.PathLike[str]) -> None:
     path = _known(path)
     if path.suffix == ".safetensors":
         state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_file(state, path, metadata={"format": "pt", "config": json.dumps(model.config)})
+        with replacing(path) as unfinished:  # safetensors' own file would be readable by its owner alone
+            unfinished.write_bytes(serialize(state, {"format": "pt", "config": json.dumps(model.config)}))
     else:
         torch.save(model.state_dict(), path)
 
@@ -47,8 +49,16 @@ def load(path: str | os.PathLike[str], overrides: Mapping[str, Any]) -> SAN:
     if lacking:
         raise ValueError(f"{path}: no checkpoint of SAN, for it lacks {_listed(lacking)}")
     found = infer_config(state)
+    for name, value in found.items():
+        said = stored.get(name, value)
+        # By repr, for neither True nor 1.0 is a 1. Of white the tensors tell only the nearest usual value.
+        if repr(said) != repr(value) and name != "rgb_range":
+            raise ValueError(f"{path}: {name}: {value!r} by the tensors, but {said!r} by the configuration")
     config = {**found, **stored, **overrides}
-    model = SAN(**config)
+    try:
+        model = SAN(**config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     own = model.state_dict()
     if overrides.get("scale", found["scale"]) != found["scale"]:
         warnings.warn(f"{path} is for scale {found['scale']}: the upsampler for {config['scale']} is new", stacklevel=3)
@@ -80,7 +90,7 @@ def infer_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
     gate = state.get("RG.0.soca.conv_du.0.weight")
     if gate is None:
         return config | {"variant": "ssc" if "gamma" in state else "base"}
-    return config | {"reduction": n_feats // max(gate.shape[0], 1)}
+    return config | {"reduction": n_feats // max(gate.shape[:1].numel(), 1)}
 
 
 def _rgb_range(bias: Tensor) -> float:
@@ -120,7 +130,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     # A program's own "config" is something else: ours has no other names than the constructor.
     known = inspect.signature(SAN).parameters.keys()
     stored = next((config for config in configs if isinstance(config, Mapping) and config.keys() <= known), {})
-    tensors = {_PREFIXES.sub("", name, count=1): tensor for name, tensor in state.items() if name != "n_averaged"}
+    tensors = {_PREFIXES.sub("", str(name), 1): tensor for name, tensor in state.items() if name != "n_averaged"}
     other = [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]
     if other:
         raise ValueError(f"{path}: expected a state dict, but these entries are no tensors: {_listed(other)}")
@@ -136,7 +146,8 @@ def _listed(names: Iterable[str], most: int = 10) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write in place of ``path``: it takes the name only once it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".unfinished-{path.name}")
+    # A name of its own for each writer; of the path's only the suffix, by which writers choose the format.
+    unfinished = path.with_name(f".unfinished-{secrets.token_hex(8)}{path.suffix}")
     try:
         yield unfinished
         with unfinished.open("rb") as file:

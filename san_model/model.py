@@ -13,6 +13,7 @@ accident (the mean shifts) is a buffer here: every parameter has a gradient.
 """
 
 import math
+import numbers
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -235,7 +236,7 @@ class SAN(nn.Module):
         rgb_range: value of white.
         variant: "base" has one skip at the tail of each group, "ssc" adds the share-source skips, "foca" adds to those
             first-order channel attention (global average pooling), "soca" second-order attention (covariance pooling).
-        iterations: Newton-Schulz steps of the covariance's root.
+        iterations: Newton-Schulz steps of the covariance's root, from 1 to 1000.
         normalization: "newton_schulz", or "eig" for the exact root by eigen-decomposition.
 
     ``config`` holds these arguments by name. Parameters may have a narrower dtype than the buffers, as under
@@ -304,7 +305,8 @@ class SAN(nn.Module):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is no checkpoint of this network; missing, unexpected and misshapen keys are listed.
+            ValueError: the file is no checkpoint of this network, or its configuration is another than its tensors';
+                missing, unexpected and misshapen keys are listed.
         """
         from . import checkpoint  # which imports this module
 
@@ -328,9 +330,11 @@ def _check(config: dict[str, Any]) -> None:
         if config[name] not in allowed:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {config[name]!r}")
     for name in ("n_resgroups", "n_resblocks", "n_feats", "reduction", "iterations"):
-        if not isinstance(config[name], int) or config[name] < 1:
+        if not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1:
             raise ValueError(f"{name}: expected an integer of 1 or more, got {config[name]!r}")
-    if not 0 < config["rgb_range"] < math.inf:
+    if config["iterations"] > 1000:
+        raise ValueError(f"iterations: expected 1000 or less, got {config['iterations']}")
+    if not isinstance(config["rgb_range"], numbers.Real) or not 0 < config["rgb_range"] < math.inf:
         raise ValueError(f"rgb_range: expected a positive number, got {config['rgb_range']!r}")
     n_feats, reduction = config["n_feats"], config["reduction"]
     if n_feats % 8:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from san import SMALL, assert_same, image, small
 from san_model import SAN
+from san_model.checkpoint import replacing
 from san_model.model import RGB_MEAN, RegionNonLocal, second_order
 
 DATA = Path(os.environ.get("ISQRT_COV_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -361,7 +362,10 @@ def test_two_processes_train_as_one(tmp_path):
         ("n_resblocks", -1),
         ("iterations", 0),
         ("iterations", 2.5),
+        ("iterations", 1001),
+        ("iterations", True),
         ("rgb_range", 0),
+        ("rgb_range", "255"),
         ("n_feats", 12),
         ("reduction", 5),
     ],
@@ -383,3 +387,62 @@ def test_wrong_arguments_are_named(argument, value):
 def test_wrong_images_are_named(x):
     with pytest.raises(ValueError, match=r"^x: expected floating-point images \(B, 3, H, W\), got torch"):
         small()(x)
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("n_resgroups", 10**9, "2 by the tensors, but 1000000000 by the configuration"),
+        ("n_resblocks", True, "1 by the tensors, but True by the configuration"),
+        ("n_feats", "16", "16 by the tensors, but '16' by the configuration"),
+        ("scale", 3, "2 by the tensors, but 3 by the configuration"),
+        ("reduction", [4], r"4 by the tensors, but \[4\] by the configuration"),
+        ("rgb_range", "255", "expected a positive number, got '255'"),
+        ("iterations", 5000, "expected 1000 or less, got 5000"),
+        ("normalization", None, "expected one of .*, got None"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_named(name, value, message, suffix, tmp_path):
+    model, path = small(), tmp_path / f"model.{suffix}"
+    model.config[name] = value
+    model.save(path)
+    with pytest.raises(ValueError, match=rf"^{path}: {name}: {message}$"):
+        SAN.from_checkpoint(path)
+
+
+def test_odd_entries_of_a_checkpoint_are_named(tmp_path):
+    state = dict(small().state_dict())
+    torch.save(state | {5: torch.ones(1)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt: the keys do not fit .*: unexpected 5$"):
+        SAN.from_checkpoint(tmp_path / "model.pt")
+    torch.save(state | {"RG.0.soca.conv_du.0.weight": torch.tensor(1.0)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt: the keys do not fit .*: of another shape RG"):
+        SAN.from_checkpoint(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_files_are_as_open_to_others_as_the_umask_says(suffix, umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        small().save(tmp_path / f"model.{suffix}")
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o666 & ~umask]
+
+
+def test_each_writer_has_a_file_of_its_own(tmp_path):
+    path = tmp_path / "file"
+    with replacing(path) as first, replacing(path) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"  # whose block ended last
+    with pytest.raises(KeyboardInterrupt), replacing(path) as third:
+        third.write_text("half a fi")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "first"
