@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from .checkpoint import replacing
 from .collage import SIDE, collage
 from .images import InputError, bicubic, by_key, crop_to_multiple, list_images, match, read_uint8, to_uint8
 
@@ -180,16 +182,20 @@ def _cached_pair(paths: PairPaths, scale: int, shrink: float, cache: Path) -> tu
         raise InputError(f"{paths.hr}: cannot be read ({error})") from error
     key = hashlib.sha256(repr((state, scale, shrink)).encode()).hexdigest()[:16]
     files = [cache / f"{paths.hr.stem}-{key}-{part}.npy" for part in ("lr", "hr")]
-    if not all(file.exists() for file in files):
-        cache.mkdir(parents=True, exist_ok=True)
-        for file, image in zip(files, load_pair(paths, scale, shrink), strict=True):
-            unfinished = file.with_name(f"{file.stem}-{os.getpid()}.part")
-            with unfinished.open("wb") as stream:
-                np.save(stream, image.numpy())
-            os.replace(unfinished, file)  # whoever finds the file finds all of it
-    lr, hr = (
-        torch.from_numpy(np.load(file, mmap_mode="c")) for file in files
-    )  # "c": torch wants to be allowed to write
+    with suppress(Exception):  # of many types: the files are not there yet, or damaged
+        return _mapped_pair(files, scale)
+    for file, image in zip(files, load_pair(paths, scale, shrink), strict=True):
+        with replacing(file) as unfinished:
+            np.save(unfinished, image.numpy())
+    return _mapped_pair(files, scale)
+
+
+def _mapped_pair(files: Sequence[Path], scale: int) -> tuple[Tensor, Tensor]:
+    # "c": torch wants to be allowed to write
+    lr, hr = (torch.from_numpy(np.load(file, mmap_mode="c")) for file in files)
+    channels, height, width = lr.shape
+    if {lr.dtype, hr.dtype} != {torch.uint8} or hr.shape != (channels, scale * height, scale * width):
+        raise ValueError(f"{files[0]}, {files[1]}: no pair at scale {scale}")
     return lr, hr
 
 

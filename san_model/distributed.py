@@ -50,10 +50,15 @@ def processes(device: str) -> Iterator[Process]:
     lacking = [name for name in TORCHRUN if name not in os.environ]
     if lacking:
         raise InputError(f"WORLD_SIZE is set, as by torchrun, but not {', '.join(lacking)}")
+    rank, local_rank, world, port = map(_whole_number, ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if rank >= world:  # it would wait for ever
+        raise InputError(f"RANK: expected less than WORLD_SIZE = {world}, got {rank}")
+    if port >= 2**16:
+        raise InputError(f"MASTER_PORT: expected less than {2**16}, got {port}")
     # Its functions keep, as a default argument, the group there is when they are imported; torch does so on the way.
     importlib.import_module("torch.distributed.nn.functional")
     if device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{local_rank}"
     chosen = find_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -67,3 +72,10 @@ def processes(device: str) -> Iterator[Process]:
     finally:
         gc.collect()  # what holds the group, in a cycle perhaps, goes first: threads that outlive Python abort it
         dist.destroy_process_group()
+
+
+def _whole_number(variable: str) -> int:
+    value = os.environ[variable]
+    if not value.isdecimal():
+        raise InputError(f"{variable}: expected a whole number, got {value!r}")
+    return int(value)

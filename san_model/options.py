@@ -30,9 +30,9 @@ class TrainOptions:
     Each folder of --data and --val holds HR images, or a folder HR of them; LR images are taken from LR_bicubic/X2
     beside HR (X3, ... by scale) where that exists and else made exactly as MATLAB makes them. --out receives last.pt,
     from which --resume continues (also after a kill) to the same weights bit for bit, the weights last.safetensors and
-    best.safetensors (by --val), history.json, and TensorBoard's event files. Under torchrun the processes share each
-    batch. --preset paper (the default) is the paper's network and recipe, small one that trains in hours, light that
-    of the package's own weights, whose model card tells what it took.
+    best.safetensors (by --val), history.json, and TensorBoard's event files; one training at a time holds its .lock.
+    Under torchrun the processes share each batch. --preset paper (the default) is the paper's network and recipe, small
+    one that trains in hours, light that of the package's own weights, whose model card tells what it took.
 
     Args:
         data: folders of training images

@@ -1,15 +1,17 @@
 """Training of SAN, alone or under torchrun, resumable at any moment to the same weights."""
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import resource
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,7 +46,11 @@ class TrainingError(RuntimeError):
 def train(options: TrainOptions) -> dict[str, Any]:
     """Runs the command; returns {"iteration", "best", "history"}, see :class:`Run`."""
     options.check()
-    with deterministic(options.deterministic), processes(options.device) as process:
+    with (
+        deterministic(options.deterministic),
+        processes(options.device) as process,
+        sole_writer(options.out, process),
+    ):
         return Run(options, process).run()
 
 
@@ -67,6 +73,26 @@ def deterministic(wanted: bool) -> Iterator[None]:
         switches.fill_uninitialized_memory = filled
 
 
+@contextmanager
+def sole_writer(folder: Path, process: Process) -> Iterator[None]:
+    """Keeps the folder from other trainings: the process that writes holds a lock, which goes when it dies."""
+    free = True
+    with ExitStack() as stack:
+        if process.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / ".lock").open("a"))
+            try:
+                # Not flock: forked workers, which outlive a kill for a while, would hold its lock, too.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                free = False
+            except OSError:
+                pass  # a file system without locks
+        if not process.gather(free)[0]:
+            raise InputError(f"--out {folder}: another training writes to it")
+        yield
+
+
 class Run:
     """One training: what a checkpoint holds, and how it goes on.
 
@@ -81,6 +107,8 @@ class Run:
         self.last = options.out / "last.pt"
         if self.last.exists() and not options.resume:
             raise InputError(f"--out {options.out}: holds a run already; --resume continues it")
+        torch.manual_seed(options.seed)
+        self.model = options.network()  # first: it names options that cannot be used, and images take a while
         self.pairs = self._load(options.data, "--data", options.patch, options.shrink)
         self.pairs += collages_of(self.pairs, options.scale, options.collages, options.seed, options.patch)
         self.validation = {
@@ -88,8 +116,6 @@ class Run:
         }
         self.patches = Patches(self.pairs, options.scale, options.patch, options.seed, options.augment)
 
-        torch.manual_seed(options.seed)
-        self.model = options.network()
         if options.init is not None and not self.last.exists():
             self._initialise(options.init)
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
@@ -172,9 +198,7 @@ class Run:
     def _save(self) -> None:
         state = self._state()
         if self.process.rank == 0:
-            weights = self._weights()
-            with replacing(self.options.out / "last.safetensors") as path:
-                weights.save(path)
+            self._weights().save(self.options.out / "last.safetensors")
             with replacing(self.options.out / "history.json") as path:
                 path.write_text(json.dumps({"best": self.best, "history": self.history}, indent=1) + "\n")
             with replacing(self.last) as path:  # last: all else can be made from it
@@ -184,22 +208,38 @@ class Run:
     def _restore(self) -> None:
         try:
             state = torch.load(self.last, map_location="cpu", weights_only=True)
-            then, now = state["options"], self._binding()
+            self._take(state)
+        except InputError:
+            raise
         except Exception as error:  # of many types, depending on what is wrong with the file
-            raise InputError(f"--resume: {self.last} cannot be read as a checkpoint of a run ({error})") from error
+            said = textwrap.shorten(str(error), 500)  # one line
+            raise InputError(f"--resume: {self.last} cannot be read as a checkpoint of a run ({said})") from error
+        self.say(f"resumed {self.last} at iteration {self.iteration}")
+
+    def _take(self, state: dict[str, Any]) -> None:
+        """Goes on from the state; raises InputError for that of another run, and anything for what is no state."""
+        then, now = state["options"], self._binding()
         for key, value in now.items():
             if then.get(key) != value and key == "images":
                 given = " ".join(self.options.data)
                 raise InputError(f"--data {given}, --shrink, --collages: not the images of {self.last}")
             if then.get(key) != value:
                 raise InputError(f"{flag(key)} {value}: the run in {self.options.out} has {then.get(key)}")
+        for name, value in self._state().items():
+            if type(state.get(name)) is not type(value):
+                raise ValueError(f"{name}: expected {type(value).__name__}, got {type(state.get(name)).__name__}")
+        self.iteration, self.seconds = state["iteration"], state["seconds"]
+        if not 0 <= self.iteration <= self.options.iterations:
+            raise InputError(f"--resume: {self.last} is at iteration {self.iteration} of {self.options.iterations}")
         self.model.load_state_dict(state["model"])
         if self.average:
             self.average.module.load_state_dict(state["ema"])
-            self.average.n_averaged.fill_(state["iteration"])
+            self.average.n_averaged.fill_(self.iteration)
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("optimizer: not of the parameters' shapes")
         self.scaler.load_state_dict(state["scaler"])
-        self.iteration, self.seconds = state["iteration"], state["seconds"]
         self.loss_sum, self.loss_count = state["loss"]
         self.history, self.best = state["history"], state["best"]
         if self.best.get("data", list(self.validation)) != list(self.validation):
@@ -210,7 +250,6 @@ class Run:
             torch.set_rng_state(random["cpu"])
             if self.device.type == "cuda" and "cuda" in random:
                 torch.cuda.set_rng_state(random["cuda"], self.device)
-        self.say(f"resumed {self.last} at iteration {self.iteration}")
 
     # --- training
 
@@ -350,8 +389,7 @@ class Run:
             if overall > self.best.get("psnr", -float("inf")):
                 self.best = {"iteration": self.iteration, "psnr": overall, "data": list(means)}
                 if self.process.rank == 0:
-                    with replacing(self.options.out / "best.safetensors") as path:
-                        model.save(path)
+                    model.save(self.options.out / "best.safetensors")
 
     def _latest(self) -> str:
         """The PSNR of the latest validation."""

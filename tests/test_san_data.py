@@ -88,6 +88,22 @@ def test_the_cache_holds_the_same_images(folder, monkeypatch):
     assert not torch.equal(load_pairs([folder], 2, cache=cache)[0].hr, first[0].hr)
 
 
+@pytest.mark.parametrize("bad_files", ["refuse", "skip"])
+def test_a_damaged_cache_is_made_anew(folder, bad_files):
+    cache, whole = folder / "cache", load_pairs([folder], 2)
+    load_pairs([folder], 2, cache=cache)
+    for number, file in enumerate(sorted(cache.iterdir())):
+        content = file.read_bytes()
+        file.write_bytes([b"", b"junk" * 100, content[:50], content[:-1], content.replace(b"|u1", b"|i1")][number % 5])
+    for _ in range(2):
+        for a, b in zip(load_pairs([folder], 2, cache=cache, bad_files=bad_files), whole, strict=True):
+            assert torch.equal(a.lr, b.lr) and torch.equal(a.hr, b.hr)
+    assert len(list(cache.iterdir())) == 6
+    hr = sorted(cache.glob("*-hr.npy"))
+    hr[0].write_bytes(hr[1].read_bytes())  # of another image
+    assert torch.equal(load_pairs([folder], 2, cache=cache)[0].hr, whole[0].hr)
+
+
 def test_smaller_copies(folder):
     """Each image is followed by its copies, whose LR images are made of them."""
     write_lr(folder)

@@ -85,7 +85,10 @@ def test_a_run_leaves_what_it_says(images, uninterrupted):
     assert [entry["iteration"] for entry in result["history"]] == [4, 8, 9]
     assert json.loads((out / "history.json").read_text()) == {"best": result["best"], "history": result["history"]}
     assert result["best"]["psnr"] == max(entry["psnr"]["val"] for entry in result["history"])
-    assert list(out.glob("events.out.tfevents.*")) and not list(out.glob("unfinished*"))
+    assert list(out.glob("events.out.tfevents.*")) and not list(out.glob(".unfinished*"))
+    modes = {path.stat().st_mode & 0o777 for path in out.iterdir()}
+    (out / "any").touch()
+    assert modes == {(out / "any").stat().st_mode & 0o777}  # as the umask gives them
     model = SAN.from_checkpoint(out / "last.safetensors")
     assert model.config["n_feats"] == 8
     assert_same_weights(dict(SAN.from_checkpoint(out / "last.pt").state_dict()), weights(out))  # the mean, too
@@ -124,9 +127,9 @@ def test_it_resumes_to_the_same_bits_wherever_it_dies(images, uninterrupted, tmp
         monkeypatch.setattr(target, name, replaced)
 
     target = {
-        "step": (training.Run, "_step", 6), "validation": (training.Run, "_validate", 2), "best": (SAN, "save", 3),
-        "weights": (SAN, "save", 4), "history": (training.json, "dumps", 3), "state": (torch, "save", 3),
-        "rename": (training.os, "replace", 8),
+        "step": (training.Run, "_step", 6), "validation": (training.Run, "_validate", 2),
+        "best": (Path, "write_bytes", 2), "weights": (Path, "write_bytes", 4), "history": (training.json, "dumps", 3),
+        "state": (torch, "save", 3), "rename": (training.os, "replace", 8),
     }[moment]  # fmt: skip
     dies(*target)
     settings = options(images, tmp_path, ema=0.9, clip=50.0, resume=True)
@@ -172,6 +175,59 @@ def test_a_damaged_checkpoint_is_named(images, tmp_path):
     (tmp_path / "last.pt").write_bytes(b"nothing of the sort")
     with pytest.raises(InputError, match=r"--resume: .*last\.pt cannot be read as a checkpoint"):
         train(options(images, tmp_path, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"model": None}, "model: expected OrderedDict, got NoneType"),
+        ({"model": {"gamma": torch.ones(2)}}, "size mismatch for gamma"),
+        ({"ema": {"gamma": torch.ones(2)}}, "size mismatch for gamma"),
+        ({"optimizer": 5}, "optimizer: expected dict, got int"),
+        ({"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}, "optimizer: not of the parameters' shapes"),
+        ({"optimizer": {"state": {0: {"exp_avg": 5}}}}, "cannot be read"),
+        ({"iteration": "x"}, "iteration: expected int, got str"),
+        ({"iteration": -5}, "is at iteration -5 of 9"),
+        ({"iteration": 100}, "is at iteration 100 of 9"),
+        ({"seconds": None}, "seconds: expected float, got NoneType"),
+        ({"loss": [1]}, "cannot be read"),
+        ({"random": [1]}, "cannot be read"),
+        ({"random": [{"cpu": torch.ones(3)}]}, "cannot be read"),
+        ({"best": 5}, "best: expected dict, got int"),
+        ({"options": 5}, "cannot be read"),
+    ],
+)
+def test_a_part_of_a_checkpoint_that_is_damaged_is_named(images, uninterrupted, tmp_path, damage, message):
+    def damaged(whole, part):
+        """The whole with what the part has in its place."""
+        if not isinstance(part, dict):
+            return part
+        for key, value in part.items():
+            whole[key] = damaged(whole[key], value)
+        return whole
+
+    torch.save(damaged(torch.load(uninterrupted[0] / "last.pt"), damage), tmp_path / "last.pt")
+    with pytest.raises(InputError) as error:
+        train(options(images, tmp_path, ema=0.9, clip=50.0, resume=True))
+    said = str(error.value)
+    assert f"--resume: {tmp_path / 'last.pt'} " in said and message in said and "\n" not in said
+
+
+def test_two_trainings_never_write_one_run(images, tmp_path):
+    settings = options(images, tmp_path / "run", iterations=100_000, checkpoint_every=1, workers=1)
+    line = [*SAN_COMMAND, "train", *flags(settings)]
+    process = subprocess.Popen(line, env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (settings.out / "last.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with pytest.raises(InputError, match="--out .*run: another training writes to it"):
+            train(options(images, settings.out, resume=True))
+    finally:
+        process.kill()
+        process.wait()
+    with pytest.raises(InputError, match="holds a run already"):  # its worker lives on, and holds nothing
+        train(options(images, settings.out))
 
 
 def test_torchrun_gives_the_same_losses(images, uninterrupted, tmp_path):
@@ -286,6 +342,7 @@ def test_options_work(images, uninterrupted, tmp_path, change):
         ({"lr": float("nan")}, "--lr nan"),
         ({"n_feats": 9}, "--n-feats: expected a multiple of 8"),
         ({"root_iterations": 0}, "--root-iterations: expected .* got 0"),
+        ({"root_iterations": 5000, "data": ["absent"]}, "--root-iterations: expected 1000 or less, got 5000"),
         ({"patch": 64}, r"a\.png: 44 x 40 is too small, 128 a side are needed"),
         ({"device": "nowhere"}, "--device nowhere: not available"),
         ({"init": Path("absent.pt")}, r"--init absent\.pt"),
@@ -327,4 +384,22 @@ def test_weights_for_another_white_are_refused(images, tmp_path):
 def test_half_a_torchrun_is_named(images, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(InputError, match="WORLD_SIZE is set.* but not RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
+        train(options(images, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("WORLD_SIZE", "abc", "WORLD_SIZE: expected a whole number, got 'abc'"),
+        ("LOCAL_RANK", "-1", "LOCAL_RANK: expected a whole number, got '-1'"),
+        ("MASTER_PORT", "abc", "MASTER_PORT: expected a whole number, got 'abc'"),
+        ("MASTER_PORT", "65536", "MASTER_PORT: expected less than 65536, got 65536"),
+        ("RANK", "5", "RANK: expected less than WORLD_SIZE = 1, got 5"),
+    ],
+)
+def test_what_torchrun_never_sets_is_named(images, tmp_path, monkeypatch, variable, value, message):
+    variables = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, usual in variables.items():
+        monkeypatch.setenv(name, value if name == variable else usual)
+    with pytest.raises(InputError, match=message):
         train(options(images, tmp_path / "run"))
