@@ -122,10 +122,9 @@ def check_compiler(compiler):
 def extension(cpp_extension):
     import torch
 
-    for name in ("FORCE_CUDA", "DEBUG"):
-        if os.environ.get(name) not in (None, "0", "1"):
-            raise SystemExit(f"{name}: expected 0 or 1, got {os.environ[name]!r}")
-    forced, debug, jobs = os.environ.get("FORCE_CUDA"), os.environ.get("DEBUG") == "1", os.environ.get("MAX_JOBS")
+    forced, jobs = os.environ.get("FORCE_CUDA"), os.environ.get("MAX_JOBS")
+    if forced not in (None, "0", "1"):
+        raise SystemExit(f"FORCE_CUDA: expected 0 or 1, got {forced!r}")
     if jobs and not (jobs.isdecimal() and int(jobs)):
         raise SystemExit(f"MAX_JOBS: expected a whole number, 1 or more, got {jobs!r}")
     wanted = forced == "1" or (forced is None and torch.version.cuda is not None)
@@ -134,6 +133,7 @@ def extension(cpp_extension):
         raise SystemExit("FORCE_CUDA=1, but no nvcc was found: set CUDA_HOME to the folder of the CUDA toolkit")
     if torch.version.cuda is not None and cuda_home is None:
         print("isqrt_cov is built without CUDA kernels: " + ("FORCE_CUDA=0" if forced else "no nvcc was found"))
+    debug = os.environ.get("DEBUG") == "1"  # other programs, too, have a variable of this name
 
     common = ["-std=c++20", "-O0" if debug else "-O3", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     host = [*common, "-fvisibility=hidden", "-Wall"]

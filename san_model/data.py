@@ -178,7 +178,7 @@ def _cached_pair(paths: PairPaths, scale: int, shrink: float, cache: Path) -> tu
     sources = [path for path in paths if path is not None]
     try:
         state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # this one of links in a circle
         raise InputError(f"{paths.hr}: cannot be read ({error})") from error
     key = hashlib.sha256(repr((state, scale, shrink)).encode()).hexdigest()[:16]
     files = [cache / f"{paths.hr.stem}-{key}-{part}.npy" for part in ("lr", "hr")]

@@ -13,7 +13,6 @@ accident (the mean shifts) is a buffer here: every parameter has a gradient.
 """
 
 import math
-import numbers
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -334,7 +333,7 @@ def _check(config: dict[str, Any]) -> None:
             raise ValueError(f"{name}: expected an integer of 1 or more, got {config[name]!r}")
     if config["iterations"] > 1000:
         raise ValueError(f"iterations: expected 1000 or less, got {config['iterations']}")
-    if not isinstance(config["rgb_range"], numbers.Real) or not 0 < config["rgb_range"] < math.inf:
+    if not isinstance(config["rgb_range"], int | float) or not 0 < config["rgb_range"] < math.inf:
         raise ValueError(f"rgb_range: expected a positive number, got {config['rgb_range']!r}")
     n_feats, reduction = config["n_feats"], config["reduction"]
     if n_feats % 8:

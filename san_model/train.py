@@ -88,6 +88,9 @@ def sole_writer(folder: Path, process: Process) -> Iterator[None]:
                 free = False
             except OSError:
                 pass  # a file system without locks
+            if free:
+                for left in (*folder.glob(".unfinished-*.pt"), *folder.glob(".unfinished-*.safetensors")):
+                    left.unlink()  # by a training that was killed
         if not process.gather(free)[0]:
             raise InputError(f"--out {folder}: another training writes to it")
         yield

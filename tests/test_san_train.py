@@ -155,7 +155,10 @@ def test_it_resumes_to_the_same_bits_after_sigkill(images, uninterrupted, tmp_pa
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert (tmp_path / "last.pt").exists()
+    unfinished = tmp_path / ".unfinished-0.pt"  # as if it had died while it wrote
+    unfinished.touch()
     train(options(images, tmp_path, ema=0.9, clip=50.0, resume=True, workers=1))
+    assert not unfinished.exists()
     for name in ("last", "best"):
         assert_same_weights(weights(tmp_path, name), weights(uninterrupted[0], name))
 

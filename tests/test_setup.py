@@ -99,7 +99,6 @@ def test_native_needs_a_device(extension, tmp_path):
     ("variable", "value", "expected"),
     (
         ("FORCE_CUDA", "yes", "0 or 1"),
-        ("DEBUG", "true", "0 or 1"),
         ("MAX_JOBS", "abc", "a whole number, 1 or more"),
         ("MAX_JOBS", "0", "a whole number, 1 or more"),
         ("MAX_JOBS", "-2", "a whole number, 1 or more"),
