@@ -7,7 +7,7 @@
 #include <optional>
 #include <tuple>
 
-#include "engine.h"
+#include "call.h"
 
 namespace isqrt {
 namespace {
@@ -91,8 +91,8 @@ EngineKind check_engine(int64_t value) { return check_enum(value, EngineKind::kW
 
 template <class Device> std::tuple<Tensor, Tensor> covariance_pool(const Tensor& x, int64_t engine, bool wide) {
   check_feature_maps(x);
-  Engine<Device> chosen(x, positions_of(x), check_engine(engine));
-  const auto pooled = chosen.finish(chosen.pool(x, false));
+  Call<Device> call(x, positions_of(x), check_engine(engine));
+  const auto pooled = call.finish(call.pool(x, false));
   return {wide ? pooled.sigma : as(pooled.sigma, x.scalar_type()), pooled.mean};
 }
 
@@ -102,17 +102,17 @@ Tensor covariance_pool_backward(const Tensor& grad, const Tensor& x, const Tenso
   const int64_t B = x.size(0), C = x.size(1);
   check_gradient(grad, {B, C, C}, x);
   check_beside(mean, "mean", {B, C}, compute_dtype(x.scalar_type()), x);
-  Engine<Device> chosen(x, positions_of(x), check_engine(engine));
-  return chosen.finish(chosen.pool_backward(library::symmetric_part(matrices(grad)), x, matrices(mean), none(mean)));
+  Call<Device> call(x, positions_of(x), check_engine(engine));
+  return call.finish(call.pool_backward(library::symmetric_part(matrices(grad)), x, matrices(mean), none(mean)));
 }
 
 template <class Device>
 Tensor matrix_root(const Tensor& sigma, int64_t iterations, int64_t root, double spectrum_floor, int64_t engine) {
   check_matrices(sigma);
   const Steps steps = check_steps(iterations, spectrum_floor);
-  Engine<Device> chosen(sigma, sigma.size(1), check_engine(engine), steps);
-  return chosen.finish(
-      chosen.root(matrices(sigma), none(sigma), steps, check_root(root), Output::kMatrix, sigma.scalar_type()));
+  Call<Device> call(sigma, sigma.size(1), check_engine(engine), steps);
+  return call.finish(
+      call.root(matrices(sigma), none(sigma), steps, check_root(root), Output::kMatrix, sigma.scalar_type()));
 }
 
 template <class Device>
@@ -121,9 +121,9 @@ Tensor matrix_root_backward(const Tensor& grad, const Tensor& sigma, int64_t ite
   check_matrices(sigma);
   check_beside(grad, "grad", {sigma.size(0), sigma.size(1), sigma.size(1)}, sigma.scalar_type(), sigma);
   const Steps steps = check_steps(iterations, spectrum_floor);
-  Engine<Device> chosen(sigma, sigma.size(1), check_engine(engine), steps);
-  const Tensor gradient = chosen.root_backward(dense(grad), matrices(sigma), steps, check_root(root), Output::kMatrix);
-  return as(chosen.finish(gradient), sigma.scalar_type());
+  Call<Device> call(sigma, sigma.size(1), check_engine(engine), steps);
+  const Tensor gradient = call.root_backward(dense(grad), matrices(sigma), steps, check_root(root), Output::kMatrix);
+  return as(call.finish(gradient), sigma.scalar_type());
 }
 
 template <class Device>
@@ -134,14 +134,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cov_sqrt(const Tensor& x, int64_t ite
   const Output layout = check_output(output);
   const ScalarType kept = compute_dtype(x.scalar_type()), dtype = wide ? kept : x.scalar_type();
   gram = gram && has_gram(x);  // a graph that was recorded for other sizes may ask for it
-  Engine<Device> chosen(x, positions_of(x), check_engine(engine), steps, gram);
+  Call<Device> call(x, positions_of(x), check_engine(engine), steps, gram);
   if (gram) {
-    const auto [matrix, mean, scale] = chosen.pool_gram(x);
-    const Tensor root = chosen.root(matrix, none(matrix), steps, Root::kInverse, Output::kMatrix, kept);
-    return {as(chosen.finish(chosen.expand(x, scale, root, layout)), dtype), matrix, mean, scale};
+    const auto [matrix, mean, scale] = call.pool_gram(x);
+    const Tensor root = call.root(matrix, none(matrix), steps, Root::kInverse, Output::kMatrix, kept);
+    return {as(call.finish(call.expand(x, scale, root, layout)), dtype), matrix, mean, scale};
   }
-  const auto [sigma, mean, scale] = chosen.pool(x, true);
-  return {chosen.finish(chosen.root(sigma, scale, steps, Root::kSquare, layout, dtype)), sigma, mean, scale};
+  const auto [sigma, mean, scale] = call.pool(x, true);
+  return {call.finish(call.root(sigma, scale, steps, Root::kSquare, layout, dtype)), sigma, mean, scale};
 }
 
 /// Of gram.h where sigma is a matrix of that size.
@@ -160,12 +160,11 @@ Tensor cov_sqrt_backward(const Tensor& grad, const Tensor& x, const Tensor& sigm
   check_beside(sigma, "sigma", {B, side, side}, kept, x);
   check_beside(mean, "mean", {B, gram ? 0 : C}, kept, x);
   check_beside(scale, "scale", {B}, kept, x);
-  Engine<Device> chosen(x, M, check_engine(engine), steps, gram);
+  Call<Device> call(x, M, check_engine(engine), steps, gram);
   if (gram)
-    return chosen.finish(
-        chosen.gram_backward(dense(as(grad, kept)), x, matrices(sigma), matrices(scale), steps, layout));
-  const Tensor grad_sigma = chosen.root_backward(dense(grad), matrices(sigma), steps, Root::kSquare, layout);
-  return chosen.finish(chosen.pool_backward(grad_sigma, x, matrices(mean), matrices(scale)));
+    return call.finish(call.gram_backward(dense(as(grad, kept)), x, matrices(sigma), matrices(scale), steps, layout));
+  const Tensor grad_sigma = call.root_backward(dense(grad), matrices(sigma), steps, Root::kSquare, layout);
+  return call.finish(call.pool_backward(grad_sigma, x, matrices(mean), matrices(scale)));
 }
 
 // ---- information ----------------------------------------------------------------------------------------------------

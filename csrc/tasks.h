@@ -1,4 +1,4 @@
-// The pieces of work that a device's engine does, as engine.h hands them over. All pointers lie on that device.
+// The pieces of work that a device's engine does, as call.h hands them over. All pointers lie on that device.
 #pragma once
 #include "covariance.h"
 #include "gram.h"

@@ -1,4 +1,4 @@
-// The CPU engine as engine.h sees it: work items, one per thread at a time, at a SIMD level chosen at run time.
+// The CPU engine as call.h sees it: work items, one per thread at a time, at a SIMD level chosen at run time.
 #pragma once
 #include <functional>
 #include <vector>

@@ -1,4 +1,4 @@
-// The CUDA engine as engine.h sees it: no CUDA header is needed to include this.
+// The CUDA engine as call.h sees it: no CUDA header is needed to include this.
 #pragma once
 #include <string>
 

@@ -59,7 +59,7 @@ void pool(const std::string& dtype, const Array& x, int64_t chunk, const Array& 
     using T = Compute<X>;
     const int64_t B = x.shape[0], C = x.shape[1];
     const Chunks split = chunks(x, chunk);
-    // As in engine.h, the partial results of a single chunk are sigma and mean themselves.
+    // As in call.h, the partial results of a single chunk are sigma and mean themselves.
     std::vector<T> partial_mean, partial_moment;
     if (split.count > 1) {
       partial_mean.resize(B * split.count * C);

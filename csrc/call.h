@@ -1,4 +1,6 @@
-// What the operators do with tensors and an engine, after their arguments are checked.
+// What an operator does with its tensors after they are checked, by ops.cpp: plan.cpp chooses engines, and the call
+// goes by cpu/cpu.cpp to cpu/level.h; or to cuda/pooling.cu, and roots.cu or grid.cu; or to library/. Each of these
+// runs the algorithm, covariance.h, normalization.h and gram.h, on an Engine of its own.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
@@ -190,14 +192,14 @@ struct Cuda {
 // ---- both ---------------------------------------------------------------------------------------------------------
 
 /// Enqueues what an operator does. Its results are there after finish(), and what it reads must be until then.
-template <class Device> struct Engine {
+template <class Device> struct Call {
   Device device;
   EngineKind requested;
   Plan choice;
   std::deque<Tensor> held;  // the operators' arguments aside
 
-  Engine(const Tensor& t, int64_t positions, EngineKind requested, const Steps& steps = choose_steps(1, 0),
-         bool gram = false)
+  Call(const Tensor& t, int64_t positions, EngineKind requested, const Steps& steps = choose_steps(1, 0),
+       bool gram = false)
       : device(t),
         requested(requested),
         choice(plan({Device::kCuda, Device::kCuda ? t.get_device_index() : 0, t.size(0), t.size(1), positions,
@@ -307,10 +309,10 @@ template <class Device> struct Engine {
     device.finish();  // what it reads may be yet to come
     const Tensor wide_grad = as(grad, ScalarType::Double), wide_sigma = as(sigma, ScalarType::Double);
     const bool by_block = requested == EngineKind::kBlock || requested == EngineKind::kWarpgroup;
-    Engine engine(wide_sigma, sigma.size(1), by_block ? EngineKind::kAuto : requested, steps);  // a block has no room
+    Call wide(wide_sigma, sigma.size(1), by_block ? EngineKind::kAuto : requested, steps);  // a block has no room
     Tensor wide_value;
     const Tensor result =
-        engine.finish(engine.root_backward(wide_grad, wide_sigma, steps, root, output, value ? &wide_value : nullptr));
+        wide.finish(wide.root_backward(wide_grad, wide_sigma, steps, root, output, value ? &wide_value : nullptr));
     if (value) *value = hold(as(wide_value, sigma.scalar_type()));
     return as(result, sigma.scalar_type());
   }
