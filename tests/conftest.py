@@ -7,6 +7,11 @@ from common import CUDA_ENGINES, missing_cuda, refusal
 from isqrt_cov import build_info
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file first: where two run at a time, the other worker would wait for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_emulation_checks.py")
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
     if request.param == "cuda" and (reason := missing_cuda()):
