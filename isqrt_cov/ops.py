@@ -77,19 +77,14 @@ def _times(scale, x):
     return x * scale.view(-1, *(1,) * (x.dim() - 1))
 
 
-def _takes_steps_in_full(iterations, spectrum_floor):
-    """As choose_steps() of csrc/newton_schulz.h: gradients of such steps are computed in float64."""
-    growth, mirrored = 1.0, 0
-    step = _steps(iterations, spectrum_floor)
-    while growth <= 24 and mirrored < iterations:
-        growth *= step[0] if spectrum_floor == 0 else step[mirrored][0]
-        mirrored += 1
-    return mirrored < iterations - 1
-
-
 def _derivative_dtype(dtype, iterations, spectrum_floor):
-    """What derivatives of roots are computed in."""
-    return torch.float64 if _takes_steps_in_full(iterations, spectrum_floor) else compute_dtype(dtype)
+    """What derivatives of roots are computed in: float64 where choose_steps() of newton_schulz.h has steps in full."""
+    growth = 1.0
+    for n, (a, _) in enumerate(reference._coefficients(_steps(iterations, spectrum_floor), iterations)):
+        if growth > 24 and n < iterations - 1:
+            return torch.float64
+        growth *= a
+    return compute_dtype(dtype)
 
 
 def _half_from_first(x):

@@ -17,7 +17,7 @@ from common import (
     tolerance,
 )
 from isqrt_cov import reference
-from isqrt_cov.ops import OUTPUTS, ROOTS, _derivative_dtype, compute_dtype
+from isqrt_cov.ops import OUTPUTS, ROOTS, compute_dtype
 
 ops = torch.ops.isqrt_cov
 CHANNELS = (1, 2, 3, 16, 33, 64, 65, 100, 128, 200, 256)
@@ -434,20 +434,6 @@ def test_gradcheck_through_sigma(engine, root):
 def test_wrong_arguments(call, message):
     with pytest.raises(RuntimeError, match=message):
         call()
-
-
-@pytest.mark.parametrize("floor", (0.0, 1e-1, 1e-3, 1e-12))
-def test_which_derivatives_are_computed_in_float64(floor):
-    """The gradient by the kernels, the others in Python."""
-    sigma = covariances(2, 12, torch.float32)
-    upstream = torch.randn_like(sigma)
-    for iterations in range(1, 13):
-        narrow, wide = (
-            ops.matrix_root_backward(upstream.to(dtype), sigma.to(dtype), iterations, 0, floor)
-            for dtype in (torch.float32, torch.float64)
-        )
-        is_wide = _derivative_dtype(torch.float32, iterations, floor) == torch.float64
-        assert torch.equal(narrow, wide.float()) == is_wide, iterations
 
 
 def test_the_most_steps_and_the_lowest_floor():

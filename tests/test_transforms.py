@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from common import assert_close, covariances, feature_maps, tolerance
 from isqrt_cov import CovSqrtNorm, cov_sqrt, covariance_pool, matrix_inv_sqrt, matrix_sqrt, reference
-from isqrt_cov.ops import OUTPUTS
+from isqrt_cov.ops import OUTPUTS, _derivative_dtype
 
 MINIMAX = reference.minimax_steps(3, 1e-2)
 MAPS = (3, 5)  # channels and positions
@@ -123,6 +123,20 @@ def test_third_order(device, name, modes):
         return functools.reduce(lambda f, mode: mode(f), modes, loss(function))(x)
 
     assert_close(third(function), third(expected), BOUND)
+
+
+@pytest.mark.parametrize("floor", (0.0, 1e-1, 1e-3, 1e-12))
+def test_which_derivatives_are_computed_in_float64(floor):
+    """The gradient by the kernels, the others in Python."""
+    sigma = covariances(2, 12, torch.float32)
+    upstream = torch.randn_like(sigma)
+    for iterations in range(1, 13):
+        narrow, wide = (
+            torch.ops.isqrt_cov.matrix_root_backward(upstream.to(dtype), sigma.to(dtype), iterations, 0, floor)
+            for dtype in (torch.float32, torch.float64)
+        )
+        is_wide = _derivative_dtype(torch.float32, iterations, floor) == torch.float64
+        assert torch.equal(narrow, wide.float()) == is_wide, iterations
 
 
 @pytest.mark.parametrize(("iterations", "floor"), ((12, 0.0), (20, 0.0), (12, 1e-3)))
